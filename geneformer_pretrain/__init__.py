@@ -1,0 +1,3 @@
+"""Fast, exact and restartable pretraining of Geneformer."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,431 @@
+"""BERT for masked-gene modelling, packed and fast. One file that imports nothing of this project.
+
+The mathematics is that of `transformers.BertForMaskedLM`; with the same weights, outputs, loss and
+gradients agree. What differs, and why:
+
+- One path inside: every call runs on *packed* tokens, cells laid end to end without padding, with
+  attention confined to each cell by `cu_seqlens`. Padded input [B, S] is unpadded at the door and its
+  logits are padded again with zeros. Padding is never computed, attends to nothing and is attended by nothing.
+- Training calls give `masked_index` and `labels` for the masked positions alone: the vocabulary
+  projection, the costliest matrix product of small models, runs on 15% of the tokens.
+- The vocabulary projection uses the word-embedding weight directly. There is no decoder parameter to tie.
+- Query, key and value keep their Hugging Face parameters but run as one matrix product.
+- Weights may be kept in FP32 and are cast where they are used, so the residual stream has one
+  dtype (`compute_dtype`) on every engine. Statistics, softmax and cross-entropy are in FP32.
+- No decoder, cross-attention, cache, pooler or next-sentence head.
+
+Shapes: B batch, S padded length, T packed tokens, N cells, K masked positions, H hidden size,
+A attention heads, D head size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import BertConfig, PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.utils import ModelOutput
+
+__all__ = ["BertConfig", "BertForMaskedLM", "MaskedLMOutput"]
+
+# The vocabulary projection is padded to a multiple of this many columns: 25,426 BF16 columns are not
+# aligned to 16 bytes, which keeps matrix units from their fast path.
+VOCAB_ALIGNMENT = 64
+
+
+@dataclass
+class MaskedLMOutput(ModelOutput):
+    """What a forward call returns; absent parts are None.
+
+    Attributes
+    ----------
+    loss
+        Mean cross-entropy over labelled positions, FP32 scalar.
+    logits
+        Padded calls: [B, S, V], zero at padding. Packed calls: only without labels, [T, V].
+    hidden_states
+        Embedding output and each layer's output, [B, S, H] or [T, H], on request.
+    loss_sum, num_labels
+        Packed calls with labels: sum of the cross-entropies (FP32) and number of labelled positions (int64).
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    loss_sum: Tensor | None = None
+    num_labels: Tensor | None = None
+
+    @property
+    def prediction_logits(self) -> Tensor | None:
+        """The logits, by the name that `BertForPreTraining` gives them."""
+        return self.logits
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` whose weights are cast to the dtype of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+
+class LayerNorm(nn.LayerNorm):
+    """`nn.LayerNorm` whose weights are cast to the dtype of its input; statistics are in FP32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout: float) -> Tensor:
+    """Self-attention within each segment of a packed sequence.
+
+    Parameters
+    ----------
+    q, k, v
+        [T, A, D].
+    cu_seqlens
+        int32 [N+1], segment boundaries; the last entry is T. Empty segments are allowed.
+    max_seqlen
+        An upper bound of the segment lengths.
+    dropout
+        Probability of dropping an attention weight.
+
+    Returns
+    -------
+    [T, A, D]. In half precision on CUDA: FlashAttention. Otherwise one exact call per segment.
+    """
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+        return torch.ops.aten._flash_attention_forward(
+            q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout, False, False
+        )[0]
+    return _attention_by_segment(q, k, v, cu_seqlens, dropout)
+
+
+@torch.compiler.disable
+def _attention_by_segment(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, dropout: float) -> Tensor:
+    q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+    bounds = cu_seqlens.tolist()
+    segments = [
+        F.scaled_dot_product_attention(q[:, a:b], k[:, a:b], v[:, a:b], dropout_p=dropout)
+        for a, b in zip(bounds, bounds[1:], strict=False)
+        if a < b
+    ]
+    return torch.cat(segments, dim=1).transpose(0, 1)
+
+
+class BertEmbeddings(nn.Module):
+    """Sum of word, position and token-type embeddings, LayerNorm, dropout."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.LayerNorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.compute_dtype: torch.dtype | None = None
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None) -> Tensor:
+        """Embed packed tokens: [T], [T], [T] or None (all of type 0) -> [T, H]."""
+        dtype = self.compute_dtype or self.word_embeddings.weight.dtype
+        if token_type_ids is None:
+            token_type = self.token_type_embeddings.weight[0]
+        else:
+            token_type = self.token_type_embeddings(token_type_ids)
+        x = self.word_embeddings(input_ids).to(dtype) + token_type.to(dtype)
+        x = x + self.position_embeddings(position_ids).to(dtype)
+        return self.dropout(self.LayerNorm(x))
+
+
+class BertSelfAttention(nn.Module):
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.query = Linear(config.hidden_size, config.hidden_size)
+        self.key = Linear(config.hidden_size, config.hidden_size)
+        self.value = Linear(config.hidden_size, config.hidden_size)
+        self.num_heads = config.num_attention_heads
+        self.dropout_prob = config.attention_probs_dropout_prob
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+        projections = (self.query, self.key, self.value)
+        weight = torch.cat([p.weight for p in projections]).to(x.dtype)
+        bias = torch.cat([p.bias for p in projections]).to(x.dtype)
+        q, k, v = F.linear(x, weight, bias).view(x.shape[0], 3, self.num_heads, -1).unbind(1)
+        dropout = self.dropout_prob if self.training else 0.0
+        return varlen_attention(q, k, v, cu_seqlens, max_seqlen, dropout).reshape(x.shape)
+
+
+class BertResidualOutput(nn.Module):
+    """Projection, dropout, residual connection, LayerNorm: the end of both halves of a layer."""
+
+    def __init__(self, config: BertConfig, in_features: int) -> None:
+        super().__init__()
+        self.dense = Linear(in_features, config.hidden_size)
+        self.LayerNorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        return self.LayerNorm(residual + self.dropout(self.dense(x)))
+
+
+class BertLayer(nn.Module):
+    """One post-LayerNorm encoder layer."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.attention = nn.ModuleDict(
+            {"self": BertSelfAttention(config), "output": BertResidualOutput(config, config.hidden_size)}
+        )
+        self.intermediate = nn.ModuleDict({"dense": Linear(config.hidden_size, config.intermediate_size)})
+        self.output = BertResidualOutput(config, config.intermediate_size)
+        self.activation = ACT2FN[config.hidden_act]
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+        """[T, H] -> [T, H]."""
+        x = self.attention["output"](self.attention["self"](x, cu_seqlens, max_seqlen), x)
+        return self.output(self.activation(self.intermediate["dense"](x)), x)
+
+
+class BertEncoder(nn.Module):
+    def __init__(self, config: BertConfig, use_te_layers: bool) -> None:
+        super().__init__()
+        layer_class = BertLayer
+        self.layer = nn.ModuleList(layer_class(config) for _ in range(config.num_hidden_layers))
+
+
+class BertModel(nn.Module):
+    """Embeddings and encoder layers over packed tokens."""
+
+    def __init__(self, config: BertConfig, use_te_layers: bool) -> None:
+        super().__init__()
+        self.embeddings = BertEmbeddings(config)
+        self.encoder = BertEncoder(config, use_te_layers)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        token_type_ids: Tensor | None,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+    ) -> list[Tensor]:
+        """[T] -> the embedding output and each layer's output, [T, H] each."""
+        hidden_states = [self.embeddings(input_ids, position_ids, token_type_ids)]
+        for layer in self.encoder.layer:
+            hidden_states.append(layer(hidden_states[-1], cu_seqlens, max_seqlen))
+        return hidden_states
+
+
+class BertPredictions(nn.Module):
+    """The masked-language-model head: dense, activation, LayerNorm, projection on the word embeddings."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.transform = nn.ModuleDict(
+            {
+                "dense": Linear(config.hidden_size, config.hidden_size),
+                "LayerNorm": LayerNorm(config.hidden_size, eps=config.layer_norm_eps),
+            }
+        )
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+        self.activation = ACT2FN[config.hidden_act]
+
+    def features(self, hidden: Tensor) -> Tensor:
+        return self.transform["LayerNorm"](self.activation(self.transform["dense"](hidden)))
+
+    def logits(self, hidden: Tensor, word_embeddings: Tensor) -> Tensor:
+        """[*, H], [V, H] -> [*, V]."""
+        return F.linear(self.features(hidden), word_embeddings.to(hidden.dtype), self.bias.to(hidden.dtype))
+
+    def forward(
+        self, hidden: Tensor, masked_index: Tensor, labels: Tensor, word_embeddings: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Sum of cross-entropies over masked positions, and their number.
+
+        [T, H], [K], [K] (-100 where unused), [V, H] -> FP32 scalar, int64 scalar.
+        """
+        x = self.features(hidden.index_select(0, masked_index))
+        padding = -word_embeddings.shape[0] % VOCAB_ALIGNMENT
+        weight = F.pad(word_embeddings.to(x.dtype), (0, 0, 0, padding))
+        bias = F.pad(self.bias.to(x.dtype), (0, padding), value=float("-inf"))
+        labels = labels.long()
+        loss_sum = F.cross_entropy(F.linear(x, weight, bias).float(), labels, ignore_index=-100, reduction="sum")
+        return loss_sum, (labels != -100).sum()
+
+
+class BertForMaskedLM(PreTrainedModel):
+    """Packed BERT with a masked-language-model head.
+
+    Parameters
+    ----------
+    config
+        A stock `transformers.BertConfig`.
+    use_te_layers
+        Build the encoder layers from Transformer Engine modules: other kernels, the same mathematics.
+        Accepted by `from_pretrained` too.
+
+    Raises
+    ------
+    ImportError
+        `use_te_layers` without Transformer Engine.
+    """
+
+    config_class = BertConfig
+    base_model_prefix = "bert"
+    _no_split_modules = ("BertEmbeddings", "BertLayer")
+    # Stock checkpoints may also hold the tied decoder, the pooler and the next-sentence head.
+    _keys_to_ignore_on_load_unexpected = (
+        r"cls\.predictions\.decoder\.",
+        r"bert\.pooler\.",
+        r"cls\.seq_relationship\.",
+        r"bert\.embeddings\.position_ids",
+    )
+
+    def __init__(self, config: BertConfig, use_te_layers: bool = False) -> None:
+        super().__init__(config)
+        if config.pad_token_id is None:
+            raise ValueError("config.pad_token_id is None; give the id of the padding token (0 for Geneformer).")
+        self.bert = BertModel(config, use_te_layers)
+        self.cls = nn.ModuleDict({"predictions": BertPredictions(config)})
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, BertPredictions):
+            nn.init.zeros_(module.bias)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.bert.embeddings.word_embeddings
+
+    def compile_blocks(self) -> None:
+        """Compile embeddings, each layer and the loss head in place, for packed calls of constant shape.
+
+        Blocks rather than the whole: layers share one compiled graph, so start-up does not grow with depth,
+        and gradients become ready layer by layer, so engines can overlap their communication.
+        """
+        for block in (self.bert.embeddings, *self.bert.encoder.layer, self.cls["predictions"]):
+            block.compile(dynamic=False)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        return_dict: bool = True,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        masked_index: Tensor | None = None,
+    ) -> MaskedLMOutput | tuple[Any, ...]:
+        """Run padded cells, or packed cells when `cu_seqlens` is given.
+
+        Parameters
+        ----------
+        input_ids
+            Padded: [B, S]. Packed: [T], int32 or int64.
+        attention_mask
+            Padded: [B, S], 1 for tokens and 0 for padding; None attends to everything, as stock BERT does.
+        token_type_ids, position_ids
+            Shaped as input_ids. Defaults: type 0; positions 0..S-1 (required when packed).
+        labels
+            Padded: [B, S], -100 where nothing is to be predicted. Packed: [K], beside `masked_index`.
+        cu_seqlens, max_seqlen
+            Packed: int32 [N+1] boundaries of the cells, which cover all T tokens, and a bound of their lengths.
+        masked_index
+            Packed: [K], flat positions of `labels`.
+
+        Raises
+        ------
+        ValueError
+            An argument that is not supported, or arguments that do not fit together.
+        """
+        if output_attentions:
+            raise ValueError("output_attentions is not supported: the attention kernels never form the weights.")
+        if cu_seqlens is not None:
+            if input_ids.dim() != 1 or attention_mask is not None or position_ids is None or max_seqlen is None:
+                raise ValueError(
+                    "Packed calls take input_ids [T] with position_ids, cu_seqlens and max_seqlen, no attention_mask."
+                )
+            if (labels is None) != (masked_index is None):
+                raise ValueError("Packed calls take labels [K] and masked_index [K] together.")
+            hidden_states = self.bert(input_ids, position_ids, token_type_ids, cu_seqlens, max_seqlen)
+            output = self._packed_output(hidden_states, masked_index, labels, output_hidden_states)
+        else:
+            if masked_index is not None or max_seqlen is not None:
+                raise ValueError("masked_index and max_seqlen belong to packed calls, which need cu_seqlens.")
+            output = self._forward_padded(
+                input_ids, attention_mask, token_type_ids, position_ids, labels, output_hidden_states
+            )
+        return output if return_dict else output.to_tuple()
+
+    def _packed_output(
+        self,
+        hidden_states: list[Tensor],
+        masked_index: Tensor | None,
+        labels: Tensor | None,
+        output_hidden_states: bool,
+    ) -> MaskedLMOutput:
+        word_embeddings = self.bert.embeddings.word_embeddings.weight
+        requested = tuple(hidden_states) if output_hidden_states else None
+        if labels is None:
+            logits = self.cls["predictions"].logits(hidden_states[-1], word_embeddings)
+            return MaskedLMOutput(logits=logits, hidden_states=requested)
+        loss_sum, num_labels = self.cls["predictions"](hidden_states[-1], masked_index, labels, word_embeddings)
+        return MaskedLMOutput(
+            loss=loss_sum / num_labels, hidden_states=requested, loss_sum=loss_sum, num_labels=num_labels
+        )
+
+    def _forward_padded(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        token_type_ids: Tensor | None,
+        position_ids: Tensor | None,
+        labels: Tensor | None,
+        output_hidden_states: bool,
+    ) -> MaskedLMOutput:
+        if input_ids.dim() != 2:
+            raise ValueError(f"Padded calls take input_ids [B, S]; got the shape {tuple(input_ids.shape)}.")
+        batch_size, length = input_ids.shape
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        if attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"attention_mask has the shape {tuple(attention_mask.shape)}; only [B, S] = "
+                f"{tuple(input_ids.shape)} with 1 for tokens and 0 for padding is supported."
+            )
+        if position_ids is None:
+            position_ids = torch.arange(length, device=input_ids.device)
+        valid = attention_mask.bool()
+        index = valid.flatten().nonzero().squeeze(1)
+        cu_seqlens = F.pad(valid.sum(1).cumsum(0), (1, 0)).int()
+
+        def unpad(x: Tensor) -> Tensor:
+            return x.expand(batch_size, length).flatten()[index]
+
+        def pad(x: Tensor) -> Tensor:
+            padded = x.new_zeros(batch_size * length, x.shape[-1]).index_copy(0, index, x)
+            return padded.view(batch_size, length, -1)
+
+        hidden_states = self.bert(
+            unpad(input_ids),
+            unpad(position_ids),
+            None if token_type_ids is None else unpad(token_type_ids),
+            cu_seqlens,
+            length,
+        )
+        logits = self.cls["predictions"].logits(hidden_states[-1], self.bert.embeddings.word_embeddings.weight)
+        loss = None
+        if labels is not None:
+            loss = F.cross_entropy(logits.float(), unpad(labels), ignore_index=-100)
+        return MaskedLMOutput(
+            loss=loss,
+            logits=pad(logits),
+            hidden_states=tuple(pad(x) for x in hidden_states) if output_hidden_states else None,
+        )
