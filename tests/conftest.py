@@ -15,6 +15,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -253,7 +254,9 @@ def run_workers(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[RunW
             "WORLD_SIZE": str(nproc),
             "LOCAL_WORLD_SIZE": str(nproc),
         }
-        # The run's id has to be in the children's environment from their start: see `_kill_run`.
+        # The run's id has to be in the children's environment from their start: see `_kill_run`. Python's
+        # resource tracker outlives the run and must not inherit it, so that one starts first.
+        resource_tracker.ensure_running()
         with pytest.MonkeyPatch.context() as patch:
             for name, value in environment.items():
                 patch.setenv(name, value)

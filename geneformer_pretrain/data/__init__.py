@@ -1,0 +1,1 @@
+"""From a corpus of tokenized cells to packed, masked micro-batches."""

@@ -1,0 +1,512 @@
+"""From the lengths of the cells to one endless, globally ordered stream of packs.
+
+1. ``permutation``   every cell once, in the order that (seed, epoch) decides
+2. ``pack_cells``    neighbours in that order put together into packs of a fixed token budget
+3. ``EpochPlan``     the packs of one epoch; kept in a folder that the ranks of a node share
+4. ``PackStream``    the epochs end to end; pack number -> (epoch, cells)
+
+No token is read for any of it. An epoch's last pack may be part empty: packs never mix epochs.
+"""
+
+import hashlib
+import json
+import math
+import os
+import threading
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock
+from numba import njit
+
+from geneformer_pretrain.data.masking import GOLDEN, derive, epoch_key, mix64
+
+PLANNER_VERSION = 1
+"""Raised with every change that gives other packs, so that plans on disk are not mistaken for new ones."""
+
+LOOKAHEAD = 32
+"""Cells among which the packer chooses."""
+
+SHUFFLE_WINDOW_BLOCKS = 16
+"""Blocks whose cells are mixed with each other when shuffling by blocks."""
+
+MIN_CELLS_ON_DISK = 1_000_000
+"""Plans of smaller corpora take milliseconds: each process makes its own."""
+
+MAX_CELLS_IN_MEMORY = 4_000_000
+"""The plans of the last two epochs are kept, and of more as long as they hold fewer cells than this."""
+
+ALIGNMENT = 128
+"""FP8 kernels need row counts that are multiples of this."""
+
+ORDER_STREAM = np.uint64(2)
+_HALF = np.uint64(32)
+_LOW_HALF = np.uint64(0xFFFFFFFF)
+
+
+def _round_up(value: float, multiple: int) -> int:
+    return math.ceil(value / multiple) * multiple
+
+
+@dataclass(frozen=True)
+class PackShape:
+    """The constant shape of every micro-batch.
+
+    Attributes
+    ----------
+    token_budget
+        T, tokens of a pack.
+    seq_length
+        S, longest cell and longest segment; longer cells are truncated.
+    max_cells
+        Most cells of a pack. Every segment that stays unused costs the attention kernel a few empty blocks.
+    masked_capacity
+        K, room for masked tokens.
+    """
+
+    token_budget: int
+    seq_length: int
+    max_cells: int
+    masked_capacity: int
+
+    def __post_init__(self) -> None:
+        if self.seq_length < 1:
+            raise ValueError(f"model.seq_length is {self.seq_length}; it must be at least 1")
+        if self.token_budget < self.seq_length:
+            raise ValueError(
+                f"the token budget {self.token_budget} is below model.seq_length={self.seq_length}: "
+                "model.micro_batch_size must be at least 1"
+            )
+        if self.max_cells < 1:
+            raise ValueError(f"the limit of cells per pack is {self.max_cells}; it must be at least 1")
+
+    @classmethod
+    def create(
+        cls,
+        lengths: np.ndarray,
+        *,
+        micro_batch_size: int,
+        seq_length: int,
+        mlm_probability: float,
+        packing: bool = True,
+        max_cells: int | None = None,
+    ) -> "PackShape":
+        """Derive the shape from the configuration and the corpus.
+
+        Parameters
+        ----------
+        lengths
+            int32 [cells], tokens of each cell; decides the default of ``max_cells``.
+        micro_batch_size, seq_length
+            Their product is the token budget.
+        mlm_probability
+            Decides the room for masked tokens: the mean plus 8 standard deviations.
+        packing
+            False: a "pack" is ``micro_batch_size`` cells, later padded.
+        max_cells
+            Most cells of a pack; by default ``default_max_cells``.
+
+        Raises
+        ------
+        ValueError
+            If the token budget of packed batches is not a multiple of 128.
+        """
+        token_budget = micro_batch_size * seq_length
+        if not packing:
+            max_cells = micro_batch_size
+        elif token_budget % ALIGNMENT:
+            raise ValueError(
+                f"model.micro_batch_size={micro_batch_size} x model.seq_length={seq_length} = {token_budget} "
+                f"tokens is not a multiple of {ALIGNMENT}, which packed batches need; change one of the two, "
+                "or set packing to false"
+            )
+        elif max_cells is None:
+            max_cells = default_max_cells(lengths, seq_length, token_budget)
+        return cls(token_budget, seq_length, max_cells, masked_capacity(token_budget, mlm_probability))
+
+    @property
+    def num_segments(self) -> int:
+        """Segments of a pack: its cells, and the unused tail cut into pieces of at most ``seq_length``."""
+        return self.max_cells + math.ceil(self.token_budget / self.seq_length)
+
+
+def masked_capacity(token_budget: int, mlm_probability: float) -> int:
+    """Room for masked tokens: mean + 8 sigma of Binomial(T, p), at most T, rounded up to 128s."""
+    mean = token_budget * mlm_probability
+    sigma = math.sqrt(mean * (1.0 - mlm_probability))
+    return max(ALIGNMENT, _round_up(min(mean + 8.0 * sigma, token_budget), ALIGNMENT))
+
+
+def default_max_cells(lengths: np.ndarray, seq_length: int, token_budget: int) -> int:
+    """Half as many cells again as an average pack holds, and 16: the tokens, not the cells, fill a pack."""
+    _, _, dropped, total = _summarize(lengths, seq_length)
+    mean = (total - dropped) / max(1, len(lengths))
+    return min(token_budget, math.ceil(1.5 * token_budget / max(1.0, mean)) + 16)
+
+
+@njit(nogil=True, cache=True)
+def _summarize(lengths: np.ndarray, seq_length: int) -> tuple[int, int, int, int]:
+    """First cell without tokens (or -1), cells longer than S, tokens cut from them, tokens before cutting."""
+    first_empty, truncated, dropped, total = -1, 0, 0, 0
+    for cell in range(len(lengths)):
+        length = int(lengths[cell])
+        if length < 1 and first_empty < 0:
+            first_empty = cell
+        excess = max(0, length - seq_length)
+        truncated += excess > 0
+        dropped += excess
+        total += length
+    return first_empty, truncated, dropped, total
+
+
+@njit(nogil=True, cache=True)
+def _shuffle(items: np.ndarray, key: np.uint64) -> None:
+    """Fisher-Yates, in place; unbiased (Lemire's multiply and shift, with rejection)."""
+    state = key
+    for last in range(len(items) - 1, 0, -1):
+        size = np.uint64(last + 1)
+        state += GOLDEN
+        product = (mix64(state) >> _HALF) * size
+        if product & _LOW_HALF < size:
+            rejected_below = (np.uint64(2**32) - size) % size
+            while product & _LOW_HALF < rejected_below:
+                state += GOLDEN
+                product = (mix64(state) >> _HALF) * size
+        chosen = np.int64(product >> _HALF)
+        items[last], items[chosen] = items[chosen], items[last]
+
+
+@njit(nogil=True, cache=True)
+def _shuffle_by_blocks(order: np.ndarray, block_cells: int, window_blocks: int, key: np.uint64) -> None:
+    """Fill ``order`` with the cells: blocks permuted, then cells shuffled within windows of blocks."""
+    num_cells = len(order)
+    blocks = np.arange((num_cells + block_cells - 1) // block_cells).astype(np.uint32)
+    _shuffle(blocks, derive(key, np.uint64(0)))
+    filled = 0
+    for window_start in range(0, len(blocks), window_blocks):
+        start = filled
+        for block in blocks[window_start : window_start + window_blocks]:
+            first = int(block) * block_cells
+            for cell in range(first, min(first + block_cells, num_cells)):
+                order[filled] = cell
+                filled += 1
+        _shuffle(order[start:filled], derive(key, np.uint64(window_start + 1)))
+
+
+def permutation(num_cells: int, seed: int, epoch: int, shuffle_block_cells: int | None = None) -> np.ndarray:
+    """Order of the cells in one epoch.
+
+    Parameters
+    ----------
+    num_cells
+        Cells of the corpus.
+    seed, epoch
+        Decide the order, together with ``shuffle_block_cells``.
+    shuffle_block_cells
+        None: any order of the cells is equally likely. A number, for a corpus larger than the host's memory:
+        consecutive cells form blocks of this size, the blocks are permuted, and cells are shuffled within
+        windows of 16 permuted blocks, so that reads stay within 16 stretches of the corpus at a time.
+
+        The cost: a batch mixes cells from at most 16 places (32 where it straddles windows). If neighbours in
+        the corpus resemble each other (cells of one donor), the share of the gradient's variance that they
+        have in common falls no further than to 1/16 in a batch, however many cells it has, and stays the same
+        for a whole window of batches. With unrelated neighbours there is no cost: shuffle such a corpus once,
+        when it is made. Otherwise prefer small blocks: the variance stays, but windows pass sooner, so that
+        averages over some tens of steps (which Adam keeps) see many of them.
+
+    Returns
+    -------
+    numpy.ndarray
+        uint32 [num_cells], each cell once.
+    """
+    if num_cells >= 2**32:
+        raise ValueError(f"the corpus has {num_cells} cells; at most 2**32 - 1 can be shuffled")
+    key = epoch_key(ORDER_STREAM, seed, epoch)
+    if shuffle_block_cells is None:
+        order = np.arange(num_cells, dtype=np.uint32)
+        _shuffle(order, key)
+        return order
+    if shuffle_block_cells < 1:
+        raise ValueError(f"shuffle_block_cells is {shuffle_block_cells}; it must be at least 1, or null")
+    order = np.empty(num_cells, np.uint32)
+    _shuffle_by_blocks(order, shuffle_block_cells, SHUFFLE_WINDOW_BLOCKS, key)
+    return order
+
+
+@njit(nogil=True, cache=True)
+def _pack_in_place(
+    order: np.ndarray,
+    lengths: np.ndarray,
+    token_budget: int,
+    seq_length: int,
+    max_cells: int,
+    lookahead: int,
+    pack_start: np.ndarray,
+) -> int:
+    """Reorder ``order`` pack by pack, fill ``pack_start``, return the number of packs.
+
+    Cells are written behind the place where the window reads, so the part not yet read stays intact.
+    """
+    num_cells = len(order)
+    empty = np.int64(2**62)
+    # ``since[slot]`` tells how early the slot's cell came; the earliest opens the next pack and wins ties.
+    cell_of = np.empty(lookahead, np.uint32)
+    length_of = np.full(lookahead, empty)
+    since = np.full(lookahead, empty)
+    read = written = num_packs = 0
+    for slot in range(min(lookahead, num_cells)):
+        cell_of[slot] = order[read]
+        length_of[slot] = min(int(lengths[order[read]]), seq_length)
+        since[slot] = read
+        read += 1
+
+    while written < num_cells:
+        pack_start[num_packs] = written
+        room = token_budget
+        slot = 0
+        for other in range(1, lookahead):
+            if since[other] < since[slot]:
+                slot = other
+        while slot >= 0:
+            room -= length_of[slot]
+            order[written] = cell_of[slot]
+            written += 1
+            if read < num_cells:
+                cell_of[slot] = order[read]
+                length_of[slot] = min(int(lengths[order[read]]), seq_length)
+                since[slot] = read
+                read += 1
+            else:
+                length_of[slot] = empty
+                since[slot] = empty
+            slot = -1
+            if written - pack_start[num_packs] < max_cells:
+                longest = 0
+                for other in range(lookahead):
+                    length = length_of[other]
+                    if length <= room and (
+                        length > longest or (length == longest and since[other] < since[slot])
+                    ):
+                        longest = length
+                        slot = other
+        num_packs += 1
+    pack_start[num_packs] = num_cells
+    return num_packs
+
+
+def pack_cells(order: np.ndarray, lengths: np.ndarray, shape: PackShape, packing: bool = True) -> "EpochPlan":
+    """Put neighbours in ``order`` together into packs.
+
+    With packing, cells are taken first in, first out with a best-fit look-ahead: of the next 32 cells not yet
+    placed, the oldest opens a pack; then the longest one that still fits is added (the oldest among equals)
+    until none fits or the pack holds ``max_cells``. Without, a pack is the next ``max_cells`` cells.
+
+    Parameters
+    ----------
+    order
+        uint32 [cells]; overwritten, it becomes the plan's ``cells``.
+    lengths
+        int32 [cells], by cell number, before truncation.
+    shape
+        Budget and limits.
+    packing
+        False for the padded reference path.
+    """
+    if not packing:
+        starts = np.arange(0, len(order) + shape.max_cells, shape.max_cells)
+        return EpochPlan(order, np.minimum(starts, len(order)))
+    # One entry per cell is the most it can take; what is not written to is never backed by memory.
+    pack_start = np.empty(len(order) + 1, np.int64)
+    num_packs = _pack_in_place(
+        order, lengths, shape.token_budget, shape.seq_length, shape.max_cells, LOOKAHEAD, pack_start
+    )
+    return EpochPlan(order, pack_start[: num_packs + 1].copy())
+
+
+@dataclass(frozen=True)
+class EpochPlan:
+    """The packs of one epoch.
+
+    Attributes
+    ----------
+    cells
+        uint32 [cells], cell numbers pack by pack.
+    pack_start
+        int64 [packs + 1]; pack i holds ``cells[pack_start[i]:pack_start[i + 1]]``.
+    """
+
+    cells: np.ndarray
+    pack_start: np.ndarray
+
+    @property
+    def num_packs(self) -> int:
+        """Packs of the epoch."""
+        return len(self.pack_start) - 1
+
+    def pack(self, index: int) -> np.ndarray:
+        """int64 cell numbers of the epoch's pack ``index``."""
+        return self.cells[self.pack_start[index] : self.pack_start[index + 1]].astype(np.int64)
+
+
+class PackStream:
+    """The endless, globally ordered stream of packs. Safe to use from several threads.
+
+    Parameters
+    ----------
+    lengths
+        int32 [cells], tokens of each cell before truncation.
+    fingerprint
+        Identifies the corpus; part of the name of kept plans.
+    seed
+        The run's seed.
+    shape
+        Shape of the packs.
+    packing
+        False: packs of ``shape.max_cells`` cells for the padded reference path.
+    plan_dir
+        Folder where the plans of large corpora are kept for all ranks of the node (or of all nodes, on a
+        shared file system) to map; None keeps a copy in each process.
+    shuffle_block_cells
+        See ``permutation``.
+    epoch, epoch_first_pack
+        Where the stream is taken up again: ``epoch`` starts at pack ``epoch_first_pack``, as ``state_at``
+        reported. Earlier epochs are never planned again.
+
+    Attributes
+    ----------
+    num_truncated, dropped_tokens
+        Cells longer than ``seq_length``, and the tokens they lose, per epoch.
+
+    Raises
+    ------
+    ValueError
+        If the corpus is empty or has a cell without tokens.
+    """
+
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        fingerprint: str,
+        seed: int,
+        shape: PackShape,
+        packing: bool = True,
+        plan_dir: Path | str | None = None,
+        shuffle_block_cells: int | None = None,
+        epoch: int = 0,
+        epoch_first_pack: int = 0,
+    ) -> None:
+        if len(lengths) == 0:
+            raise ValueError("the corpus has no cells; data.path must lead to at least one")
+        first_empty, self.num_truncated, self.dropped_tokens, _ = _summarize(lengths, shape.seq_length)
+        if first_empty >= 0:
+            raise ValueError(
+                f"cell {first_empty} of the corpus has length {lengths[first_empty]}; "
+                "remove cells without tokens"
+            )
+        self.shape = shape
+        self._lengths = lengths
+        self._seed = seed
+        self._packing = packing
+        self._shuffle_block_cells = shuffle_block_cells
+        self._first_epoch = epoch
+        # First pack of each epoch from this one on; the last entry belongs to an epoch not yet planned.
+        self._epoch_starts = [epoch_first_pack]
+        self._plans: dict[int, EpochPlan] = {}
+        self._lock = threading.Lock()
+        self._folder: Path | None = None
+        if plan_dir is not None and len(lengths) >= MIN_CELLS_ON_DISK:
+            identity = [
+                PLANNER_VERSION, LOOKAHEAD, SHUFFLE_WINDOW_BLOCKS, fingerprint, len(lengths), seed,
+                asdict(shape), packing, shuffle_block_cells,
+            ]  # fmt: skip
+            key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
+            self._folder = Path(plan_dir) / key
+
+    def locate(self, pack: int) -> tuple[int, np.ndarray]:
+        """Find a pack, planning further epochs as needed.
+
+        Parameters
+        ----------
+        pack
+            Global number; not before the ``epoch_first_pack`` that the stream was made with.
+
+        Returns
+        -------
+        epoch : int
+        cells : numpy.ndarray
+            int64 cell numbers.
+        """
+        with self._lock:
+            epoch = self._epoch_of(pack)
+            return epoch, self._plan(epoch).pack(pack - self._epoch_starts[epoch - self._first_epoch])
+
+    def state_at(self, pack: int) -> dict[str, int]:
+        """Arguments that start a new stream in the epoch of ``pack``, at the same cost wherever that is."""
+        with self._lock:
+            epoch = self._epoch_of(pack)
+            return {"epoch": epoch, "epoch_first_pack": self._epoch_starts[epoch - self._first_epoch]}
+
+    def plan(self, epoch: int) -> EpochPlan:
+        """Plan of any one epoch, whatever its place in the stream."""
+        with self._lock:
+            return self._plan(epoch)
+
+    def _epoch_of(self, pack: int) -> int:
+        if pack < self._epoch_starts[0]:
+            raise ValueError(
+                f"pack {pack} lies before pack {self._epoch_starts[0]}, where this stream begins "
+                f"(epoch {self._first_epoch}); make a stream with the state reported for the earlier pack"
+            )
+        while pack >= self._epoch_starts[-1]:
+            epoch = self._first_epoch + len(self._epoch_starts) - 1
+            self._epoch_starts.append(self._epoch_starts[-1] + self._plan(epoch).num_packs)
+        return self._first_epoch + int(np.searchsorted(self._epoch_starts, pack, side="right")) - 1
+
+    def _plan(self, epoch: int) -> EpochPlan:
+        plan = self._plans.pop(epoch, None)
+        if plan is None:
+            plan = self._make(epoch) if self._folder is None else self._load_or_make(self._folder, epoch)
+        self._plans[epoch] = plan  # last in the dict: used last
+        while len(self._plans) > 2 and len(self._plans) * len(self._lengths) > MAX_CELLS_IN_MEMORY:
+            del self._plans[next(iter(self._plans))]
+        return plan
+
+    def _make(self, epoch: int) -> EpochPlan:
+        order = permutation(len(self._lengths), self._seed, epoch, self._shuffle_block_cells)
+        return pack_cells(order, self._lengths, self.shape, self._packing)
+
+    def _load_or_make(self, folder: Path, epoch: int) -> EpochPlan:
+        cells_path, starts_path = _plan_files(folder, epoch)
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / "lock"):
+            if not (cells_path.exists() and starts_path.exists()):
+                plan = self._make(epoch)
+                _save(cells_path, plan.cells)
+                _save(starts_path, plan.pack_start)
+                for name in folder.glob("*.cells.npy"):
+                    old = int(name.name.split(".")[0])
+                    if old < epoch - 2:
+                        for path in _plan_files(folder, old):
+                            path.unlink(missing_ok=True)
+            problem = f"{cells_path} and {starts_path} do not hold a plan of this corpus; delete both"
+            try:
+                plan = EpochPlan(np.load(cells_path, mmap_mode="r"), np.load(starts_path, mmap_mode="r"))
+            except (ValueError, EOFError) as error:
+                raise RuntimeError(problem) from error
+        if len(plan.cells) != len(self._lengths) or plan.pack_start[-1] != len(self._lengths):
+            raise RuntimeError(problem)
+        return plan
+
+
+def _plan_files(folder: Path, epoch: int) -> tuple[Path, Path]:
+    return folder / f"{epoch}.cells.npy", folder / f"{epoch}.starts.npy"
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "wb") as file:
+        np.save(file, array)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

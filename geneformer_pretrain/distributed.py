@@ -1,0 +1,67 @@
+"""Process group, ranks and devices. One process without torchrun is a world of one."""
+
+import datetime
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among all processes."""
+
+    rank: int
+    local_rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process speaks for all: prints, logs and writes shared files."""
+        return self.rank == 0
+
+
+@contextmanager
+def distributed_world(timeout_minutes: float = 10.0) -> Iterator[World]:
+    """Join the process group that torchrun describes, or make one of a single process.
+
+    Each process drives the GPU of its local rank, or the CPU where there is no GPU. Tensors on a GPU are
+    reduced by NCCL, tensors in host memory by gloo.
+
+    Raises
+    ------
+    RuntimeError
+        More processes on this node than GPUs.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise RuntimeError(
+                f"Local rank {local_rank} has no GPU: this node has {torch.cuda.device_count()}. "
+                "Give torchrun an --nproc_per_node of at most that number."
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    else:
+        device = torch.device("cpu")
+        backend = "gloo"
+    store = None if "RANK" in os.environ else dist.HashStore()
+    dist.init_process_group(
+        backend,
+        rank=rank if store else -1,
+        world_size=size if store else -1,
+        store=store,
+        timeout=datetime.timedelta(minutes=timeout_minutes),
+        device_id=device if device.type == "cuda" else None,
+    )
+    try:
+        yield World(rank, local_rank, size, device)
+    finally:
+        dist.destroy_process_group()

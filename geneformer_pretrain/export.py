@@ -1,0 +1,47 @@
+"""Final export: a plain Hugging Face BERT in FP32, one safetensors file, none of this project's keys."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .config import ModelConfig
+from .optimizer import full_tensor
+from .parallel import Engine, architecture
+
+
+def export_model(engine: Engine, config: ModelConfig, folder: Path, is_main: bool) -> None:
+    """Write `config.json` and `model.safetensors`; collective, every rank must call it.
+
+    Weights are gathered one tensor at a time, so that no GPU ever holds the whole model. The folder appears
+    under its name only when it is complete; an earlier export is replaced.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in engine.model.named_parameters():
+        whole = full_tensor(parameter.detach())
+        if is_main:
+            tensors[name] = whole.to("cpu", torch.float32, copy=True).contiguous()
+    if not is_main:
+        return
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+    stock = {"architectures": ["BertForMaskedLM"], "model_type": "bert", "torch_dtype": "float32"}
+    content = json.dumps({**stock, **architecture(config)}, indent=2) + "\n"
+    (temporary / "config.json").write_text(content)
+    for path in temporary.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    if folder.exists():
+        previous = folder.with_name(folder.name + ".old")
+        shutil.rmtree(previous, ignore_errors=True)
+        folder.rename(previous)
+        temporary.rename(folder)
+        shutil.rmtree(previous)
+    else:
+        temporary.rename(folder)

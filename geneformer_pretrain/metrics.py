@@ -1,0 +1,112 @@
+"""What a run reports: metrics.jsonl, the progress bar, Weights & Biases."""
+
+import json
+import math
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from tqdm import tqdm
+
+from .config import Config
+
+
+class MetricsLog:
+    """Writes one record per logged step; on ranks other than the main one it does nothing.
+
+    Parameters
+    ----------
+    folder
+        Checkpoint folder; metrics.jsonl is appended to.
+    first_step
+        Completed steps at the start. Later records, of a run that was cut off, are dropped.
+    """
+
+    def __init__(self, folder: Path, first_step: int, config: Config, is_main: bool) -> None:
+        self.enabled = is_main
+        self.wandb_run: Any = None
+        if not is_main:
+            return
+        cut_back(folder / "metrics.jsonl", first_step)
+        self.file = (folder / "metrics.jsonl").open("a")
+        self.bar = tqdm(
+            total=config.training.num_train_steps,
+            initial=first_step,
+            desc="train",
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=0.2 if os.isatty(2) else 10.0,
+        )
+        if config.training.wandb_init_args is not None:
+            self.wandb_run = start_wandb(config, folder)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Record one step; numbers that are not finite become null, since JSON has no NaN."""
+        if not self.enabled:
+            return
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        self.file.write(json.dumps(finite) + "\n")
+        self.file.flush()
+        if self.wandb_run is not None:
+            self.wandb_run.log({k: v for k, v in finite.items() if k != "step"}, step=record["step"])
+
+    def advance(self, step: int, loss: float, learning_rate: float, tokens_per_second: float) -> None:
+        """Move the progress bar to `step`."""
+        if self.enabled:
+            self.bar.set_postfix_str(
+                f"loss {loss:.4f}, lr {learning_rate:.2e}, {tokens_per_second:,.0f} tokens/s", refresh=False
+            )
+            self.bar.update(step - self.bar.n)
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        if self.enabled:
+            self.bar.close()
+            self.file.close()
+            if self.wandb_run is not None:
+                self.wandb_run.finish()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exception_type: type[BaseException] | None,
+        exception: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def cut_back(path: Path, step: int) -> None:
+    """Drop the records after `step` from a JSON-lines file, and a last line torn by a crash."""
+    if not path.exists():
+        return
+    kept = []
+    lines = path.read_text().splitlines(keepends=True)
+    for number, line in enumerate(lines, 1):
+        if not line.endswith("\n") and number == len(lines):
+            break
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: not JSON ({error}); mend or move the file away.") from error
+        if record["step"] <= step:
+            kept.append(line)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(kept))
+    temporary.replace(path)
+
+
+def start_wandb(config: Config, folder: Path) -> Any:
+    """Start a Weights & Biases run: offline unless a key is set or the configuration says otherwise."""
+    import wandb  # imported only when tracking is on: it is slow to load
+
+    arguments = dict(config.training.wandb_init_args or {})
+    arguments.setdefault("mode", "online" if os.environ.get("WANDB_API_KEY") else "offline")
+    arguments.setdefault("dir", str(folder))
+    from dataclasses import asdict
+
+    arguments.setdefault("config", asdict(config))
+    return wandb.init(**arguments)

@@ -1,0 +1,76 @@
+"""AdamW with its parameter groups, the learning-rate schedule, and the scaled, clipped, guarded update."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .config import LrSchedule, TrainingConfig
+
+
+def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
+    """Fused AdamW that decays matrices and embeddings but neither biases nor LayerNorm.
+
+    Its state is materialised at once, so that saving and loading never depend on a step having been made.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(
+        groups, lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_eps, fused=True
+    )
+    for parameter in parameters:
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+    return optimizer
+
+
+def learning_rate(step: int, config: TrainingConfig) -> float:
+    """Learning rate of optimizer step `step`, counted from 0."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, config.num_train_steps - config.warmup_steps)
+    factor = {
+        LrSchedule.constant: 1.0,
+        LrSchedule.linear: 1.0 - progress,
+        LrSchedule.cosine: 0.5 * (1.0 + math.cos(math.pi * progress)),
+    }[config.lr_schedule]
+    return config.learning_rate * factor
+
+
+def full_tensor(x: Tensor) -> Tensor:
+    """The whole of a tensor that may be sharded."""
+    return x.full_tensor() if isinstance(x, torch.distributed.tensor.DTensor) else x
+
+
+@torch.no_grad()
+def update(optimizer: torch.optim.AdamW, scale: Tensor, max_norm: float) -> Tensor:
+    """Scale gradients, clip them and step, without the host ever waiting for the device.
+
+    Gradients are sums; `scale` turns them into the mean over the step's masked tokens. It enters the fused
+    kernel together with the clipping factor, as AMP's loss scale would. If any gradient is not finite the
+    kernel changes neither weights nor optimizer state.
+
+    Parameters
+    ----------
+    scale
+        FP32 scalar on the device.
+    max_norm
+        Largest global L2 norm of the scaled gradients; 0 does not clip.
+
+    Returns
+    -------
+    The norm before clipping, FP32 scalar on the device; not finite if the update was skipped.
+    """
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+    norm = full_tensor(torch.nn.utils.get_total_norm(gradients)).float() * scale
+    clip = (max_norm / (norm + 1e-6)).clamp(max=1.0) if max_norm > 0 else torch.ones_like(norm)
+    optimizer.grad_scale = (1.0 / (clip * scale)).float()
+    optimizer.found_inf = (~torch.isfinite(norm)).float()
+    optimizer.step()
+    return norm

@@ -1,0 +1,134 @@
+"""The one place where the engines differ: how a model is built, sharded and called on many ranks."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from modeling_bert_te import BertConfig, BertForMaskedLM
+
+from .config import Config, ConfigError, ModelConfig
+from .distributed import World
+from .initialization import initialize_weights
+
+ARCHITECTURE_KEYS = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "hidden_act",
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "max_position_embeddings",
+    "type_vocab_size",
+    "initializer_range",
+    "layer_norm_eps",
+    "pad_token_id",
+)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A model made ready for training on all ranks.
+
+    Attributes
+    ----------
+    name
+        "ddp", "fsdp2" or "nvfsdp".
+    model
+        Owns the parameters under their canonical names.
+    module
+        What to call; `model` itself, or its wrapper.
+    gradient_divisor
+        The engine divides gradients by this when it sums them over the ranks.
+    micro_batch
+        Context for one micro-batch's forward and backward; the argument says whether it is the last of its
+        step, the one after which gradients are reduced.
+    checkpoint_format
+        "full" for one file, "sharded" for a distributed checkpoint.
+    """
+
+    name: str
+    model: BertForMaskedLM
+    module: nn.Module
+    gradient_divisor: float
+    micro_batch: Callable[[bool], AbstractContextManager[None]]
+    checkpoint_format: str
+
+
+def architecture(config: ModelConfig) -> dict[str, int | float | str]:
+    """The keys of the model group that stock BERT knows."""
+    return {key: getattr(config, key) for key in ARCHITECTURE_KEYS}
+
+
+def build_engine(config: Config, world: World, compute_dtype: torch.dtype, compile_blocks: bool) -> Engine:
+    """Build, initialise, compile and distribute the model.
+
+    It is laid out without memory first; sharding engines then fill, initialise and shard one layer after the
+    other, so that no rank ever holds the whole.
+
+    Raises
+    ------
+    ConfigError
+        An engine that this machine or installation cannot run.
+    """
+    if config.training.use_nvfsdp:
+        raise ConfigError("training.use_nvfsdp=True: this engine is not available yet; use training.use_fsdp2=True.")
+    with torch.device("meta"):
+        model = BertForMaskedLM(BertConfig(**architecture(config.model)), use_te_layers=config.model.use_te_layers)
+    model.bert.embeddings.compute_dtype = compute_dtype
+    model.train()
+    if compile_blocks:
+        model.compile_blocks()
+
+    def materialize(module: nn.Module, prefix: str) -> None:
+        module.to_empty(device=world.device)
+        initialize_weights(
+            module, prefix, config.training.seed, config.model.initializer_range, config.model.pad_token_id
+        )
+
+    shard = _fsdp2 if config.training.use_fsdp2 else _ddp
+    return shard(model, world, compute_dtype, materialize)
+
+
+def _ddp(
+    model: BertForMaskedLM, world: World, compute_dtype: torch.dtype, materialize: Callable[[nn.Module, str], None]
+) -> Engine:
+    materialize(model, "")
+    if world.size == 1:
+        return Engine("ddp", model, model, 1.0, lambda last: nullcontext(), "full")
+    module = DistributedDataParallel(
+        model,
+        device_ids=[world.device] if world.device.type == "cuda" else None,
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+    )
+    return Engine(
+        "ddp", model, module, float(world.size), lambda last: nullcontext() if last else module.no_sync(), "full"
+    )
+
+
+def _fsdp2(
+    model: BertForMaskedLM, world: World, compute_dtype: torch.dtype, materialize: Callable[[nn.Module, str], None]
+) -> Engine:
+    mesh = torch.distributed.init_device_mesh(world.device.type, (world.size,))
+    policy = MixedPrecisionPolicy(
+        param_dtype=compute_dtype, reduce_dtype=torch.float32, output_dtype=None, cast_forward_inputs=False
+    )
+    for i, layer in enumerate(model.bert.encoder.layer):
+        materialize(layer, f"bert.encoder.layer.{i}")
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    materialize(model.bert.embeddings, "bert.embeddings")
+    materialize(model.cls, "cls")
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+
+    def micro_batch(last: bool) -> AbstractContextManager[None]:
+        model.set_requires_gradient_sync(last)
+        return nullcontext()
+
+    return Engine("fsdp2", model, model, float(world.size), micro_batch, "sharded")

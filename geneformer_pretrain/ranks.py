@@ -1,0 +1,93 @@
+"""Agreement between the ranks of a run: all succeed, or all fail with the same reasons."""
+
+import logging
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TypeVar
+
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class Ranks:
+    """All ranks of the run, speaking through a CPU process group of their own; or one process alone.
+
+    Only one thread may use it at a time.
+
+    Parameters
+    ----------
+    timeout
+        How long a rank waits for the others.
+    """
+
+    def __init__(self, timeout: timedelta) -> None:
+        self.group: dist.ProcessGroup | None = None
+        self.rank, self.size = 0, 1
+        if dist.is_available() and dist.is_initialized():
+            self.group = dist.new_group(backend="gloo", timeout=timeout)
+            self.rank, self.size = dist.get_rank(), dist.get_world_size()
+
+    def gather(self, value: T) -> list[T]:
+        """Return the values of all ranks, in the order of ranks."""
+        values = [value] * self.size
+        if self.group is not None:
+            dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def together(self, action: Callable[[], T], error: type[Exception]) -> list[T]:
+        """Run `action` on every rank and return all results; if it fails anywhere, fail everywhere.
+
+        Raises
+        ------
+        Exception
+            Of type `error`, on every rank, naming each rank that failed and its reason.
+        """
+        results: list[T] = []
+        failures: dict[int, str] = {}
+        try:
+            results = [action()]
+        # Whatever went wrong must reach the other ranks, which would otherwise wait for this one in vain.
+        except CheckpointException as exc:
+            failures = {rank: _reason(cause) for rank, (cause, _) in exc.failures.items()}
+        except Exception as exc:
+            failures = {self.rank: _reason(exc)}
+            log.debug("rank %d failed", self.rank, exc_info=True)
+        outcomes = self.gather((results, failures))
+        merged = {rank: reason for _, failed in outcomes for rank, reason in failed.items()}
+        if merged:
+            raise error("; ".join(f"rank {rank}: {reason}" for rank, reason in sorted(merged.items())))
+        return [result for results, _ in outcomes for result in results]
+
+    def on_first(self, action: Callable[[], None], error: type[Exception]) -> None:
+        """Run `action` on rank 0 while the others wait; if it fails, all fail."""
+        self.together(action if self.rank == 0 else lambda: None, error)
+
+    def agree(self, what: str, look: Callable[[], object], error: type[Exception]) -> None:
+        """Check that `look` returns the same on all ranks.
+
+        Raises
+        ------
+        Exception
+            Of type `error`, on every rank, naming the ranks that differ from rank 0, and the values.
+        """
+        values = self.together(look, error)
+        differing = [rank for rank, value in enumerate(values) if value != values[0]]
+        if differing:
+            listed = "; ".join(f"rank {rank}: {values[rank]}" for rank in [0, *differing])
+            raise error(f"ranks {differing} differ from rank 0 in {what}: {listed}")
+
+
+def _reason(error: BaseException) -> str:
+    """One line for an error and what led to it: torch hides "no space left" behind a stream's complaint."""
+    chain: list[str] = []
+    current: BaseException | None = error
+    while current is not None:
+        text = f"{type(current).__name__}: {current}".splitlines()[0]
+        if text not in chain:
+            chain.append(text)
+        current = current.__cause__ or current.__context__
+    return " <- ".join(chain)

@@ -1,0 +1,97 @@
+"""What identifies a run: its configuration, the versions it ran with, the cells that it saw."""
+
+import json
+import platform
+import subprocess
+from dataclasses import asdict
+from enum import Enum
+from importlib import metadata
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import yaml
+
+from .config import Config
+from .data.loader import BatchInfo
+from .metrics import cut_back
+
+RECORDED_PACKAGES = (
+    "torch",
+    "transformers",
+    "datasets",
+    "pyarrow",
+    "numpy",
+    "numba",
+    "hydra-core",
+    "transformer-engine",
+    "megatron-fsdp",
+)
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of Python and of the installed packages that matter to a run."""
+    versions = {"python": platform.python_version()}
+    for name in RECORDED_PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions
+
+
+def git_revision() -> str:
+    """Revision of the code, with "-dirty" where files were changed; "unknown" outside of a git checkout."""
+    here = Path(__file__).resolve().parent
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def config_as_yaml(config: Config) -> str:
+    """The composed configuration as YAML."""
+    plain = json.loads(json.dumps(asdict(config), default=lambda x: x.value if isinstance(x, Enum) else x))
+    return yaml.safe_dump(plain, sort_keys=False)
+
+
+def write_run_record(config: Config, folder: Path) -> None:
+    """Write config.yaml: the composed configuration, package versions and git revision."""
+    record = yaml.safe_dump({"versions": package_versions(), "git_revision": git_revision()}, sort_keys=False)
+    (folder / "config.yaml").write_text(config_as_yaml(config) + record)
+
+
+class CellLog:
+    """Appends the cell numbers of each micro-batch to cells/rank_R.jsonl.
+
+    Parameters
+    ----------
+    folder
+        Checkpoint folder.
+    first_step
+        Records of later steps, of a run that was cut off, are dropped from this rank's file.
+    """
+
+    def __init__(self, folder: Path, rank: int, first_step: int) -> None:
+        (folder / "cells").mkdir(exist_ok=True)
+        path = folder / "cells" / f"rank_{rank}.jsonl"
+        cut_back(path, first_step)
+        self.file = path.open("a")
+
+    def write(self, step: int, batch: BatchInfo) -> None:
+        """Record one micro-batch of the optimizer step that completes `step` steps."""
+        record: dict[str, Any] = {"step": step, "pack": batch.pack, "epoch": batch.epoch}
+        self.file.write(json.dumps({**record, "cells": batch.cells.tolist()}) + "\n")
+        self.file.flush()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exception_type: type[BaseException] | None,
+        exception: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.file.close()

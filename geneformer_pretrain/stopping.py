@@ -1,0 +1,48 @@
+"""Leaving on a signal, and telling a job script why the run ended."""
+
+import json
+import signal
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+EXIT_CODE_SIGNAL = 75
+"""Exit code of a process that saved and left because of a signal (EX_TEMPFAIL: run it again)."""
+
+HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class StopSignals:
+    """While active, remembers a SIGTERM, SIGINT or SIGUSR1 instead of dying of it.
+
+    The training loop asks `received` once a step, and the ranks agree on a common last step. A second SIGINT
+    interrupts at once.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number)
+
+    def __enter__(self) -> Self:
+        self._previous = {number: signal.signal(number, self._handle) for number in HANDLED}
+        return self
+
+    def __exit__(
+        self,
+        exception_type: type[BaseException] | None,
+        exception: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+def write_exit(folder: Path, reason: str, exit_code: int, **details: Any) -> None:
+    """Write exit.json: torchrun reports 1 whatever its workers return, so scripts read this instead."""
+    temporary = folder / "exit.json.tmp"
+    temporary.write_text(json.dumps({"reason": reason, "exit_code": exit_code, **details}) + "\n")
+    temporary.replace(folder / "exit.json")

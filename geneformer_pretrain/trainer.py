@@ -1,0 +1,394 @@
+"""The training run: build, resume, train, validate, save, export."""
+
+import hashlib
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .checkpoint import CheckpointSaveError, CheckpointStore, move_aside, read_manifest
+from .config import Config
+from .data.loader import Batch, PackedBatch, build_batches
+from .data.source import open_training_data, open_validation_data
+from .distributed import World
+from .export import export_model
+from .metrics import MetricsLog
+from .optimizer import build_optimizer, learning_rate, update
+from .parallel import build_engine
+from .precision import compute_dtype
+from .run_record import CellLog, config_as_yaml, write_run_record
+from .state import Progress, accumulation_steps, named_tensors, spread_optimizer_step
+from .stopping import StopSignals
+
+MAX_FAILED_SAVES = 3
+"""Saves that may fail in a row before training stops with an error."""
+
+TOTALS = ("loss_sum", "masked_tokens", "tokens", "cells", "stop")
+"""What is summed over micro-batches and ranks in each step."""
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on."""
+
+
+@dataclass
+class PendingStep:
+    """A step whose totals are still on their way to the host.
+
+    Attributes
+    ----------
+    step
+        Completed steps, this one included.
+    totals
+        TOTALS and the gradient norm, float64 in host memory, valid once `ready` has happened.
+    launched
+        Host time at the end of the step; on a CPU the step is over by then.
+    packs
+        (pack, cells) of this rank's micro-batches.
+    """
+
+    step: int
+    learning_rate: float
+    totals: Tensor
+    ready: torch.cuda.Event | None
+    launched: float
+    packs: list[tuple[int, list[int]]]
+    epoch: int
+    loader_wait: float
+    validation_loss: float | None = None
+
+
+class Trainer:
+    """A run, from its configuration to its export.
+
+    Parameters
+    ----------
+    config
+        Checked configuration.
+    world
+        This process among all.
+    """
+
+    def __init__(self, config: Config, world: World) -> None:
+        self.config, self.world = config, world
+        training = config.training
+        self.folder = Path(training.checkpoint_dir)
+        if training.deterministic:
+            torch.use_deterministic_algorithms(True)
+
+        on_gpu = world.device.type == "cuda"
+        self.data = open_training_data(config, world.is_main, pin_memory=on_gpu)
+        self.validation_data = open_validation_data(self.data, world.is_main)
+        compiled = on_gpu and config.data.packing if training.compile is None else training.compile
+        dtype = compute_dtype(training.compute_dtype, world.device)
+        self.engine = build_engine(config, world, dtype, compiled)
+        self.optimizer = build_optimizer(self.engine.model, training)
+
+        if world.is_main and not training.resume_from_checkpoint:
+            move_aside(self.folder)
+        self.store = CheckpointStore(self.folder, keep_last_n=training.keep_last_n)
+        self.progress = Progress(packs_per_step=training.gradient_accumulation_steps * world.size)
+        self._resume()
+        self.accumulation = accumulation_steps(self.progress.packs_per_step, world.size)
+        self.stream = self.data.stream(self.progress.epoch, self.progress.epoch_first_pack)
+
+        self.pending: PendingStep | None = None
+        self.last_saved = self.progress.step
+        self.failed_saves = 0
+        self.skipped_in_a_row = 0
+        self.stop_agreed = False
+        self.clock = time.perf_counter()
+
+    def _resume(self) -> None:
+        """Load the newest good checkpoint, if there is any."""
+        path = self.store.find_latest()
+        if path is None:
+            return
+        state = read_manifest(path)["state"]
+        progress = Progress(**state["progress"])
+        if self.config.training.accept_changed_data and asdict(self.data.identity) != state["data"]:
+            self.say("The data changed: going on from the start of a new epoch.")
+            progress.epoch, progress.epoch_first_pack = progress.epoch + 1, progress.next_pack
+        else:
+            self.data.identity.require_same(state["data"], str(path))
+        tensors = named_tensors(self.engine.model, self.optimizer)
+        self.store.load(path, tensors)
+        spread_optimizer_step(self.optimizer, tensors["optimizer.step"])
+        wanted = self.progress.packs_per_step
+        self.progress = progress
+        self.say(f"Resumed from {path}: {progress.step} steps done.")
+        if progress.packs_per_step != wanted:
+            self.say(
+                f"This run keeps its {progress.packs_per_step} packs per step; the configuration now asks for "
+                f"{wanted}. Accumulation follows."
+            )
+
+    def say(self, text: str) -> None:
+        """Print on the main rank."""
+        if self.world.is_main:
+            print(text, flush=True)
+
+    def describe(self) -> str:
+        """What a person wants to know at the start."""
+        model, corpus, shape = self.engine.model, self.data.corpus, self.data.shape
+        count = sum(p.numel() for p in model.parameters())
+        layers = "Transformer Engine" if self.config.model.use_te_layers else "PyTorch"
+        lines = [
+            config_as_yaml(self.config),
+            f"model       {count:,} parameters, {layers} layers",
+            f"corpus      {corpus.num_cells:,} cells, {corpus.num_tokens:,} tokens",
+            f"micro-batch up to {shape.token_budget:,} tokens, {shape.max_cells} cells",
+            f"step        {self.progress.packs_per_step} packs: {self.world.size} processes x "
+            f"{self.accumulation} micro-batches",
+            f"engine      {self.engine.name} on {self.world.device.type}",
+            f"output      {self.folder}",
+        ]
+        if self.stream.num_truncated:
+            lines.append(
+                f"truncated   {self.stream.num_truncated:,} cells are longer than model.seq_length="
+                f"{shape.seq_length}; {self.stream.dropped_tokens:,} tokens at their ends are left out"
+            )
+        return "\n".join(lines)
+
+    def fit(self) -> bool:
+        """Train to the last step and export.
+
+        Returns
+        -------
+        Whether the run is complete; false if a signal stopped it after a checkpoint.
+        """
+        training, progress = self.config.training, self.progress
+        self.say(self.describe())
+        if self.world.is_main:
+            write_run_record(self.config, self.folder)
+        if progress.step >= training.num_train_steps:
+            self.say(f"This run is complete: {progress.step} of {training.num_train_steps} steps are done.")
+        else:
+            with ExitStack() as stack:
+                self._train(stack)
+        self.store.wait()
+        if progress.step < training.num_train_steps:
+            self.say(f"Stopped by a signal after step {progress.step}; start again to go on from there.")
+            return False
+        self.say("Exporting the model.")
+        export_model(self.engine, self.config.model, self.folder / "final_model", self.world.is_main)
+        self.say(self.summary())
+        return True
+
+    def summary(self) -> str:
+        """What a person wants to know at the end."""
+        progress = self.progress
+        skipped = f", {progress.skipped_steps} updates skipped" if progress.skipped_steps else ""
+        return "\n".join(
+            [
+                f"Done: {progress.step} steps, {progress.cells:,} cells, {progress.tokens:,} tokens{skipped}.",
+                f"model        {self.folder / 'final_model'}",
+                f"checkpoints  {self.folder / f'step_{progress.step}'}",
+                f"metrics      {self.folder / 'metrics.jsonl'}",
+            ]
+        )
+
+    def _train(self, stack: ExitStack) -> None:
+        """The loop over optimizer steps."""
+        training, progress, world = self.config.training, self.progress, self.world
+        self.signals = stack.enter_context(StopSignals())
+        loader = stack.enter_context(self.data.loader(self.stream, progress, world.rank, world.size))
+        self.metrics = stack.enter_context(MetricsLog(self.folder, progress.step, self.config, world.is_main))
+        self.cell_log = (
+            stack.enter_context(CellLog(self.folder, world.rank, progress.step)) if training.log_cell_ids else None
+        )
+        self.clock = time.perf_counter()
+        while progress.step < training.num_train_steps:
+            latest = self.train_step(loader)
+            self.finish_pending()
+            self.pending = latest
+            is_last = progress.step == training.num_train_steps
+            if self._due(training.validate_every_n_steps, is_last):
+                latest.validation_loss = self.validate()
+            if is_last or self.stop_agreed:
+                self.finish_pending()
+            if self.stop_agreed or self._due(training.save_every_n_steps, is_last):
+                self.save(final=is_last or self.stop_agreed)
+            if self.stop_agreed:
+                return
+
+    def _due(self, interval: int, is_last: bool) -> bool:
+        return is_last or (interval > 0 and self.progress.step % interval == 0)
+
+    def train_step(self, batches: Iterator[Batch]) -> PendingStep:
+        """One optimizer step: forward and backward of each micro-batch, global normalisation, update."""
+        progress, device = self.progress, self.world.device
+        waited, tokens, cells, epoch = 0.0, 0, 0, 0
+        packs: list[tuple[int, list[int]]] = []
+        loss_sum = torch.zeros((), device=device)
+        masked = torch.zeros((), dtype=torch.int64, device=device)
+        for micro in range(self.accumulation):
+            started = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - started
+            with self.engine.micro_batch(micro == self.accumulation - 1):
+                micro_loss, micro_masked = self.forward(batch)
+                micro_loss.backward()
+            loss_sum += micro_loss.detach()
+            masked += micro_masked
+            tokens, cells, epoch = tokens + batch.num_tokens, cells + batch.num_cells, batch.epoch
+            packs.append((batch.pack, batch.cells.tolist()))
+            if self.cell_log is not None:
+                self.cell_log.write(progress.step + 1, batch)
+
+        counts = torch.tensor([tokens, cells, self.signals.received is not None], dtype=torch.float64)
+        if device.type == "cuda":
+            counts = counts.pin_memory().to(device, non_blocking=True)
+        totals = torch.cat([torch.stack([loss_sum.double(), masked.double()]), counts])
+        dist.all_reduce(totals)
+        rate = learning_rate(progress.step, self.config.training)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        scale = (self.engine.gradient_divisor / totals[1].clamp(min=1.0)).float()
+        norm = update(self.optimizer, scale, self.config.training.max_grad_norm)
+        self.optimizer.zero_grad(set_to_none=True)
+
+        progress.step += 1
+        progress.next_pack += progress.packs_per_step
+        host, ready = to_host(torch.cat([totals, norm.double()[None]]))
+        return PendingStep(progress.step, rate, host, ready, time.perf_counter(), packs, epoch, waited)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Sum of cross-entropies and number of masked tokens of one micro-batch.
+
+        Dropout belongs to the pack, not to the rank: the generators are seeded with its number.
+        """
+        torch.manual_seed(dropout_seed(self.config.training.seed, batch.pack))
+        batch = batch.to(self.world.device, non_blocking=True)
+        if isinstance(batch, PackedBatch):
+            parts = batch.parts
+            output = self.engine.module(
+                input_ids=parts.input_ids,
+                position_ids=parts.position_ids,
+                cu_seqlens=parts.cu_seqlens,
+                max_seqlen=batch.max_seqlen,
+                masked_index=parts.masked_index,
+                labels=parts.labels,
+            )
+            return output.loss_sum, output.num_labels
+        output = self.engine.module(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels
+        )
+        masked = (batch.labels != -100).sum()
+        return output.loss * masked, masked
+
+    def finish_pending(self) -> None:
+        """Read the totals of the step before the one that is running now, and report them.
+
+        The device is never kept waiting: by now it works on the next step.
+        """
+        pending, self.pending = self.pending, None
+        if pending is None:
+            return
+        finished = pending.launched
+        if pending.ready is not None:
+            pending.ready.synchronize()
+            finished = time.perf_counter()
+        loss_sum, masked, tokens, cells, stop, norm = pending.totals.tolist()
+        seconds, self.clock = finished - self.clock, finished
+        loss = loss_sum / masked if masked else float("nan")
+        skipped = not norm < float("inf")
+        progress, training = self.progress, self.config.training
+        progress.tokens += int(tokens)
+        progress.cells += int(cells)
+        progress.skipped_steps += skipped
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        self.stop_agreed = self.stop_agreed or stop > 0
+        self.metrics.advance(pending.step, loss, pending.learning_rate, tokens / seconds)
+        is_last = pending.step == training.num_train_steps
+        if is_last or pending.step % training.log_every_n_steps == 0 or pending.validation_loss is not None:
+            record: dict[str, Any] = {
+                "step": pending.step,
+                "loss": loss,
+                "learning_rate": pending.learning_rate,
+                "grad_norm": norm,
+                "tokens_per_second": tokens / seconds,
+                "cells": int(cells),
+                "masked_tokens": int(masked),
+                "tokens": int(tokens),
+                "epoch": pending.epoch,
+                "seconds": seconds,
+                "loader_wait_seconds": pending.loader_wait,
+                "skipped_steps": progress.skipped_steps,
+            }
+            if self.world.device.type == "cuda":
+                record["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            if pending.validation_loss is not None:
+                record["validation_loss"] = pending.validation_loss
+            self.metrics.write(record)
+        if self.skipped_in_a_row >= training.max_skipped_steps:
+            raise TrainingError(
+                f"{self.skipped_in_a_row} updates in a row had gradients that are not finite (the last at step "
+                f"{pending.step}). This rank's packs and cells of that step: {pending.packs}"
+            )
+
+    @torch.no_grad()
+    def validate(self) -> float | None:
+        """Mean cross-entropy over the first packs of the held-out corpus, without dropout, masks fixed.
+
+        Ranks share the packs; one that has fewer runs its last pack again and leaves it out of the sum, since
+        sharding engines need all ranks in each forward.
+        """
+        if self.validation_data is None:
+            return None
+        stream, builder = self.validation_data.stream(), self.validation_data.builder()
+        packs = min(self.config.data.validation_packs, stream.plan(0).num_packs)
+        totals = torch.zeros(2, dtype=torch.float64, device=self.world.device)
+        self.engine.model.eval()
+        for first in range(0, packs, self.world.size):
+            mine = first + self.world.rank
+            for batch in build_batches(builder, stream, [min(mine, packs - 1)]):
+                loss_sum, masked = self.forward(batch)
+                if mine < packs:
+                    totals += torch.stack([loss_sum.double(), masked.double()])
+        self.engine.model.train()
+        dist.all_reduce(totals)
+        loss_sum, masked = totals.tolist()
+        return loss_sum / masked
+
+    def save(self, final: bool) -> None:
+        """Save a checkpoint; a failed save is survived, unless it is the last one or one too many."""
+        progress = self.progress
+        vars(progress).update(self.stream.state_at(progress.next_pack))
+        state = {"progress": asdict(progress), "data": asdict(self.data.identity)}
+        try:
+            self.store.save(
+                progress.step,
+                named_tensors(self.engine.model, self.optimizer),
+                state,
+                self.engine.checkpoint_format,
+                blocking=final or not self.config.training.async_save,
+            )
+            self.failed_saves = 0
+        except CheckpointSaveError as error:
+            self.failed_saves += 1
+            self.say(f"Saving failed ({self.failed_saves} of {MAX_FAILED_SAVES} in a row): {error}")
+            if final or self.failed_saves >= MAX_FAILED_SAVES:
+                raise
+
+
+def to_host(values: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """Start copying a small tensor to host memory; it is there once the event has happened."""
+    if values.device.type != "cuda":
+        return values, None
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    host.copy_(values, non_blocking=True)
+    ready = torch.cuda.Event()
+    ready.record()
+    return host, ready
+
+
+def dropout_seed(seed: int, pack: int) -> int:
+    """Seed of the dropout generators for one pack."""
+    return int.from_bytes(hashlib.sha256(f"dropout:{seed}:{pack}".encode()).digest()[:8], "little") >> 1

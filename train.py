@@ -1,0 +1,49 @@
+"""Pretrain Geneformer: `torchrun --nproc_per_node=N train.py [--config-name NAME] [KEY=VALUE ...]`.
+
+Configurations lie in hydra_config/; `--cfg all` shows the composed one, `--help` lists the choices.
+"""
+
+import logging
+import sys
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig
+
+from geneformer_pretrain.checkpoint import CheckpointError
+from geneformer_pretrain.config import Config, ConfigError, resolve
+from geneformer_pretrain.distributed import distributed_world
+from geneformer_pretrain.stopping import EXIT_CODE_SIGNAL, write_exit
+from geneformer_pretrain.trainer import Trainer, TrainingError
+
+
+def run(config: Config) -> int:
+    """Train; return the exit code."""
+    folder = Path(config.training.checkpoint_dir)
+    with distributed_world() as world:
+        try:
+            trainer = Trainer(config, world)
+            complete = trainer.fit()
+        except BaseException as error:
+            if folder.is_dir():
+                write_exit(folder, "error", 1, rank=world.rank, error=f"{type(error).__name__}: {error}")
+            raise
+        if world.is_main:
+            reason, code = ("completed", 0) if complete else ("signal", EXIT_CODE_SIGNAL)
+            write_exit(folder, reason, code, step=trainer.progress.step)
+    return 0 if complete else EXIT_CODE_SIGNAL
+
+
+@hydra.main(config_path="hydra_config", config_name="l0_sanity", version_base="1.3")
+def main(composed: DictConfig) -> None:
+    """Check the composed configuration and train; errors of the user's are one plain message."""
+    logging.basicConfig(format="%(levelname)s %(message)s", force=True)
+    try:
+        code = run(resolve(composed))
+    except (ConfigError, CheckpointError, TrainingError, FileNotFoundError) as error:
+        sys.exit(f"Error: {error}")
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
