@@ -13,6 +13,7 @@ gradients agree. What differs, and why:
 - Weights may be kept in FP32 and are cast where they are used, so the residual stream has one
   dtype (`compute_dtype`) on every engine. Statistics, softmax and cross-entropy are in FP32.
 - No decoder, cross-attention, cache, pooler or next-sentence head.
+- `use_te_layers` puts Transformer Engine's linear layers in place of PyTorch's, for FP8. All else is shared.
 
 Shapes: B batch, S padded length, T packed tokens, N cells, K masked positions, H hidden size,
 A attention heads, D head size, V vocabulary.
@@ -20,8 +21,11 @@ A attention heads, D head size, V vocabulary.
 
 from __future__ import annotations
 
+import functools
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -79,41 +83,75 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
-def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout: float) -> Tensor:
-    """Self-attention within each segment of a packed sequence.
+class Attention(Protocol):
+    """A way to compute self-attention within each cell of a pack; exchangeable, see `set_attention`."""
 
-    Parameters
-    ----------
-    q, k, v
-        [T, A, D].
-    cu_seqlens
-        int32 [N+1], segment boundaries; the last entry is T. Empty segments are allowed.
-    max_seqlen
-        An upper bound of the segment lengths.
-    dropout
-        Probability of dropping an attention weight.
+    def plan(self, cu_seqlens: Tensor, max_seqlen: int, num_tokens: int) -> Any:
+        """Prepare what all layers of one call share.
 
-    Returns
-    -------
-    [T, A, D]. In half precision on CUDA: FlashAttention. Otherwise one exact call per segment.
-    """
-    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
-        return torch.ops.aten._flash_attention_forward(
-            q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout, False, False
-        )[0]
-    return _attention_by_segment(q, k, v, cu_seqlens, dropout)
+        `cu_seqlens` is int32 [N+1], starts at 0 and ends at `num_tokens`; empty cells are allowed. `max_seqlen`
+        bounds the lengths.
+        """
+
+    def __call__(self, qkv: Tensor, plan: Any, dropout: float) -> Tensor:
+        """[T, 3, A, D] -> [T, A, D]; `dropout` is the probability of dropping an attention weight."""
+
+
+class FlashAttention:
+    """PyTorch's FlashAttention, for half precision on CUDA; elsewhere one exact call per cell."""
+
+    def plan(self, cu_seqlens: Tensor, max_seqlen: int, num_tokens: int) -> tuple[Tensor, int]:
+        return cu_seqlens, max_seqlen
+
+    def __call__(self, qkv: Tensor, plan: tuple[Tensor, int], dropout: float) -> Tensor:
+        cu_seqlens, max_seqlen = plan
+        q, k, v = qkv.unbind(1)
+        if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+            return torch.ops.aten._flash_attention_forward(
+                q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout, False, False
+            )[0]
+        return _attention_by_cell(q, k, v, cu_seqlens, dropout)
 
 
 @torch.compiler.disable
-def _attention_by_segment(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, dropout: float) -> Tensor:
+def _attention_by_cell(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, dropout: float) -> Tensor:
     q, k, v = (x.transpose(0, 1) for x in (q, k, v))
     bounds = cu_seqlens.tolist()
-    segments = [
+    cells = [
         F.scaled_dot_product_attention(q[:, a:b], k[:, a:b], v[:, a:b], dropout_p=dropout)
         for a, b in zip(bounds, bounds[1:], strict=False)
         if a < b
     ]
-    return torch.cat(segments, dim=1).transpose(0, 1)
+    return torch.cat(cells, dim=1).transpose(0, 1)
+
+
+@functools.cache
+def te_linear() -> type[nn.Module]:
+    """Transformer Engine's linear layer, casting its weights to the dtype of its input as `Linear` does.
+
+    Raises
+    ------
+    ImportError
+        Transformer Engine is not installed, or does not fit this PyTorch or CUDA.
+    """
+    try:
+        import transformer_engine.pytorch as te
+    except ImportError as error:
+        raise ImportError(
+            "Transformer Engine layers were asked for (use_te_layers), but transformer_engine.pytorch cannot be "
+            f"imported: {error}. Install transformer-engine[pytorch], or use PyTorch layers."
+        ) from error
+
+    class TELinear(te.Linear):
+        def __init__(self, in_features: int, out_features: int, **kwargs: Any) -> None:
+            super().__init__(in_features, out_features, params_dtype=torch.get_default_dtype(), **kwargs)
+
+        def forward(self, x: Tensor) -> Tensor:
+            # Autocast is what makes Transformer Engine accept FP32 weights for BF16 input.
+            with torch.autocast("cuda", x.dtype, enabled=x.dtype != torch.float32, cache_enabled=False):
+                return super().forward(x)
+
+    return TELinear
 
 
 class BertEmbeddings(nn.Module):
@@ -141,59 +179,83 @@ class BertEmbeddings(nn.Module):
 
 
 class BertSelfAttention(nn.Module):
-    def __init__(self, config: BertConfig) -> None:
+    """Self-attention within each cell; query, key and value are projected by one matrix product."""
+
+    def __init__(self, config: BertConfig, use_te_layers: bool) -> None:
         super().__init__()
-        self.query = Linear(config.hidden_size, config.hidden_size)
-        self.key = Linear(config.hidden_size, config.hidden_size)
-        self.value = Linear(config.hidden_size, config.hidden_size)
+        size = config.hidden_size
+        if use_te_layers:
+            self.qkv = te_linear()(size, 3 * size, parameters_split=("query_", "key_", "value_"))
+        else:
+            self.query, self.key, self.value = (Linear(size, size) for _ in range(3))
+        self.use_te_layers = use_te_layers
         self.num_heads = config.num_attention_heads
         self.dropout_prob = config.attention_probs_dropout_prob
+        self.attention: Attention = FlashAttention()
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    def project(self, x: Tensor) -> Tensor:
+        if self.use_te_layers:
+            return self.qkv(x)
         projections = (self.query, self.key, self.value)
         weight = torch.cat([p.weight for p in projections]).to(x.dtype)
-        bias = torch.cat([p.bias for p in projections]).to(x.dtype)
-        q, k, v = F.linear(x, weight, bias).view(x.shape[0], 3, self.num_heads, -1).unbind(1)
-        dropout = self.dropout_prob if self.training else 0.0
-        return varlen_attention(q, k, v, cu_seqlens, max_seqlen, dropout).reshape(x.shape)
+        return F.linear(x, weight, torch.cat([p.bias for p in projections]).to(x.dtype))
+
+    def forward(self, x: Tensor, plan: Any) -> Tensor:
+        qkv = self.project(x).view(x.shape[0], 3, self.num_heads, -1)
+        return self.attention(qkv, plan, self.dropout_prob if self.training else 0.0).reshape(x.shape)
 
 
 class BertResidualOutput(nn.Module):
     """Projection, dropout, residual connection, LayerNorm: the end of both halves of a layer."""
 
-    def __init__(self, config: BertConfig, in_features: int) -> None:
+    def __init__(self, config: BertConfig, in_features: int, linear: type[nn.Module]) -> None:
         super().__init__()
-        self.dense = Linear(in_features, config.hidden_size)
+        self.dense = linear(in_features, config.hidden_size)
         self.LayerNorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
+    def add_norm(self, x: Tensor, residual: Tensor) -> Tensor:
+        return self.LayerNorm(residual + self.dropout(x))
+
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        return self.LayerNorm(residual + self.dropout(self.dense(x)))
+        return self.add_norm(self.dense(x), residual)
 
 
 class BertLayer(nn.Module):
     """One post-LayerNorm encoder layer."""
 
-    def __init__(self, config: BertConfig) -> None:
+    def __init__(self, config: BertConfig, use_te_layers: bool) -> None:
         super().__init__()
+        linear = te_linear() if use_te_layers else Linear
         self.attention = nn.ModuleDict(
-            {"self": BertSelfAttention(config), "output": BertResidualOutput(config, config.hidden_size)}
+            {
+                "self": BertSelfAttention(config, use_te_layers),
+                "output": BertResidualOutput(config, config.hidden_size, linear),
+            }
         )
-        self.intermediate = nn.ModuleDict({"dense": Linear(config.hidden_size, config.intermediate_size)})
-        self.output = BertResidualOutput(config, config.intermediate_size)
+        self.intermediate = nn.ModuleDict({"dense": linear(config.hidden_size, config.intermediate_size)})
+        self.output = BertResidualOutput(config, config.intermediate_size, linear)
         self.activation = ACT2FN[config.hidden_act]
+        self.use_te_layers = use_te_layers
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    def forward(self, x: Tensor, plan: Any) -> Tensor:
         """[T, H] -> [T, H]."""
-        x = self.attention["output"](self.attention["self"](x, cu_seqlens, max_seqlen), x)
+        x = self.attention["output"](self.attention["self"](x, plan), x)
         return self.output(self.activation(self.intermediate["dense"](x)), x)
+
+    def compile_in_place(self) -> None:
+        """Compile the layer, or what lies between the matrix products of Transformer Engine."""
+        if self.use_te_layers:
+            for part in (self.attention["output"], self.output):
+                part.add_norm = torch.compile(part.add_norm, dynamic=False)
+        else:
+            self.forward = torch.compile(self.forward, dynamic=False)
 
 
 class BertEncoder(nn.Module):
     def __init__(self, config: BertConfig, use_te_layers: bool) -> None:
         super().__init__()
-        layer_class = BertLayer
-        self.layer = nn.ModuleList(layer_class(config) for _ in range(config.num_hidden_layers))
+        self.layer = nn.ModuleList(BertLayer(config, use_te_layers) for _ in range(config.num_hidden_layers))
 
 
 class BertModel(nn.Module):
@@ -203,6 +265,7 @@ class BertModel(nn.Module):
         super().__init__()
         self.embeddings = BertEmbeddings(config)
         self.encoder = BertEncoder(config, use_te_layers)
+        self.attention: Attention = FlashAttention()
 
     def forward(
         self,
@@ -213,9 +276,10 @@ class BertModel(nn.Module):
         max_seqlen: int,
     ) -> list[Tensor]:
         """[T] -> the embedding output and each layer's output, [T, H] each."""
+        plan = self.attention.plan(cu_seqlens, max_seqlen, len(input_ids))
         hidden_states = [self.embeddings(input_ids, position_ids, token_type_ids)]
         for layer in self.encoder.layer:
-            hidden_states.append(layer(hidden_states[-1], cu_seqlens, max_seqlen))
+            hidden_states.append(layer(hidden_states[-1], plan))
         return hidden_states
 
 
@@ -254,6 +318,11 @@ class BertPredictions(nn.Module):
         labels = labels.long()
         loss_sum = F.cross_entropy(F.linear(x, weight, bias).float(), labels, ignore_index=-100, reduction="sum")
         return loss_sum, (labels != -100).sum()
+
+
+def canonical_name(name: str) -> str:
+    """The name that Hugging Face gives a parameter, from the one it has with either kind of layers."""
+    return re.sub(r"\.qkv\.(query|key|value)_(weight|bias)$", r".\1.\2", name)
 
 
 class BertForMaskedLM(PreTrainedModel):
@@ -300,14 +369,44 @@ class BertForMaskedLM(PreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.bert.embeddings.word_embeddings
 
-    def compile_blocks(self) -> None:
-        """Compile embeddings, each layer and the loss head in place, for packed calls of constant shape.
+    @classmethod
+    def from_pretrained(cls, *args: Any, use_te_layers: bool = False, **kwargs: Any) -> Any:
+        """Load as any Hugging Face model; `use_te_layers` then moves the weights into Transformer Engine layers."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        if not use_te_layers:
+            return loaded
+        plain, *info = loaded if isinstance(loaded, tuple) else (loaded,)
+        model = cls(plain.config, use_te_layers=True).to(plain.dtype).eval()
+        weights = dict(plain.named_parameters())
+        with torch.no_grad():
+            for name, parameter in model.canonical_parameters():
+                parameter.copy_(weights[name])
+        return (model, *info) if info else model
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Save as any Hugging Face model: a plain BERT, whatever the layers are made of."""
+        kwargs.setdefault("state_dict", dict(self.canonical_parameters()))
+        super().save_pretrained(*args, **kwargs)
+
+    def canonical_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Parameters by the names that Hugging Face gives them, for both kinds of layers."""
+        for name, parameter in self.named_parameters():
+            yield canonical_name(name), parameter
+
+    def set_attention(self, attention: Attention) -> None:
+        """Use another implementation of self-attention in all layers."""
+        self.bert.attention = attention
+        for layer in self.bert.encoder.layer:
+            layer.attention["self"].attention = attention
+
+    def compile_ends(self) -> None:
+        """Compile embeddings and loss head in place, for packed calls of constant shape; layers compile themselves.
 
         Blocks rather than the whole: layers share one compiled graph, so start-up does not grow with depth,
-        and gradients become ready layer by layer, so engines can overlap their communication.
+        and gradients become ready layer by layer, so engines can overlap their communication. Methods rather
+        than modules: hooks that engines put on a module stay outside of the graph.
         """
-        for block in (self.bert.embeddings, *self.bert.encoder.layer, self.cls["predictions"]):
-            # The method, not the module: hooks that engines put on a module stay outside of the graph.
+        for block in (self.bert.embeddings, self.cls["predictions"]):
             block.forward = torch.compile(block.forward, dynamic=False)
 
     def forward(

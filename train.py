@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import hydra
+import torch.distributed as dist
 from omegaconf import DictConfig
 
 from geneformer_pretrain.checkpoint import CheckpointError
@@ -21,6 +22,9 @@ def run(config: Config) -> int:
     """Train; return the exit code."""
     folder = Path(config.training.checkpoint_dir)
     with distributed_world() as world:
+        if world.is_main:
+            (folder / "exit.json").unlink(missing_ok=True)
+        dist.barrier()
         try:
             trainer = Trainer(config, world)
             complete = trainer.fit()
@@ -28,10 +32,12 @@ def run(config: Config) -> int:
             if folder.is_dir():
                 write_exit(folder, "error", 1, rank=world.rank, error=f"{type(error).__name__}: {error}")
             raise
+        reason, code = ("completed", 0) if complete else ("signal", EXIT_CODE_SIGNAL)
         if world.is_main:
-            reason, code = ("completed", 0) if complete else ("signal", EXIT_CODE_SIGNAL)
             write_exit(folder, reason, code, step=trainer.progress.step)
-    return 0 if complete else EXIT_CODE_SIGNAL
+        # torchrun ends all other ranks as soon as one has left with a code other than 0.
+        dist.barrier()
+    return code
 
 
 @hydra.main(config_path="hydra_config", config_name="l0_sanity", version_base="1.3")
@@ -42,6 +48,8 @@ def main(composed: DictConfig) -> None:
         code = run(resolve(composed))
     except (ConfigError, CheckpointError, TrainingError, FileNotFoundError) as error:
         sys.exit(f"Error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("Interrupted.")
     sys.exit(code)
 
 

@@ -89,10 +89,10 @@ def report_opening(state: str, folder: Path) -> None:
         start = time.perf_counter()
         corpus = open_corpus(folder, folder / "cache")
         seconds = time.perf_counter() - start
-    lengths_megabytes = corpus.lengths.nbytes / 1e6
     print(
         f"open, {state}: {seconds:.2f} s for {corpus.num_cells:,} cells, {corpus.num_tokens:,} tokens, "
-        f"{len(corpus.batch_values):,} batches; memory +{memory.grown:.0f} MB (lengths {lengths_megabytes:.0f} MB)"
+        f"{len(corpus.batch_values):,} batches; memory +{memory.grown:.0f} MB, "
+        f"of which {corpus.lengths.nbytes / 1e6:.0f} MB are the lengths"
     )
 
 

@@ -50,10 +50,11 @@ def write_corpus(path: Path, num_cells: int) -> None:
 
 def cells_per_second_of_baseline(path: Path, num_cells: int, batch_size: int) -> float:
     """Hugging Face dataset, DataCollatorForLanguageModeling and a DataLoader, in this process."""
-    from datasets import Dataset
+    from datasets import Dataset, disable_progress_bars
     from tokenizers import Tokenizer, models
     from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFast
 
+    disable_progress_bars()
     vocabulary = {"<pad>": 0, "<mask>": 1} | {f"gene{i}": i for i in range(2, VOCAB_SIZE)}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>")),
@@ -72,7 +73,7 @@ def cells_per_second_of_baseline(path: Path, num_cells: int, batch_size: int) ->
 def cells_per_second(
     corpus: Corpus, micro_batch_size: int, packing: bool, num_workers: int, seconds: float
 ) -> float:
-    """Our loader; median of five intervals, the first epoch of which has warmed the page cache."""
+    """Our loader; median of five intervals, after an epoch that warms the page cache."""
     shape = PackShape.create(
         corpus.lengths,
         micro_batch_size=micro_batch_size,
@@ -97,11 +98,11 @@ def cells_per_second(
     return float(np.median(rates))
 
 
-def time_planning(num_cells: int, micro_batch_size: int) -> None:
-    """Print seconds and memory of one epoch's plan."""
+def time_planning(num_cells: int) -> None:
+    """Print seconds and memory of one epoch's plan with packs of 16,384 tokens."""
     lengths = lognormal_lengths(num_cells)
     shape = PackShape.create(
-        lengths, micro_batch_size=micro_batch_size, seq_length=SEQ_LENGTH, mlm_probability=MLM_PROBABILITY
+        lengths, micro_batch_size=8, seq_length=SEQ_LENGTH, mlm_probability=MLM_PROBABILITY
     )
     PackStream(lengths[:1000], "warm-up", 0, shape).locate(0)
     with tempfile.TemporaryDirectory() as folder:
@@ -115,8 +116,8 @@ def time_planning(num_cells: int, micro_batch_size: int) -> None:
         opened = time.perf_counter() - start
     fill = lengths.sum(dtype=np.int64) / (plan.num_packs * shape.token_budget)
     print(
-        f"plan of {num_cells:,} cells: {planned:.2f} s, {memory / 1024:.0f} MB more at the peak, fill {fill:.2%} "
-        f"at {shape.token_budget} tokens; opened again in {opened:.3f} s"
+        f"plan of {num_cells:,} cells: {planned:.2f} s, {memory / 1024:.0f} MB more at the peak, "
+        f"fill {fill:.2%} at {shape.token_budget} tokens; opened again in {opened:.3f} s"
     )
 
 
@@ -129,14 +130,14 @@ def main() -> None:
     parser.add_argument(
         "--baseline-cells", type=int, default=4_000, help="cells for the baseline; 0 skips it"
     )
-    parser.add_argument("--plan-cells", type=int, default=30_000_000, help="cells to plan; 0 skips it")
-    parser.add_argument("--micro-batch-size", type=int, default=8, help="x 2,048 tokens")
+    parser.add_argument("--plan-cells", type=int, default=30_000_000, help="cells to plan; 0: none")
+    parser.add_argument("--micro-batch-size", type=int, default=32, help="x 2,048 tokens")
     parser.add_argument("--threads", type=int, nargs="+", default=[0, 1, 2], help="loader threads to try")
     parser.add_argument("--seconds", type=float, default=3.0, help="length of each measurement")
     arguments = parser.parse_args()
 
     if arguments.plan_cells:
-        time_planning(arguments.plan_cells, arguments.micro_batch_size)
+        time_planning(arguments.plan_cells)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "cells.parquet"
         write_corpus(path, arguments.cells)

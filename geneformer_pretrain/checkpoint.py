@@ -18,7 +18,6 @@ import platform
 import re
 import shutil
 import time
-import uuid
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
@@ -41,6 +40,8 @@ from geneformer_pretrain.checkpoint_manifest import (
 )
 from geneformer_pretrain.checkpoint_tensors import HostBuffers, Shards
 from geneformer_pretrain.ranks import Ranks
+
+__all__ = ["CheckpointError", "CheckpointSaveError", "CheckpointStore", "move_aside", "read_manifest"]
 
 log = logging.getLogger(__name__)
 
@@ -82,26 +83,8 @@ class CheckpointStore:
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._in_flight: Future[None] | None = None
         self.ranks.agree("torch version", lambda: str(torch.__version__), CheckpointError)
-        self._check_shared()
+        self.ranks.share(self.directory, CheckpointError)
         self.ranks.on_first(self._tidy, CheckpointError)
-
-    def _check_shared(self) -> None:
-        probe = self.directory / f".probe-{self.ranks.gather(uuid.uuid4().hex)[0]}"
-
-        def leave() -> None:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            probe.touch()
-
-        def look() -> None:
-            if not probe.exists():
-                raise FileNotFoundError(f"{self.directory} is not the folder that rank 0 sees: share one")
-
-        self.ranks.on_first(leave, CheckpointError)
-        try:
-            self.ranks.together(look, CheckpointError)
-        finally:
-            if self.ranks.rank == 0:
-                probe.unlink()
 
     # Saving
 
@@ -132,12 +115,17 @@ class CheckpointStore:
         Raises
         ------
         CheckpointSaveError
-            On every rank, if any rank failed. Also if the save before, not yet waited for, failed;
-            then nothing new is saved.
+            On every rank, if any rank failed. If `blocking` is false, this tells of the save before, when
+            that one failed in the background; the new one is then under way all the same.
         """
         if format not in FORMATS:
             raise ValueError(f"checkpoint format {format!r} is none of {sorted(FORMATS)}")
-        self.wait()
+        failed_before: CheckpointSaveError | None = None
+        try:
+            self.wait()
+        except CheckpointSaveError as error:
+            failed_before = error
+            log.error("the save before failed in the background: %s", error)
         held: dict[str, Shards] = {}
         body: dict[str, Any] = {}
 
@@ -160,6 +148,8 @@ class CheckpointStore:
             self._write(step, held, body, FORMATS[format])
         else:
             self._in_flight = self._writer.submit(self._write, step, held, body, FORMATS[format])
+            if failed_before is not None:
+                raise failed_before
 
     def wait(self) -> None:
         """Wait for the save in flight, if any.
@@ -197,7 +187,10 @@ class CheckpointStore:
             self.ranks.on_first(lambda: self._commit(temporary, final, body), CheckpointSaveError)
         except CheckpointSaveError as error:
             if self.ranks.rank == 0:
-                self._tidy_after_failure()
+                try:
+                    self._tidy()
+                except OSError as left:
+                    log.error("could not clean up after the failed save: %s", left)
             raise CheckpointSaveError(f"saving {final} failed: {error}") from None
         if self.ranks.rank == 0:
             self._verified[final] = signature(final, body)
@@ -254,12 +247,6 @@ class CheckpointStore:
             elif match:
                 shutil.rmtree(path)
 
-    def _tidy_after_failure(self) -> None:
-        try:
-            self._tidy()
-        except OSError as error:
-            log.error("could not clean up after the failed save: %s", error)
-
     # Finding and loading
 
     def find_latest(self) -> Path | None:
@@ -290,9 +277,7 @@ class CheckpointStore:
             if self.ranks.rank == 0:
                 log.error("checkpoint %s is damaged and will not be used: %s", folder, fault)
         if faults:
-            raise CheckpointError(
-                "no checkpoint is good, and training must not silently start again: " + "; ".join(faults)
-            )
+            raise CheckpointError("none of the checkpoints is good. " + "; ".join(faults))
         return None
 
     def load(self, path: str | Path, targets: Mapping[str, torch.Tensor]) -> None:

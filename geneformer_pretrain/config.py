@@ -39,6 +39,24 @@ class ComputeDtype(StrEnum):
     bfloat16 = "bfloat16"
 
 
+class Fp8Recipe(StrEnum):
+    """How Transformer Engine scales FP8 tensors."""
+
+    delayed = "delayed"
+    current = "current"
+    block = "block"
+    mxfp8 = "mxfp8"
+    nvfp4 = "nvfp4"
+
+
+class AttentionKernel(StrEnum):
+    """Implementation of self-attention; all compute the same."""
+
+    auto = "auto"
+    triton = "triton"
+    torch = "torch"
+
+
 def require(condition: bool, message: str) -> None:
     """Raise ConfigError with `message` unless `condition` holds."""
     if not condition:
@@ -83,6 +101,9 @@ class ModelConfig:
     """Longest cell, in tokens; longer cells are truncated (they are in rank order) and counted."""
     use_te_layers: bool
     """Encoder layers from Transformer Engine modules instead of PyTorch's: the same mathematics."""
+    attention_kernel: AttentionKernel
+    """triton: this project's kernels for BF16 on GPUs. torch: FlashAttention in PyTorch, exact on the CPU. auto:
+    the faster one."""
 
     def __post_init__(self) -> None:
         require(self.model_type == "bert", f"model.model_type is {self.model_type!r}; only 'bert' is supported.")
@@ -162,6 +183,8 @@ class TrainingConfig:
     """Deterministic kernels: runs repeat bitwise on the same hardware, somewhat slower."""
     use_fp8: bool
     """FP8 matrix products through Transformer Engine; needs TE layers and compute capability 8.9."""
+    fp8_recipe: Fp8Recipe
+    """delayed, current or block scaling; mxfp8 and nvfp4 need a GPU of compute capability 10."""
     use_nvfsdp: bool
     """Shard with nvFSDP (today's name: Megatron-FSDP) instead of DDP."""
     use_fsdp2: bool

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from .config import ConfigError
+
 
 @dataclass(frozen=True)
 class World:
@@ -34,7 +36,7 @@ def distributed_world(timeout_minutes: float = 10.0) -> Iterator[World]:
 
     Raises
     ------
-    RuntimeError
+    ConfigError
         More processes on this node than GPUs.
     """
     rank = int(os.environ.get("RANK", 0))
@@ -42,7 +44,7 @@ def distributed_world(timeout_minutes: float = 10.0) -> Iterator[World]:
     size = int(os.environ.get("WORLD_SIZE", 1))
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
-            raise RuntimeError(
+            raise ConfigError(
                 f"Local rank {local_rank} has no GPU: this node has {torch.cuda.device_count()}. "
                 "Give torchrun an --nproc_per_node of at most that number."
             )

@@ -21,7 +21,7 @@ def export_model(engine: Engine, config: ModelConfig, folder: Path, is_main: boo
     under its name only when it is complete; an earlier export is replaced.
     """
     tensors: dict[str, Tensor] = {}
-    for name, parameter in engine.model.named_parameters():
+    for name, parameter in engine.model.canonical_parameters():
         whole = full_tensor(parameter.detach())
         if is_main:
             tensors[name] = whole.to("cpu", torch.float32, copy=True).contiguous()

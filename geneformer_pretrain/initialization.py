@@ -8,6 +8,8 @@ import hashlib
 import torch
 from torch import nn
 
+from modeling_bert_te import canonical_name
+
 
 @torch.no_grad()
 def initialize_weights(module: nn.Module, prefix: str, seed: int, initializer_range: float, padding_row: int) -> None:
@@ -23,7 +25,7 @@ def initialize_weights(module: nn.Module, prefix: str, seed: int, initializer_ra
     prefix
         What stands before this part's parameter names in the whole model, such as "bert.embeddings".
     """
-    for name, parameter in module.named_parameters(prefix):
+    for name, parameter in ((canonical_name(n), p) for n, p in module.named_parameters(prefix)):
         if name.endswith("LayerNorm.weight"):
             parameter.fill_(1.0)
         elif name.endswith("bias"):

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -104,9 +105,8 @@ def start_wandb(config: Config, folder: Path) -> Any:
     import wandb  # imported only when tracking is on: it is slow to load
 
     arguments = dict(config.training.wandb_init_args or {})
-    arguments.setdefault("mode", "online" if os.environ.get("WANDB_API_KEY") else "offline")
+    default_mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
+    arguments.setdefault("mode", os.environ.get("WANDB_MODE", default_mode))
     arguments.setdefault("dir", str(folder))
-    from dataclasses import asdict
-
     arguments.setdefault("config", asdict(config))
     return wandb.init(**arguments)

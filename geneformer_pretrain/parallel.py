@@ -6,11 +6,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from modeling_bert_te import BertConfig, BertForMaskedLM
+from modeling_bert_te import BertConfig, BertForMaskedLM, BertLayer
 
+from .attention import choose_attention
 from .config import Config, ConfigError, ModelConfig
 from .distributed import World
 from .initialization import initialize_weights
@@ -69,8 +71,8 @@ def architecture(config: ModelConfig) -> dict[str, int | float | str]:
 def build_engine(config: Config, world: World, compute_dtype: torch.dtype, compile_blocks: bool) -> Engine:
     """Build, initialise, compile and distribute the model.
 
-    It is laid out without memory first; sharding engines then fill, initialise and shard one layer after the
-    other, so that no rank ever holds the whole.
+    It grows layer by layer; sharding engines shard each layer as soon as it is initialised, so that no rank
+    ever holds the whole.
 
     Raises
     ------
@@ -79,27 +81,39 @@ def build_engine(config: Config, world: World, compute_dtype: torch.dtype, compi
     """
     if config.training.use_nvfsdp:
         raise ConfigError("training.use_nvfsdp=True: this engine is not available yet; use training.use_fsdp2=True.")
-    with torch.device("meta"):
-        model = BertForMaskedLM(BertConfig(**architecture(config.model)), use_te_layers=config.model.use_te_layers)
-    model.bert.embeddings.compute_dtype = compute_dtype
-    model.train()
-    if compile_blocks:
-        model.compile_blocks()
+    shard: Callable[[nn.Module], None] = lambda module: None  # noqa: E731
+    if config.training.use_fsdp2:
+        shard = fsdp2_sharding(world, compute_dtype)
+    use_te = config.model.use_te_layers
+    stock_config = BertConfig(**architecture(config.model))
 
-    def materialize(module: nn.Module, prefix: str) -> None:
-        module.to_empty(device=world.device)
+    def initialize(module: nn.Module, prefix: str) -> None:
         initialize_weights(
             module, prefix, config.training.seed, config.model.initializer_range, config.model.pad_token_id
         )
 
-    shard = _fsdp2 if config.training.use_fsdp2 else _ddp
-    return shard(model, world, compute_dtype, materialize)
+    with world.device:
+        model = BertForMaskedLM(BertConfig(**architecture(config.model) | {"num_hidden_layers": 0}), use_te)
+        initialize(model, "")
+        for number in range(config.model.num_hidden_layers):
+            layer = BertLayer(stock_config, use_te)
+            initialize(layer, f"bert.encoder.layer.{number}")
+            if compile_blocks:
+                layer.compile_in_place()
+            shard(layer)
+            model.bert.encoder.layer.append(layer)
+    model.config.num_hidden_layers = config.model.num_hidden_layers
+    model.bert.embeddings.compute_dtype = compute_dtype
+    model.set_attention(choose_attention(config, world.device, compute_dtype))
+    if compile_blocks:
+        model.compile_ends()
+    model.train()
+    if config.training.use_fsdp2:
+        return _fsdp2(model, shard, world)
+    return _ddp(model, world)
 
 
-def _ddp(
-    model: BertForMaskedLM, world: World, compute_dtype: torch.dtype, materialize: Callable[[nn.Module, str], None]
-) -> Engine:
-    materialize(model, "")
+def _ddp(model: BertForMaskedLM, world: World) -> Engine:
     if world.size == 1:
         return Engine("ddp", model, model, 1.0, lambda last: nullcontext(), "full")
     module = DistributedDataParallel(
@@ -108,24 +122,28 @@ def _ddp(
         broadcast_buffers=False,
         gradient_as_bucket_view=True,
     )
-    return Engine(
-        "ddp", model, module, float(world.size), lambda last: nullcontext() if last else module.no_sync(), "full"
-    )
+
+    def micro_batch(last: bool) -> AbstractContextManager[None]:
+        return nullcontext() if last else module.no_sync()
+
+    return Engine("ddp", model, module, float(world.size), micro_batch, "full")
 
 
-def _fsdp2(
-    model: BertForMaskedLM, world: World, compute_dtype: torch.dtype, materialize: Callable[[nn.Module, str], None]
-) -> Engine:
-    mesh = torch.distributed.init_device_mesh(world.device.type, (world.size,))
+def fsdp2_sharding(world: World, compute_dtype: torch.dtype) -> Callable[[nn.Module], None]:
+    """Sharding of a module over all ranks: weights gathered in the compute dtype, gradients reduced in FP32."""
+    mesh = init_device_mesh(world.device.type, (world.size,))
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype, reduce_dtype=torch.float32, output_dtype=None, cast_forward_inputs=False
     )
-    for i, layer in enumerate(model.bert.encoder.layer):
-        materialize(layer, f"bert.encoder.layer.{i}")
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    materialize(model.bert.embeddings, "bert.embeddings")
-    materialize(model.cls, "cls")
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+
+    def shard(module: nn.Module) -> None:
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+
+    return shard
+
+
+def _fsdp2(model: BertForMaskedLM, shard: Callable[[nn.Module], None], world: World) -> Engine:
+    shard(model)
 
     def micro_batch(last: bool) -> AbstractContextManager[None]:
         model.set_requires_gradient_sync(last)

@@ -1,8 +1,49 @@
 """The precision policy: FP32 main weights and optimizer state, one compute dtype for everything else."""
 
-import torch
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from importlib.util import find_spec
 
-from .config import ComputeDtype, ConfigError
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from modeling_bert_te import te_linear
+
+from .config import ComputeDtype, Config, ConfigError, Fp8Recipe, require
+
+FP8_CAPABILITY = (8, 9)
+"""Compute capability from which GPUs have FP8 matrix units."""
+
+
+def check_machine(config: Config, device: torch.device) -> None:
+    """Check that this machine and installation have what the configuration asks for.
+
+    Raises
+    ------
+    ConfigError
+        Naming the key and the remedy.
+    """
+    on_gpu = device.type == "cuda"
+    if config.training.use_fp8:
+        remedy = "set training.use_fp8=False for BF16."
+        require(on_gpu, f"training.use_fp8=True needs a CUDA GPU, and none is visible here; {remedy}")
+        capability = torch.cuda.get_device_capability(device)
+        require(
+            capability >= FP8_CAPABILITY,
+            f"training.use_fp8=True needs compute capability 8.9 or higher; {torch.cuda.get_device_name(device)} "
+            f"has {capability[0]}.{capability[1]}; {remedy}",
+        )
+    if config.model.use_te_layers:
+        remedy = "set model.use_te_layers=False for PyTorch layers, the same mathematics."
+        require(
+            find_spec("transformer_engine") is not None,
+            f"model.use_te_layers=True needs Transformer Engine, which is not installed; install it, or {remedy}",
+        )
+        require(on_gpu, f"model.use_te_layers=True needs a CUDA GPU, and none is visible here; {remedy}")
+    if config.training.use_nvfsdp:
+        remedy = "set training.use_nvfsdp=False for DDP, or training.use_fsdp2=True to shard with FSDP2."
+        require(on_gpu, f"training.use_nvfsdp=True needs CUDA GPUs, and none is visible here; {remedy}")
 
 
 def compute_dtype(choice: ComputeDtype, device: torch.device) -> torch.dtype:
@@ -20,3 +61,64 @@ def compute_dtype(choice: ComputeDtype, device: torch.device) -> torch.dtype:
             f"{torch.cuda.get_device_name(device)} has no BF16 matrix units; set training.compute_dtype=float32."
         )
     return torch.bfloat16
+
+
+def forward_context(config: Config) -> Callable[[], AbstractContextManager[None]]:
+    """Maker of the context in which a forward pass runs: Transformer Engine's FP8 context, or none.
+
+    Raises
+    ------
+    ConfigError
+        A recipe that this GPU does not have.
+    """
+    if not config.training.use_fp8:
+        return nullcontext
+    import transformer_engine.pytorch as te
+    from transformer_engine.common import recipe
+
+    choice = config.training.fp8_recipe
+    available: dict[Fp8Recipe, Callable[..., tuple[bool, str]]] = {
+        Fp8Recipe.block: te.is_fp8_block_scaling_available,
+        Fp8Recipe.mxfp8: te.is_mxfp8_available,
+        Fp8Recipe.nvfp4: te.is_nvfp4_available,
+    }
+    if choice in available:
+        there, reason = available[choice](return_reason=True)
+        require(
+            there,
+            f"training.fp8_recipe={choice} does not run on {torch.cuda.get_device_name()}: {reason} "
+            "Choose delayed or current.",
+        )
+    chosen = {
+        Fp8Recipe.delayed: recipe.DelayedScaling,
+        Fp8Recipe.current: recipe.Float8CurrentScaling,
+        Fp8Recipe.block: recipe.Float8BlockScaling,
+        Fp8Recipe.mxfp8: recipe.MXFP8BlockScaling,
+        Fp8Recipe.nvfp4: recipe.NVFP4BlockScaling,
+    }[choice]()
+
+    def context() -> AbstractContextManager[None]:
+        return te.autocast(enabled=True, recipe=chosen, amax_reduction_group=dist.group.WORLD)
+
+    return context
+
+
+def fp8_state(model: nn.Module, context: Callable[[], AbstractContextManager[None]]) -> Iterator[tuple[str, Tensor]]:
+    """Scales and amax histories of delayed scaling, by name; nothing for recipes without a memory.
+
+    They are the same on all ranks, which reduce them together. They are created here if no forward pass has
+    created them yet.
+    """
+    if context is nullcontext:
+        return
+    with torch.no_grad(), context():
+        for module in model.modules():
+            if isinstance(module, te_linear()):
+                module.init_fp8_metadata()
+    for name, module in model.named_modules():
+        if isinstance(module, te_linear()):
+            for direction in ("scaling_fwd", "scaling_bwd"):
+                state = module.fp8_meta[direction]
+                if hasattr(state, "amax_history"):
+                    yield f"{name}.{direction}.scale", state.scale
+                    yield f"{name}.{direction}.amax_history", state.amax_history

@@ -1,8 +1,10 @@
 """Agreement between the ranks of a run: all succeed, or all fail with the same reasons."""
 
 import logging
+import uuid
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import torch.distributed as dist
@@ -80,14 +82,39 @@ class Ranks:
             listed = "; ".join(f"rank {rank}: {values[rank]}" for rank in [0, *differing])
             raise error(f"ranks {differing} differ from rank 0 in {what}: {listed}")
 
+    def share(self, folder: Path, error: type[Exception]) -> None:
+        """Make a folder if need be, and check that rank 0 can write to it and all ranks see the same one.
+
+        Raises
+        ------
+        Exception
+            Of type `error`, on every rank, naming the ranks that see another folder.
+        """
+        probe = folder / f".probe-{self.gather(uuid.uuid4().hex)[0]}"
+
+        def leave() -> None:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe.touch()
+
+        def look() -> None:
+            if not probe.exists():
+                raise FileNotFoundError(f"{folder} is not the folder that rank 0 sees: all must share one")
+
+        self.on_first(leave, error)
+        try:
+            self.together(look, error)
+        finally:
+            if self.rank == 0:
+                probe.unlink()
+
 
 def _reason(error: BaseException) -> str:
-    """One line for an error and what led to it: torch hides "no space left" behind a stream's complaint."""
+    """One line for an error, its root first: torch hides "no space left" behind a stream's complaint."""
     chain: list[str] = []
     current: BaseException | None = error
     while current is not None:
         text = f"{type(current).__name__}: {current}".splitlines()[0]
         if text not in chain:
-            chain.append(text)
+            chain.insert(0, text)
         current = current.__cause__ or current.__context__
-    return " <- ".join(chain)
+    return " -> ".join(chain)

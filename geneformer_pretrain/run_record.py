@@ -14,6 +14,7 @@ import yaml
 
 from .config import Config
 from .data.loader import BatchInfo
+from .distributed import World
 from .metrics import cut_back
 
 RECORDED_PACKAGES = (
@@ -69,15 +70,19 @@ class CellLog:
     ----------
     folder
         Checkpoint folder.
+    world
+        This process among all.
     first_step
-        Records of later steps, of a run that was cut off, are dropped from this rank's file.
+        Records of later steps, of a run that was cut off, are dropped. Ranks share the files that a run on
+        more ranks left.
     """
 
-    def __init__(self, folder: Path, rank: int, first_step: int) -> None:
+    def __init__(self, folder: Path, world: World, first_step: int) -> None:
         (folder / "cells").mkdir(exist_ok=True)
-        path = folder / "cells" / f"rank_{rank}.jsonl"
-        cut_back(path, first_step)
-        self.file = path.open("a")
+        for path in (folder / "cells").glob("rank_*.jsonl"):
+            if int(path.stem.removeprefix("rank_")) % world.size == world.rank:
+                cut_back(path, first_step)
+        self.file = (folder / "cells" / f"rank_{world.rank}.jsonl").open("a")
 
     def write(self, step: int, batch: BatchInfo) -> None:
         """Record one micro-batch of the optimizer step that completes `step` steps."""

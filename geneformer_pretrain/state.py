@@ -99,7 +99,7 @@ def named_tensors(model: BertForMaskedLM, optimizer: torch.optim.AdamW) -> dict[
     AdamW counts the same steps for each parameter, so one count stands for all.
     """
     tensors: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in model.canonical_parameters():
         state = optimizer.state[parameter]
         tensors[f"model.{name}"] = parameter.detach()
         tensors[f"optimizer.exp_avg.{name}"] = state["exp_avg"]

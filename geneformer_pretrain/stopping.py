@@ -2,6 +2,7 @@
 
 import json
 import signal
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -42,7 +43,9 @@ class StopSignals:
 
 
 def write_exit(folder: Path, reason: str, exit_code: int, **details: Any) -> None:
-    """Write exit.json: torchrun reports 1 whatever its workers return, so scripts read this instead."""
-    temporary = folder / "exit.json.tmp"
-    temporary.write_text(json.dumps({"reason": reason, "exit_code": exit_code, **details}) + "\n")
-    temporary.replace(folder / "exit.json")
+    """Write exit.json: torchrun reports 1 whatever its workers return, so scripts read this instead.
+
+    The first rank to write it is right: an error on one rank soon breaks the connections of all others.
+    """
+    with suppress(FileExistsError), (folder / "exit.json").open("x") as file:
+        file.write(json.dumps({"reason": reason, "exit_code": exit_code, **details}) + "\n")

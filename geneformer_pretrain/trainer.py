@@ -3,13 +3,14 @@
 import hashlib
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from .checkpoint import CheckpointSaveError, CheckpointStore, move_aside, read_manifest
@@ -21,7 +22,7 @@ from .export import export_model
 from .metrics import MetricsLog
 from .optimizer import build_optimizer, learning_rate, update
 from .parallel import build_engine
-from .precision import compute_dtype
+from .precision import check_machine, compute_dtype, forward_context, fp8_state
 from .run_record import CellLog, config_as_yaml, write_run_record
 from .state import Progress, accumulation_steps, named_tensors, spread_optimizer_step
 from .stopping import StopSignals
@@ -82,12 +83,14 @@ class Trainer:
         if training.deterministic:
             torch.use_deterministic_algorithms(True)
 
+        check_machine(config, world.device)
         on_gpu = world.device.type == "cuda"
         self.data = open_training_data(config, world.is_main, pin_memory=on_gpu)
         self.validation_data = open_validation_data(self.data, world.is_main)
         compiled = on_gpu and config.data.packing if training.compile is None else training.compile
         dtype = compute_dtype(training.compute_dtype, world.device)
         self.engine = build_engine(config, world, dtype, compiled)
+        self.forward_context = forward_context(config)
         self.optimizer = build_optimizer(self.engine.model, training)
 
         if world.is_main and not training.resume_from_checkpoint:
@@ -101,6 +104,7 @@ class Trainer:
         self.pending: PendingStep | None = None
         self.last_saved = self.progress.step
         self.failed_saves = 0
+        self.unconfirmed_save = False
         self.skipped_in_a_row = 0
         self.stop_agreed = False
         self.clock = time.perf_counter()
@@ -117,7 +121,7 @@ class Trainer:
             progress.epoch, progress.epoch_first_pack = progress.epoch + 1, progress.next_pack
         else:
             self.data.identity.require_same(state["data"], str(path))
-        tensors = named_tensors(self.engine.model, self.optimizer)
+        tensors = self._tensors()
         self.store.load(path, tensors)
         spread_optimizer_step(self.optimizer, tensors["optimizer.step"])
         wanted = self.progress.packs_per_step
@@ -128,6 +132,12 @@ class Trainer:
                 f"This run keeps its {progress.packs_per_step} packs per step; the configuration now asks for "
                 f"{wanted}. Accumulation follows."
             )
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """All tensors of a checkpoint, by canonical name."""
+        tensors = named_tensors(self.engine.model, self.optimizer)
+        scaling = fp8_state(self.engine.model, self.forward_context)
+        return tensors | {f"fp8.{name}": tensor for name, tensor in scaling}
 
     def say(self, text: str) -> None:
         """Print on the main rank."""
@@ -201,7 +211,7 @@ class Trainer:
         loader = stack.enter_context(self.data.loader(self.stream, progress, world.rank, world.size))
         self.metrics = stack.enter_context(MetricsLog(self.folder, progress.step, self.config, world.is_main))
         self.cell_log = (
-            stack.enter_context(CellLog(self.folder, world.rank, progress.step)) if training.log_cell_ids else None
+            stack.enter_context(CellLog(self.folder, world, progress.step)) if training.log_cell_ids else None
         )
         self.clock = time.perf_counter()
         while progress.step < training.num_train_steps:
@@ -211,9 +221,8 @@ class Trainer:
             is_last = progress.step == training.num_train_steps
             if self._due(training.validate_every_n_steps, is_last):
                 latest.validation_loss = self.validate()
-            if is_last or self.stop_agreed:
-                self.finish_pending()
             if self.stop_agreed or self._due(training.save_every_n_steps, is_last):
+                self.finish_pending()  # so that the checkpoint counts this step's cells, and metrics.jsonl has it
                 self.save(final=is_last or self.stop_agreed)
             if self.stop_agreed:
                 return
@@ -230,7 +239,10 @@ class Trainer:
         masked = torch.zeros((), dtype=torch.int64, device=device)
         for micro in range(self.accumulation):
             started = time.perf_counter()
-            batch = next(batches)
+            try:
+                batch = next(batches)
+            except ValueError as error:
+                raise TrainingError(str(error)) from error
             waited += time.perf_counter() - started
             with self.engine.micro_batch(micro == self.accumulation - 1):
                 micro_loss, micro_masked = self.forward(batch)
@@ -266,22 +278,22 @@ class Trainer:
         """
         torch.manual_seed(dropout_seed(self.config.training.seed, batch.pack))
         batch = batch.to(self.world.device, non_blocking=True)
-        if isinstance(batch, PackedBatch):
-            parts = batch.parts
-            output = self.engine.module(
-                input_ids=parts.input_ids,
-                position_ids=parts.position_ids,
-                cu_seqlens=parts.cu_seqlens,
-                max_seqlen=batch.max_seqlen,
-                masked_index=parts.masked_index,
-                labels=parts.labels,
-            )
-            return output.loss_sum, output.num_labels
-        output = self.engine.module(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels
-        )
+        with self.forward_context():
+            if isinstance(batch, PackedBatch):
+                parts = batch.parts
+                output = self.engine.module(
+                    input_ids=parts.input_ids,
+                    position_ids=parts.position_ids,
+                    cu_seqlens=parts.cu_seqlens,
+                    max_seqlen=batch.max_seqlen,
+                    masked_index=parts.masked_index,
+                    labels=parts.labels,
+                )
+                return output.loss_sum, output.num_labels
+            output = self.engine.module(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
         masked = (batch.labels != -100).sum()
-        return output.loss * masked, masked
+        # Not output.loss * masked: the mean over no masked token at all is not a number.
+        return F.cross_entropy(output.logits.flatten(0, 1).float(), batch.labels.flatten(), reduction="sum"), masked
 
     def finish_pending(self) -> None:
         """Read the totals of the step before the one that is running now, and report them.
@@ -362,15 +374,28 @@ class Trainer:
         progress = self.progress
         vars(progress).update(self.stream.state_at(progress.next_pack))
         state = {"progress": asdict(progress), "data": asdict(self.data.identity)}
-        try:
+        blocking = final or not self.config.training.async_save
+        unconfirmed, self.unconfirmed_save = self.unconfirmed_save, not blocking
+        with self._surviving(final=False):
+            self.store.wait()
+            if unconfirmed:
+                self.failed_saves = 0
+        with self._surviving(final):
             self.store.save(
                 progress.step,
-                named_tensors(self.engine.model, self.optimizer),
+                self._tensors(),
                 state,
                 self.engine.checkpoint_format,
-                blocking=final or not self.config.training.async_save,
+                blocking=blocking,
             )
-            self.failed_saves = 0
+            if blocking:
+                self.failed_saves = 0
+
+    @contextmanager
+    def _surviving(self, final: bool) -> Iterator[None]:
+        """Count a failed save; raise it only where `final` or one too many in a row."""
+        try:
+            yield
         except CheckpointSaveError as error:
             self.failed_saves += 1
             self.say(f"Saving failed ({self.failed_saves} of {MAX_FAILED_SAVES} in a row): {error}")

@@ -235,20 +235,17 @@ def _write(
     tokens_hash, lengths_hash = xxhash.xxh3_128(), xxhash.xxh3_128()
     num_tokens, max_token, max_token_path, max_token_row = 0, -1, "", -1
     num_cells = sum(source.rows for source in sources)
-    with (
-        (folder / DATA_FILE).open("wb") as sink,
-        ipc.new_stream(sink, schema) as writer,
-        tqdm(total=num_cells, desc="convert corpus", unit="cell", disable=not show_progress) as progress,
-    ):
-        for source in sources:
-            row = 0
-            for column in _read(source):
-                tokens, offsets = _check_cells(column, source.path, row)
+    with (folder / DATA_FILE).open("wb") as sink:
+        with (
+            ipc.new_stream(sink, schema) as writer,
+            tqdm(total=num_cells, desc="convert corpus", unit="cell", disable=not show_progress) as progress,
+        ):
+            for path, row, tokens, offsets in _read(sources):
                 largest = int(tokens.max())
                 if largest > np.iinfo(dtype).max:
                     raise _TokensNeedInt32
                 if largest > max_token:
-                    max_token, max_token_path = largest, os.path.abspath(source.path)
+                    max_token, max_token_path = largest, os.path.abspath(path)
                     max_token_row = row + _row_of(int(tokens.argmax()), offsets)
                 tokens = np.ascontiguousarray(tokens, dtype)
                 tokens_hash.update(tokens.data)
@@ -256,9 +253,7 @@ def _write(
                 cells = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(tokens))
                 writer.write_batch(pa.RecordBatch.from_arrays([cells], schema=schema))
                 num_tokens += len(tokens)
-                row += len(column)
-                progress.update(len(column))
-        writer.close()
+                progress.update(len(cells))
         sink.flush()
         os.fsync(sink.fileno())
         data_bytes = sink.tell()
@@ -275,16 +270,20 @@ def _write(
     )
 
 
-def _read(source: _ParquetSource) -> Iterator[pa.Array]:
-    # A small read buffer without pre-buffering keeps Arrow from holding whole row groups.
-    try:
-        with pq.ParquetFile(source.path, pre_buffer=False, buffer_size=1 << 20) as file:
-            for batch in file.iter_batches(source.rows_per_batch, columns=[COLUMN], use_threads=False):
-                yield batch.column(0)
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(
-            f"{source.path}: the parquet file is damaged ({error}); make or download it again"
-        ) from error
+def _read(sources: Sequence[_ParquetSource]) -> Iterator[tuple[Path, int, np.ndarray, np.ndarray]]:
+    """Yield batches of checked cells: their file, their first row in it, tokens and boundaries."""
+    for source in sources:
+        row = 0
+        try:
+            # A small read buffer without pre-buffering keeps Arrow from holding whole row groups.
+            with pq.ParquetFile(source.path, pre_buffer=False, buffer_size=1 << 20) as file:
+                for batch in file.iter_batches(source.rows_per_batch, columns=[COLUMN], use_threads=False):
+                    yield source.path, row, *_check_cells(batch.column(0), source.path, row)
+                    row += batch.num_rows
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(
+                f"{source.path}: damaged after row {row} ({error}); make or download the file again"
+            ) from error
 
 
 def _check_cells(column: pa.Array, path: Path, first_row: int) -> tuple[np.ndarray, np.ndarray]:

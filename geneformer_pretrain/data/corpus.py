@@ -296,7 +296,7 @@ def _look_at_batch(column: pa.Array, mapped: pa.Buffer, path: Path, first_row: i
         )
     values = column.values
     if values.null_count:
-        position = values.offset + pc.index(values.is_null(), True).as_py()
+        position = pc.index(values.is_null(), True).as_py()
         row = int(np.searchsorted(offsets, position, side="right")) - 1
         raise ValueError(f"{path}, row {first_row + row}: {COLUMN} holds a null; drop the row and save again")
     buffer = values.buffers()[-1]
@@ -321,7 +321,8 @@ def _assemble(streams: list[_Stream], sources: tuple[SourceFile, ...], identity:
     for batch, first in zip(batches, batch_first_cell.tolist(), strict=False):
         end = first + len(batch.column)
         np.subtract(batch.offsets[1:], batch.offsets[:-1], out=lengths[first:end], casting="same_kind")
-    # The data are larger than memory: page in what is asked for. They are not: let the kernel read ahead.
+    # A corpus that fits into memory ends up there: sooner, if the kernel reads ahead. A larger one would only
+    # push itself out.
     physical_memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if sum(len(stream.region) for stream in streams) < physical_memory // 2:
         for stream in streams:

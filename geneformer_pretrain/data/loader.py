@@ -301,6 +301,8 @@ class BatchBuilder:
         self.pad_token_id = pad_token_id
         self.packing = packing
         self.pin_memory = pin_memory
+        self._bounds, self._size = _part_bounds(shape)
+        self._element_types = np.empty(0, corpus.token_dtype), np.empty(0, corpus.offset_dtype)
 
     def build(self, pack: int, epoch: int, cells: np.ndarray) -> Batch:
         """Build one micro-batch.
@@ -332,18 +334,18 @@ class BatchBuilder:
             )
         # A new buffer each time: the last one may still be on its way to the device. PyTorch's allocator of
         # pinned memory takes a buffer back only when its copies are done.
-        size = _part_bounds(shape)[1]
-        buffer = torch.empty(size, dtype=torch.int32, pin_memory=self.pin_memory)
-        parts = [part.numpy() for part in split(buffer, shape)]
-        input_ids, position_ids, cu_seqlens, masked_index, labels = parts
+        buffer = torch.empty(self._size, dtype=torch.int32, pin_memory=self.pin_memory)
+        array = buffer.numpy()
+        input_ids, position_ids, cu_seqlens, masked_index, labels = (
+            array[start:end] for start, end in self._bounds
+        )
         status, place, position = _copy_cells(
             cells,
             corpus.lengths,
             corpus.batch_first_cell,
             corpus.batch_values,
             corpus.batch_offsets,
-            np.empty(0, corpus.token_dtype),
-            np.empty(0, corpus.offset_dtype),
+            *self._element_types,
             rule.vocab_size,
             self.pad_token_id,
             shape.seq_length,
@@ -509,15 +511,17 @@ class Loader:
     def __next__(self) -> Batch:
         if self._executor is None:
             return self._build(next(self._packs))
-        for pack in islice(self._packs, self._prefetch - len(self._pending)):
-            self._pending.append(self._executor.submit(self._build, pack))
+        self._work_ahead(self._executor)
         if not self._pending:
             raise StopIteration
         batch = self._pending.popleft().result()
-        # Refilled before the consumer goes to work, so that the threads have work meanwhile.
-        for pack in islice(self._packs, 1):
-            self._pending.append(self._executor.submit(self._build, pack))
+        # Once more, so that the threads are busy while the consumer is.
+        self._work_ahead(self._executor)
         return batch
+
+    def _work_ahead(self, executor: ThreadPoolExecutor) -> None:
+        for pack in islice(self._packs, self._prefetch - len(self._pending)):
+            self._pending.append(executor.submit(self._build, pack))
 
     def _build(self, pack: int) -> Batch:
         return self._builder.build(pack, *self._stream.locate(pack))

@@ -33,7 +33,8 @@ IGNORED_LABEL = -100
 def mix64(z: np.uint64) -> np.uint64:
     """Scramble 64 bits (the finalizer of splitmix64; a bijection).
 
-    ``mix64.py_func`` does the same to a NumPy array of uint64.
+    ``mix64.py_func`` does the same to a NumPy array of uint64. Every mask and order follows from it. Compiled
+    kernels of other files keep the copy they were cached with, so after a change here remove ``__pycache__``.
     """
     z = (z ^ (z >> _SHIFT_30)) * _MULTIPLIER_1
     z = (z ^ (z >> _SHIFT_27)) * _MULTIPLIER_2

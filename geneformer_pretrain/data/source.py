@@ -111,7 +111,10 @@ def open_validation_data(training: DataSource, is_main: bool) -> DataSource | No
 
 
 def _open(path: str, config: Config, is_main: bool) -> Corpus:
-    return open_corpus(path, config.data.cache_dir, vocab_size=config.model.vocab_size, show_progress=is_main)
+    try:
+        return open_corpus(path, config.data.cache_dir, vocab_size=config.model.vocab_size, show_progress=is_main)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def check_vocabulary(config: Config) -> str:

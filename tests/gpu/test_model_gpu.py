@@ -39,7 +39,9 @@ def our_model(stock, compile_blocks, dtype=torch.bfloat16):
     ours.load_state_dict({name: value for name, value in stock.state_dict().items() if name in names})
     ours.bert.embeddings.compute_dtype = dtype
     if compile_blocks:
-        ours.compile_blocks()
+        ours.compile_ends()
+        for layer in ours.bert.encoder.layer:
+            layer.compile_in_place()
     return ours
 
 

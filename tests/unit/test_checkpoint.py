@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,11 @@ def save(store: CheckpointStore, step: int, format: str = "full", blocking: bool
     store.save(step, tensors_of(step), {"position": step}, format, blocking=blocking)
 
 
+def save_and_wait(store: CheckpointStore, step: int, format: str, blocking: bool) -> None:
+    save(store, step, format, blocking)
+    store.wait()
+
+
 def names(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
 
@@ -85,8 +91,7 @@ def names(directory: Path) -> list[str]:
 def test_round_trip(tmp_path: Path, format: str, blocking: bool) -> None:
     store = CheckpointStore(tmp_path / "run", keep_last_n=2)
     assert store.find_latest() is None
-    save(store, 5, format, blocking)
-    store.wait()
+    save_and_wait(store, 5, format, blocking)
     assert_holds(store, 5)
     assert_holds(CheckpointStore(tmp_path / "run", keep_last_n=2), 5)
 
@@ -204,13 +209,11 @@ def zero_tail(file: Path) -> None:
     file.write_bytes(content[:half] + bytes(len(content) - half))
 
 
-def damages(seed: int) -> list[tuple[str, Callable[[Path], None]]]:
+def damages(seed: int) -> list[tuple[str, Callable[[Path], object]]]:
     rng = random.Random(seed)
-    flips: list[tuple[str, Callable[[Path], None]]] = [
-        ("flip", lambda file, where=rng.random(), bit=rng.randrange(8): flip(file, where, bit))  # type: ignore[misc]
-        for _ in range(12)
-    ]
-    return [*flips, ("truncate", truncate), ("zero tail", zero_tail), ("delete", Path.unlink)]
+    flips = [partial(flip, where=rng.random(), bit=rng.randrange(8)) for _ in range(12)]
+    others = [("truncate", truncate), ("zero tail", zero_tail), ("delete", Path.unlink)]
+    return [*(("flip", each) for each in flips), *others]
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -250,7 +253,11 @@ def test_none_good_is_an_error_with_every_reason(tmp_path: Path) -> None:
     (tmp_path / "step_3" / "manifest.json").unlink()
     with pytest.raises(CheckpointError) as caught:
         CheckpointStore(tmp_path, keep_last_n=3).find_latest()
-    for text in ("step_1: checkpoint.pt has", "step_2: checkpoint.pt is not what", "manifest.json is missing"):
+    for text in (
+        "step_1: checkpoint.pt has",
+        "step_2: checkpoint.pt is not what",
+        "manifest.json is missing",
+    ):
         assert text in str(caught.value)
 
 
@@ -386,15 +393,33 @@ def test_disk_full(tmp_path: Path, format: str, size: int) -> None:
     save(store, 1, format)
     before = {file.name: describe(file) for file in (tmp_path / "step_1").iterdir()}
     for blocking in (True, False):
-        with largest_file(size), pytest.raises(CheckpointSaveError, match="rank 0: .*File too large"):
-            save(store, 2, format, blocking)
-            store.wait()
+        with largest_file(size), pytest.raises(CheckpointSaveError, match=r"rank 0: .*File too large"):
+            save_and_wait(store, 2, format, blocking)
         assert names(tmp_path) == ["step_1"]
         assert {file.name: describe(file) for file in (tmp_path / "step_1").iterdir()} == before
     store.wait()
     save(store, 2, format)
     assert_holds(store, 2)
     assert names(tmp_path) == ["step_2"]
+
+
+def test_a_failure_in_the_background_is_told_once_and_costs_no_later_save(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep_last_n=3)
+    with largest_file(0):
+        save(store, 1, blocking=False)
+        assert store._in_flight is not None
+        store._in_flight.exception()
+    with pytest.raises(CheckpointSaveError, match="step_1 failed"):
+        save(store, 2, blocking=False)
+    store.wait()
+    assert_holds(store, 2)
+    with largest_file(0):
+        save(store, 3, blocking=False)
+        assert store._in_flight is not None
+        store._in_flight.exception()
+    save(store, 4)
+    store.wait()
+    assert_holds(store, 4)
 
 
 def test_folder_not_writable() -> None:
@@ -500,9 +525,12 @@ def scenario_crash_points(base: str) -> dict[str, int]:
             child = forked(lambda d=directory, f=format, p=point: save_and_crash(d, f, p))  # type: ignore[misc]
             status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
             assert status in (0, 9), status
-            assert_holds(CheckpointStore(directory, keep_last_n=1), 2)
+            store = CheckpointStore(directory, keep_last_n=1)
+            assert_holds(store, 2)
             left = names(directory)
             assert set(left) <= {"step_1", "step_2"}, left
+            for name in left:
+                store.load(directory / name, zeros())
             shutil.rmtree(directory)
             if status == 0:
                 assert left == ["step_2"], left
@@ -591,7 +619,10 @@ def test_malicious_pickles_are_refused(tmp_path: Path, hidden: bool) -> None:
     original = pickle.loads(metadata.read_bytes())
     original.planner_data = bomb
     metadata.write_bytes(pickle.dumps(original if hidden else bomb))
-    for step, reason in ((1, "nsupported|Unsupported|WeightsUnpickler"), (2, "refused to unpickle posix.mkdir")):
+    for step, reason in (
+        (1, "nsupported|Unsupported|WeightsUnpickler"),
+        (2, "refused to unpickle posix.mkdir"),
+    ):
         folder = tmp_path / "run" / f"step_{step}"
         forge_manifest(folder)
         targets = zeros()
@@ -644,7 +675,7 @@ def test_a_checkpoint_with_a_piece_missing_is_refused(tmp_path: Path) -> None:
     metadata.state_dict_metadata["model.weight"].chunks.clear()
     file.write_bytes(pickle.dumps(metadata))
     forge_manifest(tmp_path / "step_1")
-    with pytest.raises(CheckpointError, match="0 of the 30 elements of model.weight"):
+    with pytest.raises(CheckpointError, match=r"0 of the 30 elements of model\.weight"):
         store.load(tmp_path / "step_1", zeros())
 
 

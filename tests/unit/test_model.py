@@ -1,5 +1,7 @@
 """The model against stock Hugging Face BERT in float32."""
 
+import importlib.util
+
 import pytest
 import torch
 import transformers
@@ -168,9 +170,10 @@ def test_dropout_follows_its_probabilities():
     attention = model.bert.encoder.layer[0].attention["self"]
     x = torch.randn(64, SIZES["hidden_size"])
     bounds = torch.tensor([0, 64], dtype=torch.int32)
-    mean = torch.stack([attention(x, bounds, 64) for _ in range(300)]).mean(0)
+    plan = model.bert.attention.plan(bounds, 64, 64)
+    mean = torch.stack([attention(x, plan) for _ in range(300)]).mean(0)
     attention.eval()
-    assert_close(mean, attention(x, bounds, 64), atol=0.05, rtol=0.1)
+    assert_close(mean, attention(x, plan), atol=0.05, rtol=0.1)
 
 
 def test_initialisation_is_berts():
@@ -211,6 +214,12 @@ def test_from_pretrained_in_bfloat16(tmp_path):
     output = model(input_ids=ids, attention_mask=mask, labels=labels)
     output.loss.backward()
     assert_close(output.loss.float(), ours(ids, mask, labels=labels).loss, atol=0.05, rtol=0.02)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("transformer_engine") is not None, reason="it is installed")
+def test_te_layers_without_transformer_engine_are_refused():
+    with pytest.raises(ImportError, match="use_te_layers"):
+        BertForMaskedLM(BertConfig(**SIZES), use_te_layers=True)
 
 
 def test_unsupported_arguments_are_refused():

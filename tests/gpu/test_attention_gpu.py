@@ -1,0 +1,124 @@
+"""The Triton attention kernels against attention written out in float64."""
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.gpu
+
+
+def reference(qkv, cu_seqlens, keep=None, dropout=0.0):
+    """[T, 3, A, D] float64 -> [T, A, D]; `keep` is a list of bool [A, n, n], one for each cell."""
+    outputs = []
+    bounds = cu_seqlens.tolist()
+    for number, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        if a == b:
+            continue
+        q, k, v = qkv[a:b].permute(1, 2, 0, 3)
+        weights = (q @ k.transpose(1, 2) / q.shape[-1] ** 0.5).softmax(-1)
+        if keep is not None:
+            weights = weights * keep[number] / (1 - dropout)
+        outputs.append((weights @ v).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+def error(found, expected):
+    return ((found.double() - expected).norm() / expected.norm()).item()
+
+
+def make(lengths, heads, size, scale=1.0, seed=0):
+    torch.manual_seed(seed)
+    cu_seqlens = torch.tensor([0, *lengths, 0, 0], device="cuda").cumsum(0).int()
+    qkv = (scale * torch.randn(sum(lengths), 3, heads, size, device="cuda")).bfloat16()
+    return qkv, cu_seqlens
+
+
+def run(qkv, cu_seqlens, dropout=0.0, seed=7):
+    from geneformer_pretrain.triton_attention import packed_attention, tile_list
+
+    qkv = qkv.detach().requires_grad_()
+    tiles = tile_list(cu_seqlens, len(qkv))
+    out, _ = packed_attention(qkv, tiles, torch.tensor([seed], device="cuda"), dropout)
+    return qkv, out
+
+
+LENGTHS = [[1], [128], [129], [2048, 1, 127], [5, 300, 64, 1, 1, 700, 256], [100] * 30]
+
+
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize(("heads", "size"), [(4, 64), (2, 32), (1, 128)])
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_without_dropout(lengths, heads, size, scale):
+    qkv, cu_seqlens = make(lengths, heads, size, scale)
+    leaf, out = run(qkv, cu_seqlens)
+    grad = torch.randn_like(out)
+    out.backward(grad)
+    exact = qkv.double().requires_grad_()
+    expected = reference(exact, cu_seqlens)
+    expected.backward(grad.double())
+    assert error(out, expected) < 0.01
+    if max(lengths) > 1:
+        assert error(leaf.grad, exact.grad) < 0.02
+    else:  # a single token attends to itself: no gradient for query and key
+        assert (leaf.grad[:, :2].abs() < 1e-3).all()
+
+
+def dropped(qkv, cu_seqlens, dropout, seed):
+    """The mask that the kernels use, read off by attending with values that are unit vectors."""
+    length = int(cu_seqlens[1])
+    heads, size = qkv.shape[2:]
+    keep = torch.zeros(heads, length, length, device="cuda", dtype=torch.bool)
+    for first in range(0, length, size):
+        probe = qkv.clone()
+        probe[:, :2] = 0  # equal weights
+        probe[:, 2] = 0
+        n = min(size, length - first)
+        probe[range(first, first + n), 2, :, range(n)] = 1
+        _, out = run(probe, cu_seqlens, dropout, seed)
+        keep[:, :, first : first + n] = (out[:length, :, :n] > 0).permute(1, 0, 2)
+    return keep
+
+
+@pytest.mark.parametrize("length", [200, 384])
+def test_with_dropout_outputs_and_gradients_use_one_mask(length):
+    dropout = 0.3
+    qkv, cu_seqlens = make([length], 2, 64)
+    keep = dropped(qkv, cu_seqlens, dropout, seed=11)
+    leaf, out = run(qkv, cu_seqlens, dropout, seed=11)
+    grad = torch.randn_like(out)
+    out.backward(grad)
+    exact = qkv.double().requires_grad_()
+    expected = reference(exact, cu_seqlens, [keep], dropout)
+    expected.backward(grad.double())
+    assert error(out, expected) < 0.01
+    assert error(leaf.grad, exact.grad) < 0.02
+
+
+def test_dropout_masks_look_random():
+    dropout, length = 0.1, 1024
+    qkv, cu_seqlens = make([length], 4, 64)
+    masks = torch.stack([~dropped(qkv, cu_seqlens, dropout, seed) for seed in (1, 2)]).double()
+    sigma = (dropout * (1 - dropout)) ** 0.5
+    assert abs(masks.mean() - dropout) < 5 * sigma / masks.numel() ** 0.5
+    for along in (-1, -2):  # no row and no column is dropped more than chance allows
+        deviation = (masks.mean(along) - dropout).abs().max() / (sigma / length**0.5)
+        assert deviation < 5.5
+    flat = (masks - dropout).flatten(1) / sigma
+    assert abs((flat[0] * flat[1]).mean()) < 5 / flat.shape[1] ** 0.5  # seeds
+    heads = (masks[0] - dropout).flatten(1) / sigma
+    assert abs((heads[0] * heads[1]).mean()) < 5 / heads.shape[1] ** 0.5
+    rows = (masks[0, 0] - dropout) / sigma
+    between_rows = (rows @ rows.T / length).fill_diagonal_(0)
+    assert between_rows.abs().max() < 6.5 / length**0.5
+    between_columns = (rows.T @ rows / length).fill_diagonal_(0)
+    assert between_columns.abs().max() < 6.5 / length**0.5
+
+
+def test_gradients_are_deterministic():
+    qkv, cu_seqlens = make([700, 1, 300, 55], 4, 64)
+    grad = torch.randn(len(qkv), 4, 64, device="cuda", dtype=torch.bfloat16)
+    grads = []
+    for _ in range(2):
+        leaf, out = run(qkv, cu_seqlens, 0.1)
+        out.backward(grad)
+        grads.append(leaf.grad)
+    assert torch.equal(*grads)

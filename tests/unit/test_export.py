@@ -1,0 +1,127 @@
+"""The exported model in a process that has stock transformers and nothing of this project."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch.testing import assert_close
+from transformers import BertConfig
+
+from modeling_bert_te import BertForMaskedLM
+from tests.tiny import VOCAB_SIZE, tiny_config
+from train import run
+
+STOCK = """
+import sys, warnings
+warnings.simplefilter("error")
+import torch
+for name in ("modeling_bert_te", "geneformer_pretrain", "train"):
+    try:
+        __import__(name)
+    except ModuleNotFoundError:
+        continue
+    raise SystemExit(f"{name} can be imported here")
+from transformers import AutoModelForMaskedLM, BertForMaskedLM, BertForSequenceClassification
+
+folder, inputs, outputs = sys.argv[1:]
+batch = torch.load(inputs)
+results = {}
+for cls in (BertForMaskedLM, AutoModelForMaskedLM):
+    model, info = cls.from_pretrained(folder, output_loading_info=True)
+    assert type(model) is BertForMaskedLM
+    assert not info["missing_keys"] and not info["unexpected_keys"], info
+    assert not info["mismatched_keys"], info
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    with torch.no_grad():
+        results[cls.__name__] = model.eval()(**batch).logits
+classifier, info = BertForSequenceClassification.from_pretrained(folder, num_labels=3, output_loading_info=True)
+# Only what pretraining never had is new: pooler and classifier.
+assert all(key.startswith(("bert.pooler.", "classifier.")) for key in info["missing_keys"]), info
+assert classifier(**batch).logits.shape == (2, 3)
+results["word"] = classifier.bert.embeddings.word_embeddings.weight.detach()
+results["last"] = classifier.bert.encoder.layer[-1].output.dense.weight.detach()
+torch.save(results, outputs)
+"""
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A model after three real steps, so that no bias is zero and no LayerNorm weight one."""
+    folder = tmp_path_factory.mktemp("export")
+    config = tiny_config(folder, "training.num_train_steps=3", "model.hidden_act=gelu")
+    assert run(config) == 0
+    return folder / "run" / "final_model"
+
+
+def make_batch():
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(2, VOCAB_SIZE, (2, 20), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1, 13:] = 0
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+def test_stock_classes_load_it_without_this_project(exported, tmp_path):
+    inputs, outputs = tmp_path / "in.pt", tmp_path / "out.pt"
+    batch = make_batch()
+    torch.save(batch, inputs)
+    subprocess.run(
+        [sys.executable, "-I", "-c", STOCK, exported, inputs, outputs], cwd=tmp_path, check=True, timeout=120
+    )
+    results = torch.load(outputs)
+    model = BertForMaskedLM.from_pretrained(exported).eval()
+    with torch.no_grad():
+        ours = model(**batch)
+    valid = batch["attention_mask"].bool()
+    assert ours.logits.std() > 0.01
+    for name in ("BertForMaskedLM", "AutoModelForMaskedLM"):
+        assert_close(results[name][valid], ours.logits[valid], atol=1e-5, rtol=0)
+    assert torch.equal(results["word"], model.bert.embeddings.word_embeddings.weight)
+    assert torch.equal(results["last"], model.bert.encoder.layer[-1].output.dense.weight)
+
+
+def test_folder_holds_one_float32_file_and_a_stock_configuration(exported):
+    assert sorted(path.name for path in exported.iterdir()) == ["config.json", "model.safetensors"]
+    config = json.loads((exported / "config.json").read_text())
+    stock = {*BertConfig().to_dict(), "torch_dtype", "architectures"}
+    assert not set(config) - stock
+    assert config["architectures"] == ["BertForMaskedLM"]
+    assert config["model_type"] == "bert"
+    assert (config["type_vocab_size"], config["pad_token_id"]) == (2, 0)
+    assert (config["hidden_act"], config["vocab_size"]) == ("gelu", VOCAB_SIZE)
+    with safe_open(exported / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float32}
+        assert "cls.predictions.decoder.weight" not in file.keys()
+
+
+def test_equals_the_last_checkpoint(exported):
+    """Nothing is lost on the way: every weight of the checkpoint is in the export, bit by bit."""
+    (path,) = (exported.parent / "step_3").glob("*.safetensors")
+    checkpoint = load_file(path)
+    weights = load_file(exported / "model.safetensors")
+    assert weights
+    assert weights.keys() == {name.removeprefix("model.") for name in checkpoint if name.startswith("model.")}
+    for name, value in weights.items():
+        assert torch.equal(value, checkpoint[f"model.{name}"]), name
+
+
+def test_loads_in_bfloat16(exported):
+    model = BertForMaskedLM.from_pretrained(exported, dtype=torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert torch.isfinite(model(make_batch()["input_ids"]).prediction_logits).all()
+
+
+def test_a_later_export_replaces_the_earlier(exported):
+    before = (exported / "model.safetensors").stat().st_ino
+    folder = exported.parents[1]
+    config = tiny_config(folder, "training.num_train_steps=3", "model.hidden_act=gelu")
+    assert run(config) == 0
+    assert (exported / "model.safetensors").stat().st_ino != before
+    assert not [path for path in exported.parent.iterdir() if path.suffix in (".tmp", ".old")]
+    assert Path(exported / "config.json").is_file()

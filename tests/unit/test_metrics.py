@@ -1,0 +1,118 @@
+"""metrics.jsonl, the log of cells, config.yaml and Weights & Biases."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+
+from geneformer_pretrain.config import load_config
+from geneformer_pretrain.distributed import World
+from geneformer_pretrain.metrics import MetricsLog, cut_back, start_wandb
+from geneformer_pretrain.run_record import CellLog, write_run_record
+from tests.tiny import overrides, tiny_config
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def write_steps(path, steps, tail=""):
+    path.write_text("".join(json.dumps({"step": step}) + "\n" for step in steps) + tail)
+
+
+def steps_in(path):
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("tail", ["", '{"step": 3', "garbage"])
+def test_cut_back_drops_later_steps_and_a_torn_line(tmp_path, tail):
+    path = tmp_path / "metrics.jsonl"
+    write_steps(path, [1, 2, 3, 4, 5], tail)
+    cut_back(path, 3)
+    assert steps_in(path) == [1, 2, 3]
+    cut_back(tmp_path / "absent.jsonl", 3)
+    assert not (tmp_path / "absent.jsonl").exists()
+
+
+def test_cut_back_refuses_a_damaged_file(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: not JSON"):
+        cut_back(path, 2)
+    assert "nonsense" in path.read_text()
+
+
+def test_records_are_strict_json_and_only_of_the_main_rank(tmp_path):
+    config = tiny_config(tmp_path)
+    write_steps(tmp_path / "metrics.jsonl", [1, 2])
+    for is_main in (True, False):
+        with MetricsLog(tmp_path, 1, config, is_main) as log:
+            log.advance(2, 1.5, 1e-3, 1000.0)
+            log.write({"step": 2, "loss": float("nan"), "grad_norm": float("inf"), "cells": 3})
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[0]) == {"step": 1}
+    assert json.loads(lines[1]) == {"step": 2, "loss": None, "grad_norm": None, "cells": 3}
+    assert len(lines) == 2
+
+
+def test_cell_log_is_cut_back_for_ranks_that_are_gone(tmp_path):
+    """Four ranks were cut off at step 9; two go on from step 6."""
+    (tmp_path / "cells").mkdir()
+    for rank in range(4):
+        write_steps(tmp_path / f"cells/rank_{rank}.jsonl", range(1, 10))
+    batch = SimpleNamespace(pack=28, epoch=0, cells=torch.tensor([5, 6]))
+    for rank in range(2):
+        with CellLog(tmp_path, World(rank, rank, 2, torch.device("cpu")), 6) as log:
+            log.write(7, batch)
+    found = [steps_in(tmp_path / f"cells/rank_{rank}.jsonl") for rank in range(4)]
+    assert found == [[1, 2, 3, 4, 5, 6, 7]] * 2 + [[1, 2, 3, 4, 5, 6]] * 2
+
+
+def test_run_record(tmp_path):
+    config = tiny_config(tmp_path, "training.lr_schedule=cosine")
+    write_run_record(config, tmp_path)
+    record = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert record["training"]["lr_schedule"] == "cosine"
+    assert record["model"]["hidden_size"] == 32
+    assert record["data"]["vocab_path"] is None
+    assert record["versions"]["torch"] == version("torch")
+    assert record["versions"]["transformers"] == version("transformers")
+    assert record["versions"]["python"].startswith(f"{sys.version_info.major}.{sys.version_info.minor}")
+    if (ROOT / ".git").exists():
+        head = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        assert head.stdout.strip() in record["git_revision"]
+    else:
+        assert record["git_revision"] == "unknown"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "mode"),
+    [
+        ({}, {}, "offline"),
+        ({}, {"WANDB_API_KEY": "key"}, "online"),
+        ({}, {"WANDB_MODE": "disabled"}, "disabled"),
+        ({"mode": "offline"}, {"WANDB_API_KEY": "key"}, "offline"),
+        ({"mode": "online"}, {}, "online"),
+    ],
+)
+def test_wandb_is_offline_unless_asked(tmp_path, monkeypatch, arguments, environment, mode):
+    calls = []
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **given: calls.append(given)))
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    config = load_config("10m", overrides(tmp_path, "training.wandb_init_args={name: n, project: p}"))
+    training = replace(config.training, wandb_init_args={**config.training.wandb_init_args, **arguments})
+    start_wandb(replace(config, training=training), tmp_path)
+    (given,) = calls
+    assert (given["name"], given["project"], given["mode"]) == ("n", "p", mode)
+    assert given["dir"] == str(tmp_path)
+    assert given["config"]["model"]["hidden_size"] == 32
