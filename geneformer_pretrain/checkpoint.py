@@ -125,7 +125,8 @@ class CheckpointStore:
             self.wait()
         except CheckpointSaveError as error:
             failed_before = error
-            log.error("the save before failed in the background: %s", error)
+            if self.ranks.rank == 0:
+                log.error("the save before failed in the background: %s", error)
         held: dict[str, Shards] = {}
         body: dict[str, Any] = {}
 
@@ -190,24 +191,24 @@ class CheckpointStore:
                 try:
                     self._tidy()
                 except OSError as left:
-                    log.error("could not clean up after the failed save: %s", left)
+                    log.error("could not clean up after a failed save: %s", left)
             raise CheckpointSaveError(f"saving {final} failed: {error}") from None
         if self.ranks.rank == 0:
-            self._verified[final] = signature(final, body)
-            self._prune(final)
+            try:
+                self._prune(final)
+            except OSError as error:
+                log.error("saved %s, but could not delete what it supersedes: %s", final, error)
 
     def _commit(self, temporary: Path, final: Path, body: dict[str, Any]) -> None:
         fault = size_fault(temporary, body)
         if fault is not None:
             raise FileNotFoundError(f"{fault}, as rank 0 sees it: do all ranks share {self.directory}?")
         write_manifest(temporary, body)
-        old = final.with_name(f"{final.name}.old")
         if final.exists():
-            final.rename(old)  # A crash before the next line is undone by _tidy.
+            final.rename(final.with_suffix(".old"))  # A crash before the next line is undone by _tidy.
         temporary.rename(final)
         sync_folder(self.directory)
-        if old.exists():
-            self._discard(old)
+        self._verified[final] = signature(final, body)
 
     def _prune(self, newest: Path) -> None:
         """Delete what is older than the newest good checkpoints; damaged ones do not count as kept.
@@ -215,23 +216,22 @@ class CheckpointStore:
         Folders of later steps can only be damaged ones that this run went back behind. They are left for a
         look until the run comes by again.
         """
+        if newest.with_suffix(".old").exists():
+            self._discard(newest.with_suffix(".old"))
         kept = 1
         for folder in self._folders()[self._folders().index(newest) + 1 :]:
-            try:
-                if kept == self.keep_last_n:
-                    self._discard(folder)
-                elif self._fault(folder) is None:
-                    kept += 1
-            except OSError as error:
-                log.error("could not prune %s: %s", folder, error)
+            if kept == self.keep_last_n:
+                self._discard(folder)
+            elif self._fault(folder) is None:
+                kept += 1
 
     def _discard(self, folder: Path) -> None:
         """Delete a folder in such a way that a crash leaves nothing half deleted under a good name."""
         trash = folder.with_suffix(".trash")
         if trash.exists():
-            shutil.rmtree(trash)
+            _delete(trash)
         folder.rename(trash)
-        shutil.rmtree(trash)
+        _delete(trash)
         self._verified.pop(folder, None)
 
     def _tidy(self) -> None:
@@ -245,7 +245,7 @@ class CheckpointStore:
             elif match and match[2] == "old":
                 self._discard(path)
             elif match:
-                shutil.rmtree(path)
+                _delete(path)
 
     # Finding and loading
 
@@ -350,6 +350,14 @@ class CheckpointStore:
             return str(error)
         self._verified[folder] = unchanged
         return None
+
+
+def _delete(folder: Path) -> None:
+    """Delete a folder that no one needs; if that fails, say so and let training go on."""
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        log.error("could not delete %s: %s", folder, error)
 
 
 def move_aside(directory: str | Path) -> Path | None:

@@ -33,7 +33,7 @@ def initialize_weights(module: nn.Module, prefix: str, seed: int, initializer_ra
         else:
             digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-            values = torch.empty(parameter.shape).normal_(0.0, initializer_range, generator=generator)
+            values = torch.empty(parameter.shape, device="cpu").normal_(0.0, initializer_range, generator=generator)
             if name.endswith("word_embeddings.weight"):
                 values[padding_row] = 0.0
             parameter.copy_(values)

@@ -53,6 +53,8 @@ class Engine:
         step, the one after which gradients are reduced.
     checkpoint_format
         "full" for one file, "sharded" for a distributed checkpoint.
+    end_evaluation
+        To be called after forward passes that had no backward.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Engine:
     gradient_divisor: float
     micro_batch: Callable[[bool], AbstractContextManager[None]]
     checkpoint_format: str
+    end_evaluation: Callable[[], None] = lambda: None
 
 
 def architecture(config: ModelConfig) -> dict[str, int | float | str]:
@@ -149,4 +152,5 @@ def _fsdp2(model: BertForMaskedLM, shard: Callable[[nn.Module], None], world: Wo
         model.set_requires_gradient_sync(last)
         return nullcontext()
 
-    return Engine("fsdp2", model, model, float(world.size), micro_batch, "sharded")
+    # Without a backward, the root's weights stay gathered: the optimizer's shards would not be its parameters.
+    return Engine("fsdp2", model, model, float(world.size), micro_batch, "sharded", model.reshard)

@@ -365,6 +365,7 @@ class Trainer:
                 if mine < packs:
                     totals += torch.stack([loss_sum.double(), masked.double()])
         self.engine.model.train()
+        self.engine.end_evaluation()
         dist.all_reduce(totals)
         loss_sum, masked = totals.tolist()
         return loss_sum / masked

@@ -6,6 +6,7 @@ the packed path; ``mask_cell`` says the same in NumPy for one cell and serves th
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numba import njit
@@ -29,7 +30,7 @@ IGNORED_LABEL = -100
 """Label of positions that carry no loss."""
 
 
-@njit(nogil=True, cache=True)
+@njit(cache=True)
 def mix64(z: np.uint64) -> np.uint64:
     """Scramble 64 bits (the finalizer of splitmix64; a bijection).
 
@@ -41,12 +42,13 @@ def mix64(z: np.uint64) -> np.uint64:
     return z ^ (z >> _SHIFT_31)
 
 
-@njit(nogil=True, cache=True)
+@njit(cache=True)
 def derive(key: np.uint64, value: np.uint64) -> np.uint64:
     """Key of the sub-stream ``value`` of ``key``."""
     return mix64(key + value + GOLDEN)
 
 
+@lru_cache(maxsize=64)
 def epoch_key(stream: np.uint64, seed: int, epoch: int) -> np.uint64:
     """Key of one epoch of one of the random streams (masks, order of the cells)."""
     return np.uint64(derive(np.uint64(derive(stream, np.uint64(seed % 2**64))), np.uint64(epoch)))

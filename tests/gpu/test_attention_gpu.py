@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
 
 
 def reference(qkv, cu_seqlens, keep=None, dropout=0.0):
@@ -37,7 +37,7 @@ def run(qkv, cu_seqlens, dropout=0.0, seed=7):
 
     qkv = qkv.detach().requires_grad_()
     tiles = tile_list(cu_seqlens, len(qkv))
-    out, _ = packed_attention(qkv, tiles, torch.tensor([seed], device="cuda"), dropout)
+    out, _, _ = packed_attention(qkv, tiles, torch.tensor([seed], device="cuda"), dropout)
     return qkv, out
 
 

@@ -1,14 +1,26 @@
 """Transformer Engine layers, BF16 and FP8, against stock BERT in float32."""
 
+import warnings
+
 import pytest
 import torch
-from test_model_gpu import CONFIG, our_model, pack, relative_error, stock_model
+from test_model_gpu import (
+    CONFIG,
+    assert_as_near_as_stock_bf16,
+    gradients,
+    our_model,
+    pack,
+    relative_error,
+    stock_model,
+)
 from torch.testing import assert_close
 
 from modeling_bert_te import BertConfig, BertForMaskedLM
 
-te = pytest.importorskip("transformer_engine.pytorch")
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    te = pytest.importorskip("transformer_engine.pytorch")
 
 
 def te_model(stock):
@@ -21,23 +33,13 @@ def te_model(stock):
     return model
 
 
-def compare(model, stock, packed, padded, loss_tolerance, gradient_tolerance):
-    expected = stock(**padded)
-    expected.loss.backward()
-    output = model(**packed)
-    output.loss.backward()
-    assert_close(output.loss, expected.loss, atol=loss_tolerance, rtol=loss_tolerance)
-    for name, parameter in model.canonical_parameters():
-        reference = stock.get_parameter(name).grad
-        if reference.norm() < 1e-6 * len(reference) ** 0.5:
-            continue
-        assert parameter.grad.dtype == torch.float32
-        assert relative_error(parameter.grad, reference) < gradient_tolerance, name
-
-
 def test_bf16_matches_float32_stock():
     stock = stock_model()
-    compare(te_model(stock), stock, *pack([1024, 900, 1, 700, 30], seed=5), 5e-3, 0.03)
+    model = te_model(stock)
+    packed, padded = pack([1024, 900, 1, 700, 30], seed=5)
+    output = model(**packed)
+    output.loss.backward()
+    assert_as_near_as_stock_bf16(output, gradients(model), stock, padded)
 
 
 @pytest.mark.parametrize("recipe", ["DelayedScaling", "Float8CurrentScaling", "Float8BlockScaling"])
@@ -47,12 +49,22 @@ def test_fp8_is_near_float32_stock(recipe):
     stock = stock_model()
     model = te_model(stock)
     packed, padded = pack([1024, 900, 1, 700, 30], seed=5)
+    for _ in range(3):  # delayed scaling has to see amaxes first
+        with te.autocast(enabled=True, recipe=getattr(recipes, recipe)()):
+            loss = model(**packed).loss
+        loss.backward()
+    model.zero_grad()
     with te.autocast(enabled=True, recipe=getattr(recipes, recipe)()):
-        for _ in range(3):  # delayed scaling has to see amaxes first
-            model(**packed).loss.backward()
-        model.zero_grad()
-    with te.autocast(enabled=True, recipe=getattr(recipes, recipe)()):
-        compare(model, stock, packed, padded, 0.03, 0.25)
+        output = model(**packed)
+    output.loss.backward()
+    expected = stock(**padded)
+    expected.loss.backward()
+    assert_close(output.loss, expected.loss, atol=0.03, rtol=0.01)
+    reference = gradients(stock)
+    scale = max(gradient.norm() for gradient in reference.values())
+    for name, gradient in gradients(model).items():
+        if reference[name].norm() > 1e-4 * scale:
+            assert relative_error(gradient, reference[name]) < 0.3, name
 
 
 def test_names_and_values_convert_exactly(tmp_path):

@@ -1,5 +1,6 @@
 """Checkpoints in one process: every fault that a disk, a kill or an attacker can cause."""
 
+import errno
 import json
 import logging
 import os
@@ -297,6 +298,25 @@ def test_damage_after_verification_is_seen_by_the_pruner(tmp_path: Path) -> None
     save(store, 3)
     assert_holds(store, 3)
     assert "step_1" in names(tmp_path)
+
+
+def test_folders_that_cannot_be_deleted_do_not_stop_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def busy(folder: Path) -> None:
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(folder))
+
+    store = CheckpointStore(tmp_path, keep_last_n=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", busy)
+        for step in (1, 2, 3):
+            save(store, step)
+        assert "Device or resource busy" in caplog.text
+        store = CheckpointStore(tmp_path, keep_last_n=1)
+        assert_holds(store, 3)
+        assert names(tmp_path) == ["step_1.trash", "step_2.trash", "step_3"]
+    save(store, 4)
+    assert names(tmp_path) == ["step_4"]
 
 
 def test_only_leftovers_of_our_own_are_removed(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def test_contract_defaults():
     training = load_config("10m").training
     assert (training.learning_rate, training.mlm_probability, training.num_workers) == (1e-4, 0.15, 4)
     assert (training.save_every_n_steps, training.resume_from_checkpoint) == (50, True)
-    assert not (training.use_fp8 or training.use_nvfsdp or training.use_fsdp2)
+    assert not any((training.use_fp8, training.use_nvfsdp, training.use_fsdp2))
     assert set(training.wandb_init_args) == {"name", "project"}
 
 
@@ -150,9 +150,7 @@ def test_fp8_needs_a_capable_gpu(monkeypatch):
     config = load_config("4b", ["training.use_fp8=true"])
     with pytest.raises(ConfigError, match=r"training\.use_fp8=True needs a CUDA GPU.*use_fp8=False"):
         check_machine(config, torch.device("cpu"))
-    with pytest.raises(
-        ConfigError, match=r"training\.use_fp8=True needs compute capability 8\.9.*Some GPU has 8\.0"
-    ):
+    with pytest.raises(ConfigError, match=r"use_fp8=True needs compute capability 8\.9.*Some GPU has 8\.0"):
         check_machine(config, on_gpu(monkeypatch, (8, 0)))
     check_machine(config, on_gpu(monkeypatch, (8, 9)))
     check_machine(config, on_gpu(monkeypatch, (9, 0)))
@@ -163,7 +161,7 @@ def test_te_layers_need_transformer_engine_and_a_gpu(monkeypatch):
     gpu = on_gpu(monkeypatch, (9, 0), te=False)
     for device in (gpu, torch.device("cpu")):
         with pytest.raises(
-            ConfigError, match=r"model\.use_te_layers=True needs Transformer Engine.*not installed"
+            ConfigError, match=r"model\.use_te_layers=True.*not installed.*use_te_layers=False"
         ):
             check_machine(config, device)
     on_gpu(monkeypatch, (9, 0))
@@ -185,7 +183,7 @@ def test_nvfsdp_needs_cuda():
         (lambda tokens: [*tokens[:-1], tokens[7]], "vocab.txt lists the token 'gene_7' more than once"),
         (
             lambda tokens: tokens[::-1],
-            r"vocab\.txt, line 1: 'gene_100' where model\.pad_token_id expects <pad>",
+            r"line 1: 'gene_100' where model\.pad_token_id expects <pad>",
         ),
         (
             lambda tokens: [tokens[0], "x", *tokens[2:]],

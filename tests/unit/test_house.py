@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -108,22 +109,31 @@ def test_scripts_are_executable(script: str) -> None:
 # --- commands ---------------------------------------------------------------------------------------------
 
 
-def _make_help() -> str:
+def _make(*arguments: str) -> str:
+    """Run make in the root, as from a shell even when these tests run under make; return what it prints."""
     if shutil.which("make") is None:
         pytest.skip("make is not installed")
-    return subprocess.run(["make", "-s"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    environment = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+    command = ["make", *arguments]
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True
+    ).stdout
+
+
+def _make_targets() -> list[str]:
+    """Targets that `make` alone lists with a description."""
+    return re.findall(r"^  (\S+) +\S", _make(), re.MULTILINE)
 
 
 def test_make_lists_every_target() -> None:
     """`make` alone describes each phony target."""
-    listed = re.findall(r"^  (\S+) +\S", _make_help(), re.MULTILINE)
     phony = re.findall(r"^\.PHONY: (.+)$", _text(Path("Makefile")), re.MULTILINE)
-    assert sorted(listed) == sorted(" ".join(phony).split())
+    assert sorted(_make_targets()) == sorted(" ".join(phony).split())
 
 
 def test_documented_make_targets_exist() -> None:
     """Every `make TARGET` in a Markdown file or script names a target."""
-    listed = set(re.findall(r"^  (\S+) +\S", _make_help(), re.MULTILINE))
+    listed = _make_targets()
     unknown = []
     for path in _repository_files():
         if path.suffix == ".md" or path == Path(".ci/run"):
@@ -135,14 +145,7 @@ def test_documented_make_targets_exist() -> None:
 
 def test_make_uses_an_interpreter_as_it_is_on_request() -> None:
     """With VENV=none nothing is created or installed."""
-    _make_help()
-    plan = subprocess.run(
-        ["make", "-n", "train", "VENV=none", f"PYTHON={sys.executable}", "ARGS=training.seed=3"],
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout
+    plan = _make("-n", "train", "VENV=none", f"PYTHON={sys.executable}", "ARGS=training.seed=3")
     (command,) = plan.strip().splitlines()
     assert command.startswith(f"{sys.executable} -m torch.distributed.run ")
     assert command.endswith(" train.py training.seed=3")

@@ -1,0 +1,555 @@
+"""Runs that are stopped, resumed, moved between engines and numbers of ranks, against one that is not.
+
+All with dropout, gradient accumulation and an epoch's end on the way.
+"""
+
+import errno
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import transformers
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.testing import assert_close
+
+import train
+from geneformer_pretrain import checkpoint
+from geneformer_pretrain.checkpoint import CheckpointError, CheckpointSaveError
+from geneformer_pretrain.config import Config, ConfigError, load_config
+from geneformer_pretrain.data.loader import Batch
+from geneformer_pretrain.data.masking import MaskRule, mask_cell
+from geneformer_pretrain.distributed import World, distributed_world
+from geneformer_pretrain.trainer import PendingStep, Trainer, TrainingError
+from tests.tiny import make_cells, overrides, read_cells, read_exit, read_metrics, tiny_config, write_parquet
+
+RunWorkers = Callable[..., list[Any]]
+
+# Large initial weights, so that dropout matters from the first step.
+DROPOUT = (
+    "model.hidden_dropout_prob=0.1",
+    "model.attention_probs_dropout_prob=0.1",
+    "model.initializer_range=0.2",
+)
+STEPS, PACKS_PER_STEP, NUM_CELLS = 6, 12, 300
+
+
+def long_run(folder: Path, *more: str) -> list[str]:
+    """Overrides of a run of 6 steps of 12 packs, whose corpus has about 50 packs."""
+    return overrides(
+        folder,
+        *DROPOUT,
+        f"training.num_train_steps={STEPS}",
+        "training.learning_rate=1e-2",
+        "training.save_every_n_steps=2",
+        "training.keep_last_n=10",
+        "training.log_cell_ids=true",
+        "training.validate_every_n_steps=2",
+        f"data.validation_path={folder / 'held_out.parquet'}",
+        *more,
+        num_cells=NUM_CELLS,
+    )
+
+
+def into(folder: Path, size: int, *more: str) -> list[str]:
+    """Overrides that name the results' folder and share the 12 packs among `size` ranks."""
+    return [
+        f"training.checkpoint_dir={folder}",
+        f"training.gradient_accumulation_steps={PACKS_PER_STEP // size}",
+        *more,
+    ]
+
+
+def train_all(rank: int, size: int, runs: Sequence[list[str]]) -> list[str | None]:
+    """Train each run on this rank; return the message of the error that ended it, or None."""
+    outcomes: list[str | None] = []
+    for given in runs:
+        try:
+            Trainer(load_config(overrides=given), World(rank, rank, size, torch.device("cpu"))).fit()
+            outcomes.append(None)
+        except ConfigError as error:
+            outcomes.append(str(error))
+        dist.barrier()
+    return outcomes
+
+
+def cut_off(run: Path, copy: Path, step: int) -> Path:
+    """Copy of a run as if it had been killed after saving `step`, with logs that went on for longer."""
+    shutil.copytree(run, copy)
+    shutil.rmtree(copy / "final_model")
+    for folder in copy.glob("step_*"):
+        if int(folder.name.removeprefix("step_")) > step:
+            shutil.rmtree(folder)
+    assert (copy / f"step_{step}").is_dir()
+    return copy
+
+
+def losses(run: Path) -> list[float]:
+    return [record["loss"] for record in read_metrics(run)]
+
+
+def assert_same_run(run: Path, reference: Path) -> None:
+    """Same packs, cells and counts; same losses, norms and weights up to the order of summation."""
+    assert read_cells(run) == read_cells(reference)
+    for ours, expected in zip(read_metrics(run), read_metrics(reference), strict=True):
+        assert ours["step"] == expected["step"]
+        for exact in ("cells", "tokens", "masked_tokens", "epoch", "learning_rate", "skipped_steps"):
+            assert ours[exact] == expected[exact], exact
+        for close in ("loss", "grad_norm", "validation_loss"):
+            assert (close in ours) == (close in expected)
+            assert ours.get(close, 0) == pytest.approx(expected.get(close, 0), rel=2e-5), (
+                close,
+                ours["step"],
+            )
+    weights = load_file(reference / "final_model/model.safetensors")
+    for name, weight in load_file(run / "final_model/model.safetensors").items():
+        # Softmax ignores the keys' bias: its gradient is rounding noise, which AdamW blows up.
+        if name.endswith("self.key.bias"):
+            continue
+        assert_close(
+            weight, weights[name], atol=1e-4, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tiny matrices: more threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with the corpora and `one`, the uninterrupted run of one process."""
+    folder = tmp_path_factory.mktemp("training")
+    write_parquet(folder / "held_out.parquet", make_cells(70, seed=1))
+    assert train.run(load_config(overrides=long_run(folder, *into(folder / "one", 1)))) == 0
+    return folder
+
+
+def test_the_reference_run_is_a_hard_case(folder: Path) -> None:
+    """It ends an epoch within a step, and its dropout matters."""
+    records = read_cells(folder / "one")
+    assert sorted(records) == list(range(STEPS * PACKS_PER_STEP))
+    first = [cell for _, epoch, cells in records.values() if epoch == 0 for cell in cells]
+    assert sorted(first) == list(range(NUM_CELLS))
+    epochs_of_step = {step: set() for step in range(1, STEPS + 1)}
+    for step, epoch, _ in records.values():
+        epochs_of_step[step].add(epoch)
+    assert {0, 1} in epochs_of_step.values()
+    no_dropout = ["model.hidden_dropout_prob=0", "model.attention_probs_dropout_prob=0"]
+    shorter = ["training.num_train_steps=1", f"training.checkpoint_dir={folder / 'no_dropout'}"]
+    train.run(load_config(overrides=long_run(folder, *into(folder, 1), *no_dropout, *shorter)))
+    without, (with_dropout, *_) = read_metrics(folder / "no_dropout")[0], read_metrics(folder / "one")
+    assert without["loss"] != pytest.approx(with_dropout["loss"], rel=1e-4)
+    assert without["grad_norm"] != pytest.approx(with_dropout["grad_norm"], rel=1e-2)
+
+
+def test_ranks_and_engines_give_the_same_run(folder: Path, tmp_path: Path, run_workers: RunWorkers) -> None:
+    """1 process = 2 = 4 = FSDP2; and one run on 2 (DDP), 4 (FSDP2), 1 (DDP), 3 (FSDP2) ranks in turn."""
+    fsdp2 = "training.use_fsdp2=true"
+    runs = [into(tmp_path / "ddp_2", 2), into(tmp_path / "fsdp2_2", 2, fsdp2)]
+    assert run_workers(train_all, 2, [long_run(folder, *run) for run in runs]) == [[None, None]] * 2
+    for name in ("ddp_2", "fsdp2_2"):
+        assert_same_run(tmp_path / name, folder / "one")
+    assert list((tmp_path / "fsdp2_2/step_6").glob("*.distcp"))
+
+    on_four = cut_off(tmp_path / "ddp_2", tmp_path / "on_four", 2)
+    uneven = tmp_path / "uneven"
+    train.run(
+        tiny_config(folder, f"training.checkpoint_dir={uneven}", "training.gradient_accumulation_steps=6")
+    )
+    runs = [
+        long_run(folder, *into(on_four, 4, fsdp2)),
+        long_run(folder, *into(tmp_path / "ddp_4", 4)),
+        overrides(folder, f"training.checkpoint_dir={uneven}", "training.num_train_steps=4"),
+    ]
+    outcomes = run_workers(train_all, 4, runs)
+    assert_same_run(tmp_path / "ddp_4", folder / "one")
+    assert_same_run(on_four, folder / "one")
+    for *fine, refused in outcomes:
+        assert fine == [None, None]
+        assert "6 packs per step, which 4 processes cannot share evenly" in refused
+        assert "1, 2, 3, 6 processes" in refused
+    assert sorted(path.name for path in uneven.glob("step_*")) == ["step_2"]
+
+    on_one = cut_off(on_four, tmp_path / "on_one", 4)
+    assert train.run(load_config(overrides=long_run(folder, *into(on_one, 1)))) == 0
+    assert_same_run(on_one, folder / "one")
+
+    on_three = cut_off(on_one, tmp_path / "on_three", 4)
+    # What the configuration says about accumulation gives way to the packs per step of the run.
+    resumed = long_run(folder, *into(on_three, 2, fsdp2))
+    assert run_workers(train_all, 3, [resumed]) == [[None]] * 3
+    assert_same_run(on_three, folder / "one")
+
+
+def test_validation_loss_equals_an_independent_computation(folder: Path) -> None:
+    """At the interval's steps; the mean over all masked tokens of the held-out cells, by stock BERT."""
+    records = read_metrics(folder / "one")
+    assert [record["step"] for record in records if "validation_loss" in record] == [2, 4, 6]
+    model = transformers.BertForMaskedLM.from_pretrained(folder / "one/final_model").eval()
+    rule = MaskRule(seed=0, probability=0.15, vocab_size=101, num_special_tokens=2, mask_token_id=1)
+    total, count = 0.0, 0
+    for number, cell in enumerate(make_cells(70, seed=1)):
+        masked, labels = map(torch.from_numpy, mask_cell(torch.tensor(cell[:32]).numpy(), number, 0, rule))
+        with torch.no_grad():
+            logits = model(masked[None]).logits[0]
+        total += F.cross_entropy(logits, labels, reduction="sum").item()
+        count += int((labels != -100).sum())
+    assert count > 100
+    assert records[-1]["validation_loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+# --- one process: bitwise ---------------------------------------------------------------------------------
+
+
+def short_run(folder: Path, *more: str) -> list[str]:
+    """9 steps of 2 packs; an epoch has about 10."""
+    settings = (
+        "training.num_train_steps=9",
+        "training.gradient_accumulation_steps=2",
+        "training.save_every_n_steps=2",
+    )
+    return overrides(folder, *DROPOUT, *settings, "training.log_cell_ids=true", *more)
+
+
+def assert_bitwise_equal(run: Path, reference: Path, step: int) -> None:
+    assert losses(run) == losses(reference)
+    assert (run / "cells/rank_0.jsonl").read_bytes() == (reference / "cells/rank_0.jsonl").read_bytes()
+    ours, expected = (torch.load(path / f"step_{step}/checkpoint.pt") for path in (run, reference))
+    assert ours.keys() == expected.keys()
+    assert any(name.startswith("optimizer.exp_avg_sq.") for name in ours)
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, expected[name]), name
+    states = [
+        json.loads((path / f"step_{step}/manifest.json").read_text())["state"] for path in (run, reference)
+    ]
+    assert states[0] == states[1]
+    exports = [(path / "final_model/model.safetensors").read_bytes() for path in (run, reference)]
+    assert exports[0] == exports[1]
+
+
+def signal_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Send SIGTERM to this process in the middle of the step after `step`."""
+    original = Trainer.forward
+
+    def forward(self: Trainer, batch: Batch) -> tuple[Tensor, Tensor]:
+        if self.progress.step == step and self.signals.received is None:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, batch)
+
+    monkeypatch.setattr(Trainer, "forward", forward)
+
+
+@pytest.mark.parametrize("async_save", ["true", "false"])
+def test_stopped_and_resumed_run_is_bitwise_equal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, async_save: str
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    asynchronous = f"training.async_save={async_save}"
+    assert train.run(load_config(overrides=short_run(tmp_path, f"training.checkpoint_dir={whole}"))) == 0
+    epochs = {record["epoch"] for record in read_metrics(whole)}
+    assert len(epochs) > 1
+    config = load_config(overrides=short_run(tmp_path, f"training.checkpoint_dir={parts}", asynchronous))
+    stops = []
+    for step in (0, 4):
+        with monkeypatch.context() as patch:
+            signal_after(patch, step)
+            assert train.run(config) == 75
+            stops.append(read_exit(parts))
+            assert not (parts / "final_model").exists()
+    # Ranks agree on a stop one step late, so that no step waits for it.
+    assert stops == [{"reason": "signal", "exit_code": 75, "step": step} for step in (2, 6)]
+    assert train.run(config) == 0
+    assert read_exit(parts) == {"reason": "completed", "exit_code": 0, "step": 9}
+    assert_bitwise_equal(parts, whole, 9)
+
+
+def test_killed_run_is_bitwise_equal_and_its_logs_are_cut_back(tmp_path: Path) -> None:
+    """A checkpoint counts every step up to its own, though reports lag behind by one."""
+    whole = tmp_path / "whole"
+    given = short_run(tmp_path, "training.keep_last_n=9")
+    assert train.run(load_config(overrides=[*given, f"training.checkpoint_dir={whole}"])) == 0
+    killed = cut_off(whole, tmp_path / "killed", 4)
+    assert train.run(load_config(overrides=[*given, f"training.checkpoint_dir={killed}"])) == 0
+    assert [record["step"] for record in read_metrics(killed)] == list(range(1, 10))
+    assert_bitwise_equal(killed, whole, 9)
+    progress = json.loads((whole / "step_9/manifest.json").read_text())["state"]["progress"]
+    assert progress["tokens"] == sum(record["tokens"] for record in read_metrics(whole))
+    assert progress["cells"] == sum(len(cells) for _, _, cells in read_cells(whole).values())
+
+
+def test_metrics_hold_what_the_contract_names(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, "training.num_train_steps=5", "training.log_every_n_steps=2")
+    assert train.run(config) == 0
+    records = read_metrics(tmp_path / "run")
+    assert [record["step"] for record in records] == [2, 4, 5]
+    for record in records:
+        for name in ("loss", "learning_rate", "grad_norm", "tokens_per_second", "cells", "masked_tokens"):
+            assert record[name] > 0, name
+
+
+# --- padded reference path --------------------------------------------------------------------------------
+
+
+def test_padded_and_packed_batches_give_the_same_loss_and_gradients(tmp_path: Path) -> None:
+    no_dropout = ("model.hidden_dropout_prob=0", "model.attention_probs_dropout_prob=0")
+    with distributed_world() as world:
+        packed = Trainer(tiny_config(tmp_path, *no_dropout), world)
+        padded = Trainer(tiny_config(tmp_path, *no_dropout, "data.packing=false"), world)
+        for pack in range(3):
+            epoch, cells = packed.stream.locate(pack)
+            results = []
+            for trainer in (packed, padded):
+                batch = trainer.data.builder().build(pack, epoch, cells)
+                trainer.engine.model.zero_grad()
+                loss_sum, masked = trainer.forward(batch)
+                loss_sum.backward()
+                gradients = {name: p.grad for name, p in trainer.engine.model.named_parameters()}
+                results.append((loss_sum.detach(), masked, batch.num_masked, gradients))
+            assert results[0][1] == results[1][1] == results[0][2] == results[1][2] > 0
+            assert_close(results[0], results[1], atol=1e-4, rtol=1e-4)
+
+
+def test_padded_run_trains(tmp_path: Path) -> None:
+    """Also where no token of a micro-batch is masked at all."""
+    sparse = ("training.mlm_probability=0.01", "training.num_train_steps=20", "data.packing=false")
+    assert train.run(tiny_config(tmp_path, *sparse)) == 0
+    records = read_metrics(tmp_path / "run")
+    assert min(record["masked_tokens"] for record in records) == 0
+    assert records[-1]["skipped_steps"] == 0
+
+
+# --- gradients that are not finite ------------------------------------------------------------------------
+
+
+class Injecting(Trainer):
+    """Poisons the gradient of given packs, and compares weights and optimizer around each update."""
+
+    bad_packs: Sequence[int] = ()
+    poison = float("nan")
+
+    def snapshot(self) -> list[Tensor]:
+        states = [tensor for state in self.optimizer.state.values() for tensor in state.values()]
+        return [tensor.detach().clone() for tensor in [*self.engine.model.parameters(), *states]]
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        loss_sum, masked = super().forward(batch)
+        if batch.pack in self.bad_packs:
+            loss_sum.register_hook(lambda gradient: gradient * self.poison)
+        return loss_sum, masked
+
+    def train_step(self, batches: Any) -> PendingStep:
+        before = self.snapshot()
+        pending = super().train_step(batches)
+        same = all(map(torch.equal, before, self.snapshot()))
+        self.unchanged = [*getattr(self, "unchanged", []), same]
+        return pending
+
+
+def train_with_bad_gradients(rank: int, size: int, given: list[str], again: list[str]) -> dict[str, Any]:
+    world = World(rank, rank, size, torch.device("cpu"))
+    trainer = Injecting(load_config(overrides=given), world)
+    trainer.bad_packs = (5,)  # step 2 (packs 4 to 7), rank 1
+    trainer.fit()
+    result: dict[str, Any] = {"unchanged": trainer.unchanged, "progress": vars(trainer.progress)}
+    dist.barrier()
+    trainer = Injecting(load_config(overrides=again), world)
+    trainer.poison = float("inf")
+    trainer.bad_packs = (0, 9, 13, 17)  # steps 1 (rank 0), 3, 4 and 5 (rank 1)
+    with pytest.raises(TrainingError) as error:
+        trainer.fit()
+    return result | {"error": str(error.value), "last_packs": range(16 + rank, 20, 2)}
+
+
+def test_all_ranks_skip_a_gradient_that_is_not_finite(tmp_path: Path, run_workers: RunWorkers) -> None:
+    skip, stop = tmp_path / "skip", tmp_path / "stop"
+    settings = (
+        "training.num_train_steps=4",
+        "training.gradient_accumulation_steps=2",
+        "training.log_cell_ids=true",
+    )
+    given = overrides(tmp_path, *settings, f"training.checkpoint_dir={skip}")
+    again = [
+        *given,
+        "training.num_train_steps=9",
+        "training.max_skipped_steps=3",
+        f"training.checkpoint_dir={stop}",
+    ]
+    results = run_workers(train_with_bad_gradients, 2, given, again)
+    for result in results:
+        assert result["unchanged"] == [False, True, False, False]
+        assert result["progress"]["step"] == 4
+        assert result["progress"]["next_pack"] == 16
+        assert result["progress"]["skipped_steps"] == 1
+    records = read_metrics(skip)
+    assert [record["skipped_steps"] for record in records] == [0, 1, 1, 1]
+    assert [record["grad_norm"] is None for record in records] == [False, True, False, False]
+    assert all(record["loss"] > 0 for record in records)
+    assert sorted(read_cells(skip)) == list(range(16))
+
+    # One step in between was good, so only steps 3, 4 and 5 were skipped in a row.
+    cells_of_pack = {pack: cells for pack, (_, _, cells) in read_cells(stop).items()}
+    for result in results:
+        assert "3 updates in a row" in result["error"]
+        assert "step 5" in result["error"]
+        for pack in result["last_packs"]:
+            assert f"({pack}, {cells_of_pack[pack]})" in result["error"]
+
+
+# --- saves that fail --------------------------------------------------------------------------------------
+
+
+def fail_saves(monkeypatch: pytest.MonkeyPatch, steps: Sequence[int]) -> None:
+    """Let the disk be full when the manifests of these steps are written."""
+    original = checkpoint.write_manifest
+
+    def write(folder: Path, body: dict[str, Any]) -> None:
+        if body["step"] in steps:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(folder, body)
+
+    monkeypatch.setattr(checkpoint, "write_manifest", write)
+
+
+def saving_run(folder: Path, asynchronous: bool) -> Config:
+    settings = ("training.num_train_steps=9", "training.save_every_n_steps=1", "training.keep_last_n=9")
+    return tiny_config(folder, *settings, f"training.async_save={asynchronous}")
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+@pytest.mark.parametrize("failing", [(2,), (3, 4), (8,), (2, 4, 6, 8)])
+def test_failed_saves_are_survived(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: Sequence[int], asynchronous: bool
+) -> None:
+    fail_saves(monkeypatch, failing)
+    assert train.run(saving_run(tmp_path, asynchronous)) == 0
+    saved = {int(path.name.removeprefix("step_")) for path in (tmp_path / "run").glob("step_*")}
+    assert saved == set(range(1, 10)) - set(failing)
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_too_many_failed_saves_in_a_row_stop_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asynchronous: bool
+) -> None:
+    fail_saves(monkeypatch, range(2, 10))
+    with pytest.raises(CheckpointSaveError, match="No space left on device"):
+        train.run(saving_run(tmp_path, asynchronous))
+    # The saves of steps 2, 3 and 4; the outcome of one in the background is known at the next.
+    assert read_metrics(tmp_path / "run")[-1]["step"] == 4 + asynchronous
+    assert [path.name for path in (tmp_path / "run").glob("step_*")] == ["step_1"]
+    assert "No space left on device" in read_exit(tmp_path / "run")["error"]
+
+
+def test_failed_last_save_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fail_saves(monkeypatch, (9,))
+    with pytest.raises(CheckpointSaveError, match="No space left on device"):
+        train.run(saving_run(tmp_path, True))
+
+
+# --- resuming: what is refused, and what is kept ----------------------------------------------------------
+
+
+def test_complete_run_says_so_and_exports_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tiny_config(tmp_path)
+    assert train.run(config) == 0
+    model = tmp_path / "run/final_model/model.safetensors"
+    weights, metrics = model.read_bytes(), (tmp_path / "run/metrics.jsonl").read_bytes()
+    shutil.rmtree(tmp_path / "run/final_model")
+    capsys.readouterr()
+    assert train.run(config) == 0
+    assert "This run is complete: 2 of 2 steps are done." in capsys.readouterr().out
+    assert model.read_bytes() == weights
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == metrics
+    assert read_exit(tmp_path / "run") == {"reason": "completed", "exit_code": 0, "step": 2}
+
+
+def flip_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_damaged_checkpoints(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The newest good one is used and the log says so; without any, the run stops and starts nothing."""
+    config = tiny_config(tmp_path, "training.num_train_steps=4", "training.save_every_n_steps=1")
+    assert train.run(config) == 0
+    weights = (tmp_path / "run/final_model/model.safetensors").read_bytes()
+    flip_bit(tmp_path / "run/step_4/checkpoint.pt")
+    (tmp_path / "run/step_3/checkpoint.pt").unlink()
+    assert train.run(config) == 0
+    assert [record.levelname for record in caplog.records].count("ERROR") >= 2
+    assert "step_2, which is good" in caplog.text
+    assert (tmp_path / "run/final_model/model.safetensors").read_bytes() == weights
+
+    for path in (tmp_path / "run").glob("step_*/checkpoint.pt"):
+        flip_bit(path)
+    metrics = (tmp_path / "run/metrics.jsonl").read_bytes()
+    with pytest.raises(CheckpointError, match=r"none of the checkpoints is good.*step_4.*step_3.*step_2"):
+        train.run(config)
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == metrics
+    exit_json = read_exit(tmp_path / "run")
+    assert (exit_json["reason"], exit_json["exit_code"], exit_json["rank"]) == ("error", 1, 0)
+    assert "none of the checkpoints is good" in exit_json["error"]
+
+
+def test_not_resuming_moves_the_earlier_run_aside(tmp_path: Path) -> None:
+    assert train.run(tiny_config(tmp_path, "training.log_cell_ids=true")) == 0
+    run = tmp_path / "run"
+    earlier = {path.relative_to(run): path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    earlier.pop(Path("exit.json"))
+    again = tiny_config(tmp_path, "training.resume_from_checkpoint=false", "training.num_train_steps=1")
+    assert train.run(again) == 0
+    (previous,) = run.glob("previous-*")
+    for name, content in earlier.items():
+        assert (previous / name).read_bytes() == content, name
+    assert [record["step"] for record in read_metrics(run)] == [1]
+    assert (run / "step_1").is_dir()
+    assert not (run / "step_2").exists()
+
+
+def test_failed_start_moves_nothing_aside(tmp_path: Path) -> None:
+    assert train.run(tiny_config(tmp_path)) == 0
+    bad = tiny_config(tmp_path, "training.resume_from_checkpoint=false", "model.vocab_size=50")
+    with pytest.raises(ConfigError, match=r"model\.vocab_size"):
+        train.run(bad)
+    assert not list((tmp_path / "run").glob("previous-*"))
+    assert (tmp_path / "run/step_2").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("change", "shown"),
+    [
+        ("training.seed=1", "seed: 0 in the checkpoint, 1 now"),
+        ("model.micro_batch_size=8", "micro_batch_size: 4 in the checkpoint, 8 now"),
+        ("training.mlm_probability=0.3", "mlm_probability: 0.15 in the checkpoint, 0.3 now"),
+        ("data.path={folder}/other.parquet", "corpus: "),
+        ("data.vocab_path={folder}/vocab.txt", "vocabulary: None in the checkpoint"),
+    ],
+)
+def test_changed_data_are_refused_unless_accepted(tmp_path: Path, change: str, shown: str) -> None:
+    write_parquet(tmp_path / "other.parquet", make_cells(60, seed=5))
+    genes = [f"gene_{i}" for i in range(2, 101)]
+    (tmp_path / "vocab.txt").write_text("\n".join(["<pad>", "<mask>", *genes]) + "\n")
+    assert train.run(tiny_config(tmp_path, "training.log_cell_ids=true")) == 0
+    changed = [change.format(folder=tmp_path), "training.num_train_steps=4", "training.log_cell_ids=true"]
+    with pytest.raises(ConfigError, match="step_2") as error:
+        train.run(tiny_config(tmp_path, *changed))
+    assert shown in str(error.value)
+    assert "training.accept_changed_data=true" in str(error.value)
+    assert (tmp_path / "run/step_2").is_dir()
+
+    assert train.run(tiny_config(tmp_path, *changed, "training.accept_changed_data=true")) == 0
+    packs = read_cells(tmp_path / "run")
+    assert [(step, epoch) for step, epoch, _ in packs.values()] == [(1, 0), (2, 0), (3, 1), (4, 1)]

@@ -1,0 +1,89 @@
+"""The training loop on a GPU: no synchronisation, no recompilation, bitwise repeatable when asked to be."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from geneformer_pretrain.config import load_config
+from geneformer_pretrain.distributed import distributed_world
+from geneformer_pretrain.stopping import StopSignals
+from geneformer_pretrain.trainer import Trainer
+
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
+
+
+@pytest.fixture
+def overrides(tmp_path):
+    rng = np.random.default_rng(0)
+    cells = [rng.permutation(np.arange(2, 25426))[:n].tolist() for n in rng.integers(5, 400, 300)]
+    pq.write_table(pa.table({"input_ids": cells}), tmp_path / "cells.parquet")
+    return [
+        f"data.path={tmp_path}/cells.parquet",
+        f"data.cache_dir={tmp_path}/cache",
+        f"training.checkpoint_dir={tmp_path}/run",
+        "training.wandb_init_args=null",
+        "training.lr_schedule=constant",
+        "model.seq_length=256",
+        "model.micro_batch_size=16",
+        "model.num_hidden_layers=2",
+        "training.gradient_accumulation_steps=2",
+    ]
+
+
+def test_steps_neither_synchronise_nor_recompile(overrides):
+    torch._dynamo.reset()
+    with distributed_world() as world:
+        trainer = Trainer(load_config("10m", overrides), world)
+        trainer.signals, trainer.cell_log = StopSignals(), None
+        with trainer.data.loader(trainer.stream, trainer.progress, 0, 1) as loader:
+            for _ in range(3):
+                trainer.train_step(loader)
+            torch.cuda.synchronize()
+            with torch._dynamo.config.patch(error_on_recompile=True):
+                torch.cuda.set_sync_debug_mode("error")
+                try:
+                    for _ in range(20):
+                        trainer.train_step(loader)
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
+
+
+def fit(overrides, steps):
+    torch._dynamo.reset()
+    torch.cuda.reset_peak_memory_stats()
+    with distributed_world() as world:
+        config = load_config("10m", [*overrides, f"training.num_train_steps={steps}"])
+        assert Trainer(config, world).fit()
+
+
+def losses(folder):
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("kernel", ["torch", "triton"])
+def test_deterministic_runs_and_resumptions_are_bitwise_equal(overrides, tmp_path, kernel, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    common = [*overrides, "training.deterministic=true", f"model.attention_kernel={kernel}"]
+    try:
+        fit([*common, f"training.checkpoint_dir={tmp_path}/a"], 8)
+        fit([*common, f"training.checkpoint_dir={tmp_path}/b"], 5)
+        fit([*common, f"training.checkpoint_dir={tmp_path}/b"], 8)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    a, b = (load_file(tmp_path / name / "final_model" / "model.safetensors") for name in "ab")
+    for name, value in a.items():
+        assert torch.equal(value, b[name]), name
+
+
+def test_gpu_and_cpu_agree_without_dropout(overrides, tmp_path, monkeypatch):
+    common = [*overrides, "model.hidden_dropout_prob=0", "model.attention_probs_dropout_prob=0"]
+    fit([*common, f"training.checkpoint_dir={tmp_path}/gpu"], 6)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    fit([*common, f"training.checkpoint_dir={tmp_path}/cpu"], 6)
+    assert losses(tmp_path / "gpu") == pytest.approx(losses(tmp_path / "cpu"), abs=5e-3)

@@ -1,0 +1,180 @@
+"""`train.py` as a user sees it: exit codes, messages, what it imports."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import datasets
+import pytest
+from hydra import compose, initialize_config_dir
+
+import train
+from geneformer_pretrain.config import CONFIG_DIR
+from tests.tiny import make_cells, overrides, read_exit, tiny_config, write_parquet
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def python(*arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def failure(arguments: Sequence[str]) -> str:
+    """Call the main function of train.py in this process; return the message it exits with."""
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        composed = compose("l0_sanity", overrides=list(arguments))
+    with pytest.raises(SystemExit) as stopped:
+        train.main(composed)
+    # A text as exit code is printed to stderr and makes Python exit with 1.
+    assert isinstance(stopped.value.code, str)
+    assert stopped.value.code.startswith("Error: ")
+    return stopped.value.code
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key", "remedy"),
+    [
+        (["model.use_te_layers=true"], "model.use_te_layers=True", "model.use_te_layers=False"),
+        (
+            ["model.use_te_layers=true", "training.use_fp8=true"],
+            "training.use_fp8=True",
+            "training.use_fp8=False",
+        ),
+        (["training.use_nvfsdp=true"], "training.use_nvfsdp=True", "training.use_fsdp2=True"),
+        (["training.use_fp8=true"], "training.use_fp8=True", "model.use_te_layers=True"),
+        (["model.hidden_act=rellu"], "model.hidden_act", "relu"),
+        (["model.hidden_size=33"], "model.hidden_size (33)", "model.num_attention_heads (2)"),
+        (["data.vocab_path=none.txt"], "data.vocab_path", "data.vocab_path=null"),
+        (["data.path=none.parquet"], "none.parquet", "correct data.path"),
+        (["data.validation_path=none.parquet"], "none.parquet", "no such file or folder"),
+        (["model.vocab_size=100"], "cells.parquet, row ", "set model.vocab_size to at least 101"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_a_mistake_is_one_plain_message(tmp_path: Path, arguments: list[str], key: str, remedy: str) -> None:
+    message = failure(overrides(tmp_path, *arguments))
+    assert key in message
+    assert remedy in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_token_outside_of_the_vocabulary_in_a_saved_folder(tmp_path: Path) -> None:
+    """Its tokens are not read at the start, but before the pack that holds them is used."""
+    cells = make_cells(40)
+    cells[17][3] = 101
+    datasets.Dataset.from_dict({"input_ids": cells}).save_to_disk(tmp_path / "saved")
+    given = overrides(tmp_path, f"data.path={tmp_path / 'saved'}", "training.num_train_steps=50")
+    message = failure(given)
+    assert "row 17: token 101 at position 3" in message
+    assert "model.vocab_size" in message
+    exit_json = read_exit(tmp_path / "run")
+    assert (exit_json["reason"], exit_json["exit_code"], exit_json["rank"]) == ("error", 1, 0)
+    assert "token 101" in exit_json["error"]
+
+
+def test_damaged_checkpoints_and_changed_data_are_plain_messages(tmp_path: Path) -> None:
+    assert train.run(tiny_config(tmp_path)) == 0
+    assert "seed: 0 in the checkpoint, 1 now" in failure(overrides(tmp_path, "training.seed=1"))
+    (tmp_path / "run/step_2/checkpoint.pt").write_bytes(b"")
+    message = failure(overrides(tmp_path, "training.num_train_steps=4"))
+    assert "step_2" in message
+    assert not (tmp_path / "run/step_4").exists()
+
+
+def test_a_bug_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only errors that a user can mend are shortened."""
+
+    def broken(self: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(train.Trainer, "fit", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        train.run(tiny_config(tmp_path))
+    assert read_exit(tmp_path / "run")["error"] == "RuntimeError: a bug"
+
+
+def test_stale_exit_json_does_not_outlive_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert train.run(tiny_config(tmp_path)) == 0
+    seen = []
+    original = train.Trainer.fit
+
+    def fit(self: train.Trainer) -> bool:
+        seen.append((tmp_path / "run/exit.json").exists())
+        return original(self)
+
+    monkeypatch.setattr(train.Trainer, "fit", fit)
+    assert train.run(tiny_config(tmp_path, "training.num_train_steps=3")) == 0
+    assert seen == [False]
+    assert read_exit(tmp_path / "run")["step"] == 3
+
+
+# --- real processes ---------------------------------------------------------------------------------------
+
+
+def test_error_in_a_real_process(tmp_path: Path) -> None:
+    ended = python("train.py", *overrides(tmp_path, "training.use_nvfsdp=true"))
+    assert ended.returncode == 1
+    assert "Traceback" not in ended.stderr
+    assert ended.stderr.startswith("Error: training.use_nvfsdp=True needs CUDA")
+
+
+def test_hydra_names_an_unknown_key(tmp_path: Path) -> None:
+    ended = python("train.py", "training.lerning_rate=1")
+    assert ended.returncode == 1
+    assert "lerning_rate" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_showing_the_configuration_runs_nothing(tmp_path: Path) -> None:
+    target = tmp_path / "run"
+    ended = python("train.py", "--config-name", "106m", "--cfg", "all", f"training.checkpoint_dir={target}")
+    assert ended.returncode == 0
+    for line in ("hidden_size: 768", "learning_rate: 0.0001", f"checkpoint_dir: {target}"):
+        assert line in ended.stdout
+    assert not target.exists()
+
+
+WANDB = """
+import sys
+from pathlib import Path
+import train
+from geneformer_pretrain.config import load_config
+
+train.run(load_config(overrides=sys.argv[1:]))
+assert "wandb" not in sys.modules, "wandb was imported although tracking is off"
+tracked = [*sys.argv[1:], "training.wandb_init_args={name: n, project: p}", "training.num_train_steps=3"]
+train.run(load_config(overrides=tracked))
+import wandb
+assert wandb.run is None, "the run was not finished"
+"""
+
+
+def test_wandb_is_imported_only_if_tracked_and_works_offline(tmp_path: Path) -> None:
+    ended = python("-c", WANDB, *overrides(tmp_path))
+    assert ended.returncode == 0, ended.stderr
+    (run,) = (tmp_path / "run/wandb").glob("offline-run-*")
+    assert list(run.glob("run-*.wandb"))
+    assert not (ROOT / "wandb").exists()
+
+
+def test_readme_way_without_torchrun(tmp_path: Path) -> None:
+    """`python train.py`: what it prints at the start and at the end is true."""
+    write_parquet(tmp_path / "cells.parquet", make_cells(60))
+    ended = python("train.py", *overrides(tmp_path))
+    assert ended.returncode == 0, ended.stderr
+    for line in ("hidden_size: 32", "parameters, PyTorch layers", "60 cells", "engine      ddp on cpu"):
+        assert line in ended.stdout
+    for name in ("final_model", "step_2", "metrics.jsonl"):
+        assert str(tmp_path / "run" / name) in ended.stdout
+        assert (tmp_path / "run" / name).exists()
+    assert read_exit(tmp_path / "run") == {"reason": "completed", "exit_code": 0, "step": 2}
