@@ -1,6 +1,7 @@
 """The training run: build, resume, train, validate, save, export."""
 
 import hashlib
+import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -81,6 +82,7 @@ class Trainer:
         training = config.training
         self.folder = Path(training.checkpoint_dir)
         if training.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself only with it
             torch.use_deterministic_algorithms(True)
 
         check_machine(config, world.device)

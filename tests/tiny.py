@@ -1,12 +1,15 @@
 """A run small enough for a test: a corpus of short cells and a configuration of a few thousand weights."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
+import torch
 
 from geneformer_pretrain.config import Config, load_config
 
@@ -23,6 +26,20 @@ MODEL = (
     "model.micro_batch_size=4",
     "model.use_te_layers=false",
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_cpu_thread() -> Iterator[None]:
+    """In modules that import it, runs in the test's own process stay off the GPU and use one thread.
+
+    With matrices this small, more threads would only wait for each other.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        yield
+    torch.set_num_threads(threads)
 
 
 def make_cells(num_cells: int, seed: int = 0) -> list[list[int]]:

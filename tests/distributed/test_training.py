@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,16 @@ from geneformer_pretrain.data.loader import Batch
 from geneformer_pretrain.data.masking import MaskRule, mask_cell
 from geneformer_pretrain.distributed import World, distributed_world
 from geneformer_pretrain.trainer import PendingStep, Trainer, TrainingError
-from tests.tiny import make_cells, overrides, read_cells, read_exit, read_metrics, tiny_config, write_parquet
+from tests.tiny import (
+    make_cells,
+    one_cpu_thread,  # noqa: F401 - an automatic fixture
+    overrides,
+    read_cells,
+    read_exit,
+    read_metrics,
+    tiny_config,
+    write_parquet,
+)
 
 RunWorkers = Callable[..., list[Any]]
 
@@ -114,18 +123,7 @@ def assert_same_run(run: Path, reference: Path) -> None:
         # Softmax ignores the keys' bias: its gradient is rounding noise, which AdamW blows up.
         if name.endswith("self.key.bias"):
             continue
-        assert_close(
-            weight, weights[name], atol=1e-4, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}"
-        )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tiny matrices: more threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+        assert_close(weight, weights[name], atol=1e-4, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.fixture(scope="module")
@@ -166,9 +164,7 @@ def test_ranks_and_engines_give_the_same_run(folder: Path, tmp_path: Path, run_w
 
     on_four = cut_off(tmp_path / "ddp_2", tmp_path / "on_four", 2)
     uneven = tmp_path / "uneven"
-    train.run(
-        tiny_config(folder, f"training.checkpoint_dir={uneven}", "training.gradient_accumulation_steps=6")
-    )
+    train.run(tiny_config(folder, f"training.checkpoint_dir={uneven}", "training.gradient_accumulation_steps=6"))
     runs = [
         long_run(folder, *into(on_four, 4, fsdp2)),
         long_run(folder, *into(tmp_path / "ddp_4", 4)),
@@ -232,9 +228,7 @@ def assert_bitwise_equal(run: Path, reference: Path, step: int) -> None:
     assert any(name.startswith("optimizer.exp_avg_sq.") for name in ours)
     for name, tensor in ours.items():
         assert torch.equal(tensor, expected[name]), name
-    states = [
-        json.loads((path / f"step_{step}/manifest.json").read_text())["state"] for path in (run, reference)
-    ]
+    states = [json.loads((path / f"step_{step}/manifest.json").read_text())["state"] for path in (run, reference)]
     assert states[0] == states[1]
     exports = [(path / "final_model/model.safetensors").read_bytes() for path in (run, reference)]
     assert exports[0] == exports[1]
@@ -287,7 +281,12 @@ def test_killed_run_is_bitwise_equal_and_its_logs_are_cut_back(tmp_path: Path) -
     assert_bitwise_equal(killed, whole, 9)
     progress = json.loads((whole / "step_9/manifest.json").read_text())["state"]["progress"]
     assert progress["tokens"] == sum(record["tokens"] for record in read_metrics(whole))
-    assert progress["cells"] == sum(len(cells) for _, _, cells in read_cells(whole).values())
+    packs = read_cells(whole)
+    assert progress["cells"] == sum(len(cells) for _, _, cells in packs.values())
+    assert progress["next_pack"] == len(packs)
+    # Earlier epochs need not be planned again to go on.
+    of_epoch = [pack for pack, (_, epoch, _) in packs.items() if epoch == progress["epoch"]]
+    assert 0 < progress["epoch_first_pack"] == min(of_epoch)
 
 
 def test_metrics_hold_what_the_contract_names(tmp_path: Path) -> None:

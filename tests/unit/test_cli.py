@@ -12,7 +12,14 @@ from hydra import compose, initialize_config_dir
 
 import train
 from geneformer_pretrain.config import CONFIG_DIR
-from tests.tiny import make_cells, overrides, read_exit, tiny_config, write_parquet
+from tests.tiny import (
+    make_cells,
+    one_cpu_thread,  # noqa: F401 - an automatic fixture
+    overrides,
+    read_exit,
+    tiny_config,
+    write_parquet,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 

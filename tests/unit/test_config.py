@@ -19,7 +19,12 @@ from geneformer_pretrain.config import (
 )
 from geneformer_pretrain.data.source import check_vocabulary
 from geneformer_pretrain.precision import check_machine
-from tests.tiny import read_exit, read_metrics, tiny_config
+from tests.tiny import (
+    one_cpu_thread,  # noqa: F401 - an automatic fixture
+    read_exit,
+    read_metrics,
+    tiny_config,
+)
 from train import run
 
 NAMES = ("l0_sanity", "10m", "106m", "4b")
@@ -160,9 +165,7 @@ def test_te_layers_need_transformer_engine_and_a_gpu(monkeypatch):
     config = load_config("4b")
     gpu = on_gpu(monkeypatch, (9, 0), te=False)
     for device in (gpu, torch.device("cpu")):
-        with pytest.raises(
-            ConfigError, match=r"model\.use_te_layers=True.*not installed.*use_te_layers=False"
-        ):
+        with pytest.raises(ConfigError, match=r"model\.use_te_layers=True.*not installed.*use_te_layers=False"):
             check_machine(config, device)
     on_gpu(monkeypatch, (9, 0))
     with pytest.raises(ConfigError, match=r"model\.use_te_layers=True needs a CUDA GPU.*use_te_layers=False"):

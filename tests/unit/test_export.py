@@ -13,7 +13,11 @@ from torch.testing import assert_close
 from transformers import BertConfig
 
 from modeling_bert_te import BertForMaskedLM
-from tests.tiny import VOCAB_SIZE, tiny_config
+from tests.tiny import (
+    VOCAB_SIZE,
+    one_cpu_thread,  # noqa: F401 - an automatic fixture
+    tiny_config,
+)
 from train import run
 
 STOCK = """

@@ -84,9 +84,7 @@ def test_run_record(tmp_path):
     assert record["versions"]["transformers"] == version("transformers")
     assert record["versions"]["python"].startswith(f"{sys.version_info.major}.{sys.version_info.minor}")
     if (ROOT / ".git").exists():
-        head = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-        )
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
         assert head.stdout.strip() in record["git_revision"]
     else:
         assert record["git_revision"] == "unknown"

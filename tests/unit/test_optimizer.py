@@ -110,9 +110,7 @@ def test_schedules_equal_those_of_pytorch_after_warmup():
     after = steps - warmup
     expected = {
         LrSchedule.constant: [peak] * after,
-        LrSchedule.linear: reference_rates(
-            LinearLR, after, start_factor=1.0, end_factor=1e-12, total_iters=after
-        ),
+        LrSchedule.linear: reference_rates(LinearLR, after, start_factor=1.0, end_factor=1e-12, total_iters=after),
         LrSchedule.cosine: reference_rates(CosineAnnealingLR, after, T_max=after),
     }
     for schedule, rates in expected.items():
