@@ -25,7 +25,8 @@ import functools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from itertools import pairwise
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -67,6 +68,14 @@ class MaskedLMOutput(ModelOutput):
     def prediction_logits(self) -> Tensor | None:
         """The logits, by the name that `BertForPreTraining` gives them."""
         return self.logits
+
+
+def compile_method(module: nn.Module, name: str) -> None:
+    """Compile a method of one module in place, for constant shapes.
+
+    A method rather than the module: hooks that engines put on the module stay outside of the graph.
+    """
+    setattr(module, name, torch.compile(getattr(module, name), dynamic=False))
 
 
 class Linear(nn.Linear):
@@ -119,7 +128,7 @@ def _attention_by_cell(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, drop
     bounds = cu_seqlens.tolist()
     cells = [
         F.scaled_dot_product_attention(q[:, a:b], k[:, a:b], v[:, a:b], dropout_p=dropout)
-        for a, b in zip(bounds, bounds[1:], strict=False)
+        for a, b in pairwise(bounds)
         if a < b
     ]
     return torch.cat(cells, dim=1).transpose(0, 1)
@@ -246,10 +255,10 @@ class BertLayer(nn.Module):
     def compile_in_place(self) -> None:
         """Compile the layer, or what lies between the matrix products of Transformer Engine."""
         if self.use_te_layers:
-            for part in (self.attention["output"], self.output):
-                part.add_norm = torch.compile(part.add_norm, dynamic=False)
+            compile_method(self.attention["output"], "add_norm")
+            compile_method(self.output, "add_norm")
         else:
-            self.forward = torch.compile(self.forward, dynamic=False)
+            compile_method(self, "forward")
 
 
 class BertEncoder(nn.Module):
@@ -393,21 +402,25 @@ class BertForMaskedLM(PreTrainedModel):
         for name, parameter in self.named_parameters():
             yield canonical_name(name), parameter
 
+    @property
+    def head(self) -> BertPredictions:
+        """The masked-language-model head."""
+        return cast(BertPredictions, self.cls["predictions"])
+
     def set_attention(self, attention: Attention) -> None:
         """Use another implementation of self-attention in all layers."""
-        self.bert.attention = attention
-        for layer in self.bert.encoder.layer:
-            layer.attention["self"].attention = attention
+        for module in self.modules():
+            if isinstance(module, BertModel | BertSelfAttention):
+                module.attention = attention
 
     def compile_ends(self) -> None:
         """Compile embeddings and loss head in place, for packed calls of constant shape; layers compile themselves.
 
         Blocks rather than the whole: layers share one compiled graph, so start-up does not grow with depth,
-        and gradients become ready layer by layer, so engines can overlap their communication. Methods rather
-        than modules: hooks that engines put on a module stay outside of the graph.
+        and gradients become ready layer by layer, so engines can overlap their communication.
         """
-        for block in (self.bert.embeddings, self.cls["predictions"]):
-            block.forward = torch.compile(block.forward, dynamic=False)
+        compile_method(self.bert.embeddings, "forward")
+        compile_method(self.head, "forward")
 
     def forward(
         self,
@@ -474,9 +487,9 @@ class BertForMaskedLM(PreTrainedModel):
         word_embeddings = self.bert.embeddings.word_embeddings.weight
         requested = tuple(hidden_states) if output_hidden_states else None
         if labels is None:
-            logits = self.cls["predictions"].logits(hidden_states[-1], word_embeddings)
+            logits = self.head.logits(hidden_states[-1], word_embeddings)
             return MaskedLMOutput(logits=logits, hidden_states=requested)
-        loss_sum, num_labels = self.cls["predictions"](hidden_states[-1], masked_index, labels, word_embeddings)
+        loss_sum, num_labels = self.head(hidden_states[-1], masked_index, labels, word_embeddings)
         return MaskedLMOutput(
             loss=loss_sum / num_labels, hidden_states=requested, loss_sum=loss_sum, num_labels=num_labels
         )
@@ -520,7 +533,7 @@ class BertForMaskedLM(PreTrainedModel):
             cu_seqlens,
             length,
         )
-        logits = self.cls["predictions"].logits(hidden_states[-1], self.bert.embeddings.word_embeddings.weight)
+        logits = self.head.logits(hidden_states[-1], self.bert.embeddings.word_embeddings.weight)
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits.float(), unpad(labels), ignore_index=-100)

@@ -21,7 +21,8 @@ from geneformer_pretrain.trainer import Trainer, TrainingError
 def run(config: Config) -> int:
     """Train; return the exit code."""
     folder = Path(config.training.checkpoint_dir)
-    with distributed_world() as world:
+    # The watchdog comes before the time limit of collectives, which cannot tell whom they wait for.
+    with distributed_world(timeout_minutes=10 + config.training.hang_timeout_seconds / 60) as world:
         if world.is_main:
             (folder / "exit.json").unlink(missing_ok=True)
         dist.barrier()

@@ -61,9 +61,7 @@ def write_saved_folder(folder: Path, cells: int, tokens_per_cell: int, batch_row
     tokens = np.random.default_rng(0).integers(2, 25_426, batch_rows * tokens_per_cell)
     offsets = np.arange(batch_rows + 1, dtype=np.int32) * tokens_per_cell
     column = pa.ListArray.from_arrays(pa.array(offsets), pa.array(tokens))
-    batch = pa.RecordBatch.from_arrays(
-        [column, pa.array(np.full(batch_rows, tokens_per_cell))], schema=schema
-    )
+    batch = pa.RecordBatch.from_arrays([column, pa.array(np.full(batch_rows, tokens_per_cell))], schema=schema)
     names = [f"data-{number:05d}-of-{shards:05d}.arrow" for number in range(shards)]
     for number, name in enumerate(names):
         rows = cells * (number + 1) // shards - cells * number // shards
@@ -123,23 +121,17 @@ def report_conversion(folder: Path, megabytes: int) -> None:
 
 def main() -> None:
     """Make the corpora, open them and print the figures."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cells", type=int, default=30_000_000, help="cells in the saved folder")
     parser.add_argument("--tokens-per-cell", type=int, default=2, help="tokens in each of them")
     parser.add_argument("--batch-rows", type=int, default=1000, help="cells in a record batch")
     parser.add_argument("--shards", type=int, default=8, help="files in the saved folder")
-    parser.add_argument(
-        "--convert-megabytes", type=int, default=0, help="size of the parquet file to convert"
-    )
+    parser.add_argument("--convert-megabytes", type=int, default=0, help="size of the parquet file to convert")
     parser.add_argument("--folder", type=Path, help="where to make the temporary folder")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         folder = Path(name)
-        write_saved_folder(
-            folder, arguments.cells, arguments.tokens_per_cell, arguments.batch_rows, arguments.shards
-        )
+        write_saved_folder(folder, arguments.cells, arguments.tokens_per_cell, arguments.batch_rows, arguments.shards)
         put_out_of_page_cache(folder)
         report_opening("cold", folder)
         report_opening("warm", folder)

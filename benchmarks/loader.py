@@ -70,9 +70,7 @@ def cells_per_second_of_baseline(path: Path, num_cells: int, batch_size: int) ->
         return cells / (time.perf_counter() - start)
 
 
-def cells_per_second(
-    corpus: Corpus, micro_batch_size: int, packing: bool, num_workers: int, seconds: float
-) -> float:
+def cells_per_second(corpus: Corpus, micro_batch_size: int, packing: bool, num_workers: int, seconds: float) -> float:
     """Our loader; median of five intervals, after an epoch that warms the page cache."""
     shape = PackShape.create(
         corpus.lengths,
@@ -101,9 +99,7 @@ def cells_per_second(
 def time_planning(num_cells: int) -> None:
     """Print seconds and memory of one epoch's plan with packs of 16,384 tokens."""
     lengths = lognormal_lengths(num_cells)
-    shape = PackShape.create(
-        lengths, micro_batch_size=8, seq_length=SEQ_LENGTH, mlm_probability=MLM_PROBABILITY
-    )
+    shape = PackShape.create(lengths, micro_batch_size=8, seq_length=SEQ_LENGTH, mlm_probability=MLM_PROBABILITY)
     PackStream(lengths[:1000], "warm-up", 0, shape).locate(0)
     with tempfile.TemporaryDirectory() as folder:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -123,13 +119,9 @@ def time_planning(num_cells: int) -> None:
 
 def main() -> None:
     """Parse the command line and print one line per measurement."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--cells", type=int, default=50_000, help="cells of the corpus made for the loader")
-    parser.add_argument(
-        "--baseline-cells", type=int, default=4_000, help="cells for the baseline; 0 skips it"
-    )
+    parser.add_argument("--baseline-cells", type=int, default=4_000, help="cells for the baseline; 0 skips it")
     parser.add_argument("--plan-cells", type=int, default=30_000_000, help="cells to plan; 0: none")
     parser.add_argument("--micro-batch-size", type=int, default=32, help="x 2,048 tokens")
     parser.add_argument("--threads", type=int, nargs="+", default=[0, 1, 2], help="loader threads to try")
@@ -142,9 +134,7 @@ def main() -> None:
         path = Path(folder) / "cells.parquet"
         write_corpus(path, arguments.cells)
         if arguments.baseline_cells:
-            baseline = cells_per_second_of_baseline(
-                path, arguments.baseline_cells, arguments.micro_batch_size
-            )
+            baseline = cells_per_second_of_baseline(path, arguments.baseline_cells, arguments.micro_batch_size)
             print(f"Hugging Face dataset and collator, one process: {baseline:,.0f} cells/s")
         corpus = open_corpus(path, Path(folder) / "cache")
         print(f"corpus of {corpus.num_cells:,} cells, mean length {corpus.lengths.mean():,.0f}")

@@ -70,9 +70,7 @@ class CheckpointStore:
         If the folder cannot be written to, or if the ranks do not see the same folder or torch version.
     """
 
-    def __init__(
-        self, directory: str | Path, *, keep_last_n: int, timeout: timedelta = timedelta(minutes=30)
-    ) -> None:
+    def __init__(self, directory: str | Path, *, keep_last_n: int, timeout: timedelta = timedelta(minutes=30)) -> None:
         if keep_last_n < 1:
             raise ValueError(f"keep_last_n is {keep_last_n}: at least 1 checkpoint has to be kept")
         self.directory = Path(directory)
@@ -164,9 +162,7 @@ class CheckpointStore:
         if in_flight is not None:
             in_flight.result()
 
-    def _write(
-        self, step: int, tensors: dict[str, Shards], body: dict[str, Any], format: CheckpointFormat
-    ) -> None:
+    def _write(self, step: int, tensors: dict[str, Shards], body: dict[str, Any], format: CheckpointFormat) -> None:
         final = self.directory / f"step_{step}"
         temporary = self.directory / f"step_{step}.tmp"
 
@@ -369,9 +365,7 @@ def move_aside(directory: str | Path) -> Path | None:
         The new folder, or None if there was nothing to move.
     """
     directory = Path(directory)
-    entries = (
-        [p for p in directory.iterdir() if not p.name.startswith("previous-")] if directory.is_dir() else []
-    )
+    entries = [p for p in directory.iterdir() if not p.name.startswith("previous-")] if directory.is_dir() else []
     if not entries:
         return None
     base = directory / f"previous-{time.strftime('%Y%m%dT%H%M%S')}"

@@ -41,9 +41,7 @@ from geneformer_pretrain.checkpoint_tensors import Shards, TensorInfo
 class CheckpointFormat(Protocol):
     """What the store asks of a format."""
 
-    def write(
-        self, folder: Path, tensors: Mapping[str, Shards], group: dist.ProcessGroup | None
-    ) -> list[str]:
+    def write(self, folder: Path, tensors: Mapping[str, Shards], group: dist.ProcessGroup | None) -> list[str]:
         """Write and fsync the files; called on every rank of `group`. Returns the names this rank wrote."""
 
     def index(self, folder: Path) -> dict[str, TensorInfo]:
@@ -58,9 +56,7 @@ class FullFormat:
 
     FILE = "checkpoint.pt"
 
-    def write(
-        self, folder: Path, tensors: Mapping[str, Shards], group: dist.ProcessGroup | None
-    ) -> list[str]:
+    def write(self, folder: Path, tensors: Mapping[str, Shards], group: dist.ProcessGroup | None) -> list[str]:
         """See `CheckpointFormat.write`."""
         if group is not None and dist.get_rank(group) != 0:
             return []
@@ -92,9 +88,7 @@ class FullFormat:
 class ShardedFormat:
     """A torch distributed checkpoint (DCP): every rank writes its shards, rank 0 `.metadata` as well."""
 
-    def write(
-        self, folder: Path, tensors: Mapping[str, Shards], group: dist.ProcessGroup | None
-    ) -> list[str]:
+    def write(self, folder: Path, tensors: Mapping[str, Shards], group: dist.ProcessGroup | None) -> list[str]:
         """See `CheckpointFormat.write`."""
         with warnings.catch_warnings():
             if group is None:
@@ -224,8 +218,6 @@ def _read_tensor_metadata(metadata: Metadata) -> dict[str, TensorStorageMetadata
     tensors = {}
     for name, entry in metadata.state_dict_metadata.items():
         if not isinstance(entry, TensorStorageMetadata):
-            raise ValueError(
-                f"the checkpoint's entry {name} is no tensor: refused, since it is read by pickle"
-            )
+            raise ValueError(f"the checkpoint's entry {name} is no tensor: refused, since it is read by pickle")
         tensors[name] = entry
     return tensors

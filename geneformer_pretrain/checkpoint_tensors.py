@@ -68,8 +68,7 @@ class Shards:
     def chunks(self) -> list[ChunkStorageMetadata]:
         """Describe the pieces in DCP's terms."""
         return [
-            ChunkStorageMetadata(offsets=torch.Size(offset), sizes=piece.shape)
-            for offset, piece in self.pieces.items()
+            ChunkStorageMetadata(offsets=torch.Size(offset), sizes=piece.shape) for offset, piece in self.pieces.items()
         ]
 
 

@@ -107,10 +107,17 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         require(self.model_type == "bert", f"model.model_type is {self.model_type!r}; only 'bert' is supported.")
-        for name in (
-            "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size "
-            "max_position_embeddings type_vocab_size micro_batch_size seq_length"
-        ).split():
+        for name in [
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "intermediate_size",
+            "max_position_embeddings",
+            "type_vocab_size",
+            "micro_batch_size",
+            "seq_length",
+        ]:
             require(getattr(self, name) > 0, f"model.{name} is {getattr(self, name)}; it must be positive.")
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
             require(0 <= getattr(self, name) < 1, f"model.{name} is {getattr(self, name)}; it must lie in [0, 1).")
@@ -203,6 +210,9 @@ class TrainingConfig:
     """Resume although corpus, vocabulary, seed or token budget changed, from the start of an epoch."""
     max_skipped_steps: int
     """Stop after this many updates in a row were skipped because a gradient was not finite."""
+    hang_timeout_seconds: float
+    """End the run, naming the rank at fault, when it makes no progress for that long; 0 never does. It must exceed
+    the longest single phase: compilation in the first step, a save, planning an epoch."""
     log_cell_ids: bool
     """Write the cell numbers of each micro-batch to cells/rank_R.jsonl in the checkpoint folder, for audits."""
     log_every_n_steps: int
@@ -213,14 +223,26 @@ class TrainingConfig:
     """Passed to wandb.init; offline unless WANDB_API_KEY or `mode` says otherwise. null: no tracking."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "num_train_steps gradient_accumulation_steps save_every_n_steps keep_last_n log_every_n_steps "
-            "max_skipped_steps"
-        ).split():
+        for name in [
+            "num_train_steps",
+            "gradient_accumulation_steps",
+            "save_every_n_steps",
+            "keep_last_n",
+            "log_every_n_steps",
+            "max_skipped_steps",
+        ]:
             require(getattr(self, name) > 0, f"training.{name} is {getattr(self, name)}; it must be positive.")
-        for name in (
-            "learning_rate warmup_steps weight_decay adam_eps max_grad_norm num_workers validate_every_n_steps seed"
-        ).split():
+        for name in [
+            "learning_rate",
+            "warmup_steps",
+            "weight_decay",
+            "adam_eps",
+            "max_grad_norm",
+            "num_workers",
+            "validate_every_n_steps",
+            "seed",
+            "hang_timeout_seconds",
+        ]:
             value = getattr(self, name)
             require(value >= 0 and math.isfinite(value), f"training.{name} is {value}; it must not be negative.")
         for name in ("adam_beta1", "adam_beta2"):

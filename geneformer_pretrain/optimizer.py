@@ -70,7 +70,7 @@ def update(optimizer: torch.optim.AdamW, scale: Tensor, max_norm: float) -> Tens
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
     norm = full_tensor(torch.nn.utils.get_total_norm(gradients)).float() * scale
     clip = (max_norm / (norm + 1e-6)).clamp(max=1.0) if max_norm > 0 else torch.ones_like(norm)
-    optimizer.grad_scale = (1.0 / (clip * scale)).float()
-    optimizer.found_inf = (~torch.isfinite(norm)).float()
+    # The attributes through which GradScaler talks to fused optimizers.
+    vars(optimizer).update(grad_scale=(1.0 / (clip * scale)).float(), found_inf=(~torch.isfinite(norm)).float())
     optimizer.step()
     return norm

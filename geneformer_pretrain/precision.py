@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -111,14 +112,13 @@ def fp8_state(model: nn.Module, context: Callable[[], AbstractContextManager[Non
     """
     if context is nullcontext:
         return
+    linears: list[tuple[str, Any]] = [(n, m) for n, m in model.named_modules() if isinstance(m, te_linear())]
     with torch.no_grad(), context():
-        for module in model.modules():
-            if isinstance(module, te_linear()):
-                module.init_fp8_metadata()
-    for name, module in model.named_modules():
-        if isinstance(module, te_linear()):
-            for direction in ("scaling_fwd", "scaling_bwd"):
-                state = module.fp8_meta[direction]
-                if hasattr(state, "amax_history"):
-                    yield f"{name}.{direction}.scale", state.scale
-                    yield f"{name}.{direction}.amax_history", state.amax_history
+        for _, linear in linears:
+            linear.init_fp8_metadata()
+    for name, linear in linears:
+        for direction in ("scaling_fwd", "scaling_bwd"):
+            state = linear.fp8_meta[direction]
+            if hasattr(state, "amax_history"):
+                yield f"{name}.{direction}.scale", state.scale
+                yield f"{name}.{direction}.amax_history", state.amax_history

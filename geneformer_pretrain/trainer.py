@@ -27,6 +27,7 @@ from .precision import check_machine, compute_dtype, forward_context, fp8_state
 from .run_record import CellLog, config_as_yaml, write_run_record
 from .state import Progress, accumulation_steps, named_tensors, spread_optimizer_step
 from .stopping import StopSignals
+from .watchdog import Watchdog
 
 MAX_FAILED_SAVES = 3
 """Saves that may fail in a row before training stops with an error."""
@@ -92,6 +93,7 @@ class Trainer:
         compiled = on_gpu and config.data.packing if training.compile is None else training.compile
         dtype = compute_dtype(training.compute_dtype, world.device)
         self.engine = build_engine(config, world, dtype, compiled)
+        self.constant_shapes = compiled
         self.forward_context = forward_context(config)
         self.optimizer = build_optimizer(self.engine.model, training)
 
@@ -109,6 +111,7 @@ class Trainer:
         self.unconfirmed_save = False
         self.skipped_in_a_row = 0
         self.stop_agreed = False
+        self.watchdog = Watchdog(training.hang_timeout_seconds, self.folder, world)
         self.clock = time.perf_counter()
 
     def _resume(self) -> None:
@@ -215,6 +218,7 @@ class Trainer:
         self.cell_log = (
             stack.enter_context(CellLog(self.folder, world, progress.step)) if training.log_cell_ids else None
         )
+        stack.enter_context(self.watchdog)
         self.clock = time.perf_counter()
         while progress.step < training.num_train_steps:
             latest = self.train_step(loader)
@@ -240,12 +244,14 @@ class Trainer:
         loss_sum = torch.zeros((), device=device)
         masked = torch.zeros((), dtype=torch.int64, device=device)
         for micro in range(self.accumulation):
+            self.watchdog.beat(progress.step + 1, "waiting for data")
             started = time.perf_counter()
             try:
                 batch = next(batches)
             except ValueError as error:
                 raise TrainingError(str(error)) from error
             waited += time.perf_counter() - started
+            self.watchdog.beat(progress.step + 1, "forward and backward")
             with self.engine.micro_batch(micro == self.accumulation - 1):
                 micro_loss, micro_masked = self.forward(batch)
                 micro_loss.backward()
@@ -260,6 +266,7 @@ class Trainer:
         if device.type == "cuda":
             counts = counts.pin_memory().to(device, non_blocking=True)
         totals = torch.cat([torch.stack([loss_sum.double(), masked.double()]), counts])
+        self.watchdog.beat(progress.step + 1, "sums over ranks and update")
         dist.all_reduce(totals)
         rate = learning_rate(progress.step, self.config.training)
         for group in self.optimizer.param_groups:
@@ -283,13 +290,15 @@ class Trainer:
         with self.forward_context():
             if isinstance(batch, PackedBatch):
                 parts = batch.parts
+                # Compiled code wants constant shapes; elsewhere unused room for masked tokens would only cost time.
+                used = len(parts.labels) if self.constant_shapes else batch.num_masked
                 output = self.engine.module(
                     input_ids=parts.input_ids,
                     position_ids=parts.position_ids,
                     cu_seqlens=parts.cu_seqlens,
                     max_seqlen=batch.max_seqlen,
-                    masked_index=parts.masked_index,
-                    labels=parts.labels,
+                    masked_index=parts.masked_index[:used],
+                    labels=parts.labels[:used],
                 )
                 return output.loss_sum, output.num_labels
             output = self.engine.module(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
@@ -307,6 +316,7 @@ class Trainer:
             return
         finished = pending.launched
         if pending.ready is not None:
+            self.watchdog.beat(pending.step, "waiting for the device")
             pending.ready.synchronize()
             finished = time.perf_counter()
         loss_sum, masked, tokens, cells, stop, norm = pending.totals.tolist()
@@ -361,6 +371,7 @@ class Trainer:
         totals = torch.zeros(2, dtype=torch.float64, device=self.world.device)
         self.engine.model.eval()
         for first in range(0, packs, self.world.size):
+            self.watchdog.beat(self.progress.step, "validating")
             mine = first + self.world.rank
             for batch in build_batches(builder, stream, [min(mine, packs - 1)]):
                 loss_sum, masked = self.forward(batch)
@@ -375,6 +386,7 @@ class Trainer:
     def save(self, final: bool) -> None:
         """Save a checkpoint; a failed save is survived, unless it is the last one or one too many."""
         progress = self.progress
+        self.watchdog.beat(progress.step, "saving")
         vars(progress).update(self.stream.state_at(progress.next_pack))
         state = {"progress": asdict(progress), "data": asdict(self.data.identity)}
         blocking = final or not self.config.training.async_save

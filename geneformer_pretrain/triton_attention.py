@@ -7,10 +7,10 @@ backward. What is specific here:
   the longest cell. The list of tiles is made on the device, once for all layers.
 - Query, key and value are read from one [T, 3, A, D] tensor, and their gradients are written into one: the
   projection's backward needs no copy.
-- No dropout mask is stored. A weight is dropped by `a[row] * b[column] + c[row]` modulo 2**32 against a
-  threshold, where a, b and c are strong hashes of (seed, head, position) tabled once per call: a strongly
-  universal hash family (Dietzfelbinger, 1996) for one multiply-add and one comparison per weight. Integer
-  instructions are what limits dropout: Philox or a finalizer for each weight costs more than the matrix products.
+- No dropout mask is stored. A weight is dropped where `a[row] * b[column] + rotated(a[row])` modulo 2**32 is
+  below a threshold, where a and b are strong hashes of (seed, head, position) tabled once per call: multiply-shift
+  hashing (Dietzfelbinger, 1996), one multiply-add and one comparison per weight. Integer instructions are what
+  limits dropout: Philox or a finalizer for each weight costs more than the matrix products.
 - The backward has two kernels, for keys and values and for queries, which recompute the weights twice and need
   neither atomics nor a conversion pass: gradients are deterministic.
 """
@@ -55,25 +55,34 @@ def _mix(x):
 
 
 @triton.jit
-def _make_keys(keys, seed_pointer, num_tokens, NUM_HEADS: tl.constexpr, BLOCK: tl.constexpr):
-    """Table int32 [1 + 2 A, T]: b by position, then a by (head, position), then c by (head, position)."""
+def _make_keys(keys, seed_pointer, num_tokens, BLOCK: tl.constexpr):
+    """Table int32 [1 + A, T]: b by position, then a by (head, position); all odd."""
     position = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     line = tl.program_id(1)
     seed = tl.load(seed_pointer).to(tl.uint32)
-    value = _mix(_mix(position.to(tl.uint32) ^ seed) + line.to(tl.uint32) * 0x9E3779B9)
-    value = tl.where(line <= NUM_HEADS, value | 1, value)
+    value = _mix(_mix(position.to(tl.uint32) ^ seed) + line.to(tl.uint32) * 0x9E3779B9) | 1
     tl.store(keys + line * num_tokens + position, value.to(tl.int32, bitcast=True), mask=position < num_tokens)
 
 
 @triton.jit
-def _keep(a, b, c, threshold):
-    """Whether each weight is kept, from the keys of its row (a, c) and its column (b)."""
-    return (a * b + c).to(tl.uint32, bitcast=True) >= threshold
+def _keep(a, rotated, b, threshold):
+    """Whether each weight is kept, from the keys of its row (a, and a rotated) and its column (b)."""
+    return a * b + rotated >= threshold
+
+
+@triton.jit
+def _load_key(keys, line, position, inside, num_tokens):
+    return tl.load(keys + line * num_tokens + position, mask=inside, other=0).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def _rotate(a):
+    return (a << 13) | (a >> 19)
 
 
 @triton.jit
 def _forward_step(
-    q, k_pointer, v_pointer, columns, end, keys, row_a, row_c, m, total, acc, scale, threshold,
+    q, k_pointer, v_pointer, columns, end, keys, a, rotated, num_tokens, m, total, acc, scale, threshold,
     stride, MASKED: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     if MASKED:
@@ -91,8 +100,8 @@ def _forward_step(
     shrink = tl.exp2(m - m_new)
     total = total * shrink + tl.sum(weights, 1)
     if DROPOUT:
-        column_b = tl.load(keys + columns, mask=columns < end, other=0) if MASKED else tl.load(keys + columns)
-        keep = _keep(row_a[:, None], column_b[None, :], row_c[:, None], threshold)
+        b = _load_key(keys, 0, columns, columns < end, num_tokens)
+        keep = _keep(a[:, None], rotated[:, None], b[None, :], threshold)
         weights = tl.where(keep, weights, 0.0)
     acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None])
     return m_new, total, acc
@@ -114,8 +123,10 @@ def _forward(
     valid = (rows < end)[:, None]
     base = qkv + head * D + d[None, :]
     q = tl.load(base + rows[:, None] * stride, mask=valid, other=0.0)
-    row_a = tl.load(keys + (1 + head) * num_tokens + rows, mask=rows < end, other=0) if DROPOUT else 0
-    row_c = tl.load(keys + (1 + NUM_HEADS + head) * num_tokens + rows, mask=rows < end, other=0) if DROPOUT else 0
+    a = rows
+    if DROPOUT:
+        a = _load_key(keys, 1 + head, rows, rows < end, num_tokens)
+    rotated = _rotate(a)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, D], tl.float32)
@@ -124,13 +135,13 @@ def _forward(
     for column in tl.range(start, whole, BLOCK_N):
         columns = column + tl.arange(0, BLOCK_N)
         m, total, acc = _forward_step(
-            q, k_pointer, v_pointer, columns, end, keys, row_a, row_c, m, total, acc, scale, threshold,
+            q, k_pointer, v_pointer, columns, end, keys, a, rotated, num_tokens, m, total, acc, scale, threshold,
             stride, False, DROPOUT,
         )  # fmt: skip
     if whole < end:
         columns = whole + tl.arange(0, BLOCK_N)
         m, total, acc = _forward_step(
-            q, k_pointer, v_pointer, columns, end, keys, row_a, row_c, m, total, acc, scale, threshold,
+            q, k_pointer, v_pointer, columns, end, keys, a, rotated, num_tokens, m, total, acc, scale, threshold,
             stride, True, DROPOUT,
         )  # fmt: skip
     acc = acc * (keep_scale / total)[:, None]
@@ -140,7 +151,7 @@ def _forward(
 
 @triton.jit
 def _row_dot(out, grad_out, delta, num_tokens, NUM_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr):
-    """delta = sum over D of out * grad_out, FP32 [A, T]."""
+    """Delta = sum over D of out * grad_out, FP32 [A, T]."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     head = tl.program_id(1)
     where = (rows[:, None] * NUM_HEADS + head) * D + tl.arange(0, D)[None, :]
@@ -171,24 +182,22 @@ def _backward_keys(
     base = qkv + head * D + d[None, :]
     k = tl.load(base + NUM_HEADS * D + columns[:, None] * stride, mask=valid, other=0.0)
     v = tl.load(base + 2 * NUM_HEADS * D + columns[:, None] * stride, mask=valid, other=0.0)
-    column_b = tl.load(keys + columns, mask=columns < end, other=0) if DROPOUT else 0
+    if DROPOUT:
+        b = _load_key(keys, 0, columns, columns < end, num_tokens)
     grad_k = tl.zeros([BLOCK_N, D], tl.float32)
     grad_v = tl.zeros([BLOCK_N, D], tl.float32)
     for row in tl.range(start, end, BLOCK_M):
         rows = row + tl.arange(0, BLOCK_M)
         inside = rows < end
         q = tl.load(base + rows[:, None] * stride, mask=inside[:, None], other=0.0)
-        do = tl.load(
-            grad_out + (rows[:, None] * NUM_HEADS + head) * D + d[None, :], mask=inside[:, None], other=0.0
-        )
+        do = tl.load(grad_out + (rows[:, None] * NUM_HEADS + head) * D + d[None, :], mask=inside[:, None], other=0.0)
         row_lse = tl.load(lse + head * num_tokens + rows, mask=inside, other=0.0)
         row_delta = tl.load(delta + head * num_tokens + rows, mask=inside, other=0.0)
         weights = tl.exp2(tl.dot(k, q.T) * scale - row_lse[None, :])
         grad_weights = tl.dot(v, do.T)
         if DROPOUT:
-            row_a = tl.load(keys + (1 + head) * num_tokens + rows, mask=inside, other=0)
-            row_c = tl.load(keys + (1 + NUM_HEADS + head) * num_tokens + rows, mask=inside, other=0)
-            keep = _keep(row_a[None, :], column_b[:, None], row_c[None, :], threshold)
+            a = _load_key(keys, 1 + head, rows, inside, num_tokens)
+            keep = _keep(a[None, :], _rotate(a)[None, :], b[:, None], threshold)
             dropped = tl.where(keep, weights, 0.0)
             grad_weights = tl.where(keep, grad_weights * keep_scale, 0.0)
         else:
@@ -222,8 +231,9 @@ def _backward_queries(
     do = tl.load(grad_out + (rows[:, None] * NUM_HEADS + head) * D + d[None, :], mask=inside[:, None], other=0.0)
     row_lse = tl.load(lse + head * num_tokens + rows, mask=inside, other=0.0)
     row_delta = tl.load(delta + head * num_tokens + rows, mask=inside, other=0.0)
-    row_a = tl.load(keys + (1 + head) * num_tokens + rows, mask=inside, other=0) if DROPOUT else 0
-    row_c = tl.load(keys + (1 + NUM_HEADS + head) * num_tokens + rows, mask=inside, other=0) if DROPOUT else 0
+    if DROPOUT:
+        a = _load_key(keys, 1 + head, rows, inside, num_tokens)
+        rotated = _rotate(a)
     grad_q = tl.zeros([BLOCK_M, D], tl.float32)
     for column in tl.range(start, end, BLOCK_N):
         columns = column + tl.arange(0, BLOCK_N)
@@ -233,8 +243,8 @@ def _backward_queries(
         weights = tl.exp2(tl.dot(q, k.T) * scale - row_lse[:, None])
         grad_weights = tl.dot(do, v.T)
         if DROPOUT:
-            column_b = tl.load(keys + columns, mask=columns < end, other=0)
-            keep = _keep(row_a[:, None], column_b[None, :], row_c[:, None], threshold)
+            b = _load_key(keys, 0, columns, columns < end, num_tokens)
+            keep = _keep(a[:, None], rotated[:, None], b[None, :], threshold)
             grad_weights = tl.where(keep, grad_weights * keep_scale, 0.0)
         grad_scores = weights * (grad_weights - row_delta[:, None])
         grad_q = tl.dot(grad_scores.to(k.dtype), k, grad_q)
@@ -245,7 +255,7 @@ def _backward_queries(
 LOG2_E = 1.4426950408889634
 FORWARD = {"BLOCK_M": TILE, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}
 BACKWARD_KEYS = {"BLOCK_M": 32, "BLOCK_N": TILE, "num_warps": 4, "num_stages": 3}
-BACKWARD_QUERIES = {"BLOCK_M": TILE, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}
+BACKWARD_QUERIES = {"BLOCK_M": TILE, "BLOCK_N": 32, "num_warps": 8, "num_stages": 3}
 """Measured on an H200 at head size 64."""
 
 
@@ -271,16 +281,14 @@ def packed_attention(qkv: Tensor, tiles: Tensor, seed: Tensor, dropout: float) -
     Returns
     -------
     The output [T, A, D], and for the backward the logarithm to base 2 of each softmax's denominator, FP32
-    [A, T], and the table of dropout keys, int32 [1 + 2 A, T], empty without dropout.
+    [A, T], and the table of dropout keys, int32 [1 + A, T], empty without dropout.
     """
     num_tokens, _, num_heads, d = qkv.shape
     out = torch.empty(num_tokens, num_heads, d, dtype=qkv.dtype, device=qkv.device)
     lse = torch.empty(num_heads, num_tokens, dtype=torch.float32, device=qkv.device)
-    keys = torch.empty(1 + 2 * num_heads if dropout else 0, num_tokens, dtype=torch.int32, device=qkv.device)
+    keys = torch.empty(1 + num_heads if dropout else 0, num_tokens, dtype=torch.int32, device=qkv.device)
     if dropout:
-        _make_keys[(triton.cdiv(num_tokens, 1024), len(keys))](
-            keys, seed, num_tokens, NUM_HEADS=num_heads, BLOCK=1024
-        )
+        _make_keys[(triton.cdiv(num_tokens, 1024), len(keys))](keys, seed, num_tokens, BLOCK=1024)
     threshold, keep_scale = _dropout_constants(dropout)
     _forward[(len(tiles), num_heads)](
         qkv, out, lse, tiles, keys, LOG2_E / d**0.5, threshold, keep_scale, num_tokens,
@@ -295,7 +303,7 @@ def _(qkv: Tensor, tiles: Tensor, seed: Tensor, dropout: float) -> tuple[Tensor,
     return (
         qkv.new_empty(num_tokens, num_heads, d),
         qkv.new_empty(num_heads, num_tokens, dtype=torch.float32),
-        qkv.new_empty(1 + 2 * num_heads if dropout else 0, num_tokens, dtype=torch.int32),
+        qkv.new_empty(1 + num_heads if dropout else 0, num_tokens, dtype=torch.int32),
     )
 
 
@@ -321,9 +329,7 @@ def packed_attention_backward(
 
 
 @packed_attention_backward.register_fake
-def _(
-    grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, keys: Tensor, tiles: Tensor, dropout: float
-) -> Tensor:
+def _(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, keys: Tensor, tiles: Tensor, dropout: float) -> Tensor:
     return torch.empty_like(qkv)
 
 

@@ -194,13 +194,9 @@ def describe(name: str, cells: list[TypedCell]) -> tuple[IntArray, IntArray, Int
     types = np.repeat([cell_type for _, cell_type in cells], length)
     bins = np.concatenate([rank_bins(n) for n in length])
     print(f"{name}: {len(cells):,} cells, {len(ids):,} tokens, {len(np.unique(ids)):,} different genes")
-    print(
-        f"  length: mean {length.mean():.0f}, median {np.median(length):.0f}, from {length.min()}; ", end=""
-    )
+    print(f"  length: mean {length.mean():.0f}, median {np.median(length):.0f}, from {length.min()}; ", end="")
     print(f"{np.mean(length <= 255):.1%} at most 255, {np.mean(length == MAX_TOKENS):.1%} at {MAX_TOKENS:,}")
-    print(
-        f"  entropy in nats: {entropy(ids):.3f}, given the type {grouped_entropy(ids, types):.3f}, ", end=""
-    )
+    print(f"  entropy in nats: {entropy(ids):.3f}, given the type {grouped_entropy(ids, types):.3f}, ", end="")
     print(f"given type and rank bin {grouped_entropy(ids, 30 * types + bins):.3f}")
     return ids, types, bins
 
@@ -248,15 +244,11 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description="Make simulated cells, tokenized as Geneformer V1 does.")
     parser.add_argument("--out", type=Path, help="parquet file to write")
-    parser.add_argument(
-        "--vocab", type=Path, help="vocabulary file to write, one token per line, in id order"
-    )
+    parser.add_argument("--vocab", type=Path, help="vocabulary file to write, one token per line, in id order")
     parser.add_argument("--cells", type=int, default=SAMPLE_CELLS, help="number of cells (%(default)s)")
     parser.add_argument("--first-cell", type=int, default=0, help="number of the first (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the simulated world (%(default)s)")
-    parser.add_argument(
-        "--describe", action="store_true", help="print statistics of this seed; takes half a minute"
-    )
+    parser.add_argument("--describe", action="store_true", help="print statistics of this seed; takes half a minute")
     args = parser.parse_args()
     if not (args.out or args.vocab or args.describe):
         parser.error("nothing to do: give --out, --vocab or --describe")

@@ -77,9 +77,7 @@ def fingerprint(identity: str, lengths_hash: str) -> str:
     return xxhash.xxh3_128_hexdigest(f"{identity} {lengths_hash}".encode())
 
 
-def ensure_cache(
-    files: Sequence[Path], cache_dir: Path, *, show_progress: bool = False
-) -> tuple[Path, CacheManifest]:
+def ensure_cache(files: Sequence[Path], cache_dir: Path, *, show_progress: bool = False) -> tuple[Path, CacheManifest]:
     """Return the Arrow cache of some parquet files, converting them first if there is none.
 
     Several processes may call this at once: one converts, the others wait. The memory needed is that of a few
@@ -189,14 +187,10 @@ def _inspect(path: Path) -> _ParquetSource:
     if metadata.num_rows == 0:
         raise ValueError(f"{path}: the file has no rows; take it out of data.path")
     first = metadata.row_group(0)
-    column = next(
-        i for i in range(first.num_columns) if first.column(i).path_in_schema.split(".")[0] == COLUMN
-    )
+    column = next(i for i in range(first.num_columns) if first.column(i).path_in_schema.split(".")[0] == COLUMN)
     groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
     tokens = [group.column(column).num_values for group in groups]
-    densest = max(
-        count / group.num_rows for count, group in zip(tokens, groups, strict=True) if group.num_rows
-    )
+    densest = max(count / group.num_rows for count, group in zip(tokens, groups, strict=True) if group.num_rows)
     rows_per_batch = min(max(int(TOKENS_PER_BATCH / max(densest, 1)), 1), MAX_ROWS_PER_BATCH)
     return _ParquetSource(path, metadata.num_rows, sum(tokens), rows_per_batch)
 
@@ -211,8 +205,7 @@ def require_column(schema: pa.Schema, path: Path) -> pa.DataType:
     is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
     if not is_list or not pa.types.is_integer(kind.value_type):
         raise ValueError(
-            f"{path}: column {COLUMN!r} has type {kind}, not a list of integers; "
-            "store one list of token ids a row"
+            f"{path}: column {COLUMN!r} has type {kind}, not a list of integers; store one list of token ids a row"
         )
     return kind
 
@@ -227,9 +220,7 @@ def _require_free_space(sources: Sequence[_ParquetSource], cache_dir: Path) -> N
         )
 
 
-def _write(
-    sources: Sequence[_ParquetSource], folder: Path, dtype: np.dtype, show_progress: bool
-) -> CacheManifest:
+def _write(sources: Sequence[_ParquetSource], folder: Path, dtype: np.dtype, show_progress: bool) -> CacheManifest:
     """Write the cells of all files to ``folder/cells.arrow`` and describe them."""
     schema = pa.schema([(COLUMN, pa.list_(pa.from_numpy_dtype(dtype)))])
     tokens_hash, lengths_hash = xxhash.xxh3_128(), xxhash.xxh3_128()

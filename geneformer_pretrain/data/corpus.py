@@ -177,9 +177,7 @@ def _open_saved_folder(folder: Path) -> Corpus:
         names = [entry["filename"] for entry in state["_data_files"]]
         identity = state["_fingerprint"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{state_file}: not as save_to_disk writes it ({error!r}); save the dataset again"
-        ) from error
+        raise ValueError(f"{state_file}: not as save_to_disk writes it ({error!r}); save the dataset again") from error
     for key in ("_indices_files", "_indices_data_files"):
         if state.get(key):
             raise ValueError(

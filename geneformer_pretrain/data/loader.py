@@ -336,9 +336,7 @@ class BatchBuilder:
         # pinned memory takes a buffer back only when its copies are done.
         buffer = torch.empty(self._size, dtype=torch.int32, pin_memory=self.pin_memory)
         array = buffer.numpy()
-        input_ids, position_ids, cu_seqlens, masked_index, labels = (
-            array[start:end] for start, end in self._bounds
-        )
+        input_ids, position_ids, cu_seqlens, masked_index, labels = (array[start:end] for start, end in self._bounds)
         status, place, position = _copy_cells(
             cells,
             corpus.lengths,
@@ -401,9 +399,7 @@ class BatchBuilder:
             attention_mask[i, : len(tokens)] = 1
             labels[i, : len(tokens)] = torch.from_numpy(cell_labels)
         num_masked = int((labels != IGNORED_LABEL).sum())
-        return PaddedBatch(
-            pack, epoch, cells, sum(map(len, rows)), num_masked, input_ids, attention_mask, labels
-        )
+        return PaddedBatch(pack, epoch, cells, sum(map(len, rows)), num_masked, input_ids, attention_mask, labels)
 
     def _refuse_token(self, cell: int, position: int, token: int) -> None:
         raise ValueError(
@@ -471,9 +467,7 @@ class Loader:
         prefetch: int | None = None,
     ) -> None:
         if packs_per_step < 1 or packs_per_step % world_size:
-            sizes = ", ".join(
-                str(size) for size in range(1, packs_per_step + 1) if packs_per_step % size == 0
-            )
+            sizes = ", ".join(str(size) for size in range(1, packs_per_step + 1) if packs_per_step % size == 0)
             raise ValueError(
                 f"{packs_per_step} packs per step cannot be shared evenly by {world_size} ranks; "
                 f"world sizes that work: {sizes or 'none'}"

@@ -87,9 +87,7 @@ class MaskRule:
                 f"model.vocab_size={self.vocab_size} tokens"
             )
         if not 0 <= self.mask_token_id < self.vocab_size:
-            raise ValueError(
-                f"mask token {self.mask_token_id} is not below model.vocab_size={self.vocab_size}"
-            )
+            raise ValueError(f"mask token {self.mask_token_id} is not below model.vocab_size={self.vocab_size}")
 
     @property
     def select_below(self) -> np.uint64:

@@ -285,9 +285,7 @@ def _pack_in_place(
                 longest = 0
                 for other in range(lookahead):
                     length = length_of[other]
-                    if length <= room and (
-                        length > longest or (length == longest and since[other] < since[slot])
-                    ):
+                    if length <= room and (length > longest or (length == longest and since[other] < since[slot])):
                         longest = length
                         slot = other
         num_packs += 1
@@ -401,8 +399,7 @@ class PackStream:
         first_empty, self.num_truncated, self.dropped_tokens, _ = _summarize(lengths, shape.seq_length)
         if first_empty >= 0:
             raise ValueError(
-                f"cell {first_empty} of the corpus has length {lengths[first_empty]}; "
-                "remove cells without tokens"
+                f"cell {first_empty} of the corpus has length {lengths[first_empty]}; remove cells without tokens"
             )
         self.shape = shape
         self._lengths = lengths

@@ -244,12 +244,8 @@ def killed_in_a_save(rank: int, world_size: int, directory: Path, format: str, k
     raise AssertionError("the save of a killed rank succeeded")
 
 
-@pytest.mark.parametrize(
-    ("format", "killed"), [("sharded", 0), pytest.param("full", 1, marks=pytest.mark.slow)]
-)
-def test_a_rank_killed_inside_a_save(
-    tmp_path: Path, run_workers: RunWorkers, format: str, killed: int
-) -> None:
+@pytest.mark.parametrize(("format", "killed"), [("sharded", 0), pytest.param("full", 1, marks=pytest.mark.slow)])
+def test_a_rank_killed_inside_a_save(tmp_path: Path, run_workers: RunWorkers, format: str, killed: int) -> None:
     directory = tmp_path / "run"
     with pytest.raises(torch.multiprocessing.ProcessExitedException, match="SIGKILL"):
         run_workers(killed_in_a_save, 2, directory, format, killed)

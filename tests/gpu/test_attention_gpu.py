@@ -1,5 +1,7 @@
 """The Triton attention kernels against attention written out in float64."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ def reference(qkv, cu_seqlens, keep=None, dropout=0.0):
     """[T, 3, A, D] float64 -> [T, A, D]; `keep` is a list of bool [A, n, n], one for each cell."""
     outputs = []
     bounds = cu_seqlens.tolist()
-    for number, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for number, (a, b) in enumerate(pairwise(bounds)):
         if a == b:
             continue
         q, k, v = qkv[a:b].permute(1, 2, 0, 3)

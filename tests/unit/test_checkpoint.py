@@ -273,9 +273,7 @@ def test_keeps_the_newest(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [truncate, lambda file: flip(file, 0.5, 0), Path.unlink])
-def test_damaged_newer_folders_do_not_push_out_good_older_ones(
-    tmp_path: Path, damage: Callable[[Path], None]
-) -> None:
+def test_damaged_newer_folders_do_not_push_out_good_older_ones(tmp_path: Path, damage: Callable[[Path], None]) -> None:
     store = CheckpointStore(tmp_path, keep_last_n=4)
     for step in (100, 200, 300, 400):
         save(store, step)
@@ -349,9 +347,7 @@ def test_move_aside(tmp_path: Path) -> None:
 # Saving in the background
 
 
-def test_training_may_go_on_while_a_save_is_in_flight(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_training_may_go_on_while_a_save_is_in_flight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = CheckpointStore(tmp_path, keep_last_n=3)
     proceed, running = threading.Event(), []
     write = checkpoint_format.FullFormat.write
@@ -473,9 +469,7 @@ def scenario_unwritable() -> dict[str, str]:
     return outcome
 
 
-def test_everything_is_on_disk_before_the_name_is_given(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_everything_is_on_disk_before_the_name_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
     fsync, rename = os.fsync, os.rename
 

@@ -41,9 +41,7 @@ def random_cells(count: int, seed: int = 0, vocab_size: int = 25_426) -> Cells:
     return [generator.integers(2, vocab_size, generator.integers(1, 40)).tolist() for _ in range(count)]
 
 
-def write_parquet(
-    path: Path, cells: Sequence[Any], kind: pa.DataType | None = None, row_group_size: int = 7
-) -> Path:
+def write_parquet(path: Path, cells: Sequence[Any], kind: pa.DataType | None = None, row_group_size: int = 7) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     column = pa.array(cells, kind or pa.list_(pa.int64()))
     # The length column is wrong on purpose: lengths must come from the lists themselves.
@@ -53,17 +51,13 @@ def write_parquet(
 
 
 def save_dataset(folder: Path, cells: Cells, num_shards: int, kind: str = "int64") -> Path:
-    features = datasets.Features(
-        {"length": datasets.Value("int64"), "input_ids": datasets.List(datasets.Value(kind))}
-    )
+    features = datasets.Features({"length": datasets.Value("int64"), "input_ids": datasets.List(datasets.Value(kind))})
     columns = {"length": [999] * len(cells), "input_ids": cells}
     datasets.Dataset.from_dict(columns, features=features).save_to_disk(folder, num_shards=num_shards)
     return folder
 
 
-def write_streams(
-    folder: Path, shards: list[list[pa.Array]], options: ipc.IpcWriteOptions | None = None
-) -> Path:
+def write_streams(folder: Path, shards: list[list[pa.Array]], options: ipc.IpcWriteOptions | None = None) -> Path:
     """Write a saved folder by hand: a list of record batches for each shard."""
     folder.mkdir()
     names = [f"data-{number}.arrow" for number in range(len(shards))]
@@ -98,9 +92,7 @@ def assert_holds(corpus: Corpus, cells: Cells) -> None:
     assert corpus.num_tokens == sum(map(len, cells))
     assert corpus.lengths.dtype == np.int32
     assert corpus.lengths.tolist() == [len(cell) for cell in cells]
-    assert [
-        array.dtype for array in (corpus.batch_first_cell, corpus.batch_values, corpus.batch_offsets)
-    ] == [
+    assert [array.dtype for array in (corpus.batch_first_cell, corpus.batch_values, corpus.batch_offsets)] == [
         np.int64,
         np.uint64,
         np.uint64,
@@ -156,9 +148,7 @@ def test_fixed_size_lists(tmp_path: Path, cache: Path) -> None:
     assert_holds(open_corpus(write_streams(tmp_path / "saved", [arrays]), cache), cells)
 
 
-@pytest.mark.parametrize(
-    ("largest", "dtype"), [(65_535, np.uint16), (65_536, np.int32), (2**31 - 1, np.int32)]
-)
+@pytest.mark.parametrize(("largest", "dtype"), [(65_535, np.uint16), (65_536, np.int32), (2**31 - 1, np.int32)])
 def test_token_width_follows_the_largest_token(tmp_path: Path, cache: Path, largest: int, dtype: Any) -> None:
     cells = [[1, 2], [3], [4, largest, 0]]
     corpus = open_corpus(write_parquet(tmp_path / "cells.parquet", cells, row_group_size=1), cache)
@@ -220,9 +210,7 @@ def test_token_outside_the_vocabulary(tmp_path: Path, cache: Path) -> None:
     write_parquet(tmp_path / "c.parquet", [[41], [9]])
     assert open_corpus(tmp_path, cache, vocab_size=42).num_cells == 8
     for _ in range(2):  # the second time from the cache
-        with pytest.raises(
-            ValueError, match=r"b\.parquet, row 2: token 41 .* vocabulary of 41.* at least 42"
-        ):
+        with pytest.raises(ValueError, match=r"b\.parquet, row 2: token 41 .* vocabulary of 41.* at least 42"):
             open_corpus(tmp_path, cache, vocab_size=41)
 
 
@@ -256,9 +244,7 @@ def test_unusable_cells(
     assert [path.suffix for path in cache.iterdir()] == [".lock"]
 
 
-def test_row_numbers_count_across_record_batches(
-    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_row_numbers_count_across_record_batches(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arrow_cache, "MAX_ROWS_PER_BATCH", 10)
     cells = random_cells(40)
     cells[33][-1] = -7
@@ -271,9 +257,7 @@ def test_row_numbers_count_across_record_batches(
 
 def test_missing_column_lists_the_others(tmp_path: Path, cache: Path) -> None:
     pq.write_table(pa.table({"tokens": [[1]], "length": [1]}), tmp_path / "cells.parquet")
-    with pytest.raises(
-        ValueError, match=r"cells\.parquet: no column 'input_ids', only \['tokens', 'length'\]"
-    ):
+    with pytest.raises(ValueError, match=r"cells\.parquet: no column 'input_ids', only \['tokens', 'length'\]"):
         open_corpus(tmp_path / "cells.parquet", cache)
 
 
@@ -307,9 +291,7 @@ def test_unreadable_parquet(tmp_path: Path, cache: Path, damage: str) -> None:
 # --- the cache -------------------------------------------------------------------------------------------
 
 
-def test_cache_is_used_again_until_the_source_changes(
-    tmp_path: Path, cache: Path, conversions: list[Path]
-) -> None:
+def test_cache_is_used_again_until_the_source_changes(tmp_path: Path, cache: Path, conversions: list[Path]) -> None:
     path = write_parquet(tmp_path / "cells.parquet", [[1, 2], [3]])
     first = open_corpus(path, cache)
     again = open_corpus(path, cache)
@@ -540,8 +522,7 @@ def test_saved_fingerprint(tmp_path: Path, cache: Path) -> None:
         [pa.array([[1, 2], [3]], pa.list_(pa.int64()))],
     ]
     a, b, c = (
-        open_corpus(write_streams(tmp_path / f"{i}", [shard]), cache).fingerprint
-        for i, shard in enumerate(shards)
+        open_corpus(write_streams(tmp_path / f"{i}", [shard]), cache).fingerprint for i, shard in enumerate(shards)
     )
     assert a == c != b
 
@@ -581,9 +562,7 @@ def unsupported_integers(folder: Path) -> None:
 
 
 def mixed_types(folder: Path) -> None:
-    write_streams(
-        folder, [[pa.array([[1]], pa.list_(kind))] for kind in (pa.int32(), pa.int32(), pa.int64())]
-    )
+    write_streams(folder, [[pa.array([[1]], pa.list_(kind))] for kind in (pa.int32(), pa.int32(), pa.int64())])
 
 
 def compressed(folder: Path) -> None:

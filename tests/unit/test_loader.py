@@ -86,9 +86,7 @@ def stream_for(corpus: MemoryCorpus, shape: PackShape, packing: bool = True) -> 
 def loader_for(corpus: MemoryCorpus, **changes) -> Loader:
     packing = changes.get("packing", True)
     shape = shape_for(corpus, packing)
-    return Loader(
-        corpus, stream_for(corpus, shape, packing), shape, **(MASKING | {"num_steps": 10} | changes)
-    )
+    return Loader(corpus, stream_for(corpus, shape, packing), shape, **(MASKING | {"num_steps": 10} | changes))
 
 
 def events_of(batch: PackedBatch | PaddedBatch) -> dict[tuple[int, int], tuple[int, int]]:
@@ -183,8 +181,7 @@ def test_packed_and_padded_agree_over_an_epoch(lengths, micro_batch_size):
 
 def flat(batches) -> list[tuple[int, bytes]]:
     return [
-        (batch.pack, batch.buffer[: 256 * 2].numpy().tobytes() + batch.labels.numpy().tobytes())
-        for batch in batches
+        (batch.pack, batch.buffer[: 256 * 2].numpy().tobytes() + batch.labels.numpy().tobytes()) for batch in batches
     ]
 
 
@@ -194,9 +191,7 @@ def test_packs_of_a_step_do_not_depend_on_the_world_size(world_size):
     reference = flat(loader_for(corpus, packs_per_step=12, num_steps=4))
     assert [pack for pack, _ in reference] == list(range(48))
     loaders = [
-        loader_for(
-            corpus, packs_per_step=12, num_steps=4, rank=rank, world_size=world_size, num_workers=rank % 3
-        )
+        loader_for(corpus, packs_per_step=12, num_steps=4, rank=rank, world_size=world_size, num_workers=rank % 3)
         for rank in range(world_size)
     ]
     merged = [batch for micro in zip(*map(flat, loaders), strict=True) for batch in micro]
@@ -288,16 +283,12 @@ def test_an_error_surfaces_at_its_batch(num_workers, monkeypatch):
 
 
 @pytest.mark.parametrize("packing", [True, False])
-@pytest.mark.parametrize(
-    ("bad", "dtype"), [(200, np.uint16), (-1, np.int16), (2**33, np.int64), (65535, np.uint16)]
-)
+@pytest.mark.parametrize(("bad", "dtype"), [(200, np.uint16), (-1, np.int16), (2**33, np.int64), (65535, np.uint16)])
 def test_tokens_outside_the_vocabulary_are_named(packing, bad, dtype):
     corpus = corpus_of([40] * 20)
     corpus.cells[13][17] = bad
     corpus = MemoryCorpus(corpus.cells, token_dtype=np.dtype(dtype))
-    message = (
-        rf"memory, row 13: token {bad} at position 17 is outside the vocabulary \[0, 200\).*model.vocab_size"
-    )
+    message = rf"memory, row 13: token {bad} at position 17 is outside the vocabulary \[0, 200\).*model.vocab_size"
     with pytest.raises(ValueError, match=message):
         list(loader_for(corpus, packing=packing))
 
@@ -330,9 +321,7 @@ def test_plans_that_do_not_fit_the_corpus_are_refused():
 
 def test_impossible_loaders_are_refused():
     corpus = corpus_of([40])
-    with pytest.raises(
-        ValueError, match=r"12 packs per step .* 5 ranks; world sizes that work: 1, 2, 3, 4, 6, 12"
-    ):
+    with pytest.raises(ValueError, match=r"12 packs per step .* 5 ranks; world sizes that work: 1, 2, 3, 4, 6, 12"):
         loader_for(corpus, packs_per_step=12, world_size=5)
     with pytest.raises(ValueError, match=r"training.num_workers is -1"):
         loader_for(corpus, num_workers=-1)

@@ -9,7 +9,13 @@ from torch.testing import assert_close
 
 from modeling_bert_te import BertConfig, BertForMaskedLM
 
-SIZES = {"vocab_size": 101, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 96}
+SIZES = {
+    "vocab_size": 101,
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+}
 
 
 def make_pair(**overrides):

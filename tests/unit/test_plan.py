@@ -57,9 +57,7 @@ def oracle_packs(order: list[int], lengths: np.ndarray, shape: PackShape, lookah
 lengths_strategy = st.lists(st.integers(1, 100), min_size=1, max_size=150).map(
     lambda lengths: np.array(lengths, np.int32)
 )
-shapes = st.builds(
-    shape_of, st.sampled_from([128, 256, 384]), st.sampled_from([20, 64, 100]), st.integers(1, 12)
-)
+shapes = st.builds(shape_of, st.sampled_from([128, 256, 384]), st.sampled_from([20, 64, 100]), st.integers(1, 12))
 
 
 @given(lengths_strategy, shapes, st.integers(0, 2**40), st.integers(0, 9))
@@ -94,9 +92,7 @@ def test_without_packing_a_pack_is_the_next_cells(num_cells, micro_batch_size):
 @pytest.mark.parametrize(("token_budget", "fill"), [(16384, 0.995), (32768, 0.9975), (65536, 0.998)])
 def test_fill(token_budget, fill):
     lengths = lognormal_lengths(100_000)
-    shape = PackShape.create(
-        lengths, micro_batch_size=token_budget // 2048, seq_length=2048, mlm_probability=0.15
-    )
+    shape = PackShape.create(lengths, micro_batch_size=token_budget // 2048, seq_length=2048, mlm_probability=0.15)
     plan = pack_cells(permutation(len(lengths), 0, 0), lengths, shape)
     assert lengths.sum(dtype=np.int64) / (plan.num_packs * token_budget) >= fill
 
@@ -283,9 +279,7 @@ def test_processes_share_one_plan(disk):
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", script, str(disk)], env=environment, stdout=subprocess.PIPE, text=True
-        )
+        subprocess.Popen([sys.executable, "-c", script, str(disk)], env=environment, stdout=subprocess.PIPE, text=True)
         for _ in range(3)
     ]
     outputs = [process.communicate(timeout=60)[0] for process in processes]

@@ -76,9 +76,7 @@ def test_tokens_of_a_cell_are_distinct_genes(tokens: list[np.ndarray]) -> None:
 
 
 @pytest.mark.parametrize("cell", [0, 1, 7, 499, 1234])
-def test_cells_follow_the_geneformer_rule(
-    cell: int, sample: pa.Table, world: msd.World, medians: np.ndarray
-) -> None:
+def test_cells_follow_the_geneformer_rule(cell: int, sample: pa.Table, world: msd.World, medians: np.ndarray) -> None:
     counts, _ = msd.simulate_counts(world, cell)
     total = sum(counts.tolist())
     expression = {
@@ -126,18 +124,14 @@ def test_a_cell_depends_on_seed_and_number_alone(
     assert not np.array_equal(msd.simulate_counts(other_world, 0)[0], msd.simulate_counts(world, 0)[0])
 
 
-def test_held_out_cells_are_others_of_the_same_world(
-    tokens: list[np.ndarray], held_out: list[msd.TypedCell]
-) -> None:
+def test_held_out_cells_are_others_of_the_same_world(tokens: list[np.ndarray], held_out: list[msd.TypedCell]) -> None:
     known = {tuple(ids.tolist()) for ids in tokens}
     assert not any(tuple(ids.tolist()) in known for ids, _ in held_out)
     unseen = ~np.isin(np.concatenate([ids for ids, _ in held_out]), np.concatenate(tokens))
     assert unseen.mean() < 0.002
 
 
-def test_lengths_are_those_of_the_real_corpus(
-    tokens: list[np.ndarray], held_out: list[msd.TypedCell]
-) -> None:
+def test_lengths_are_those_of_the_real_corpus(tokens: list[np.ndarray], held_out: list[msd.TypedCell]) -> None:
     length = np.array([len(ids) for ids in tokens] + [len(ids) for ids, _ in held_out])
     assert 520 < length.mean() < 590
     assert 0.46 < (length <= 255).mean() < 0.54

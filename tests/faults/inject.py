@@ -1,0 +1,36 @@
+"""Runs `train.py` with a fault in its loader: `inject.py FAULT train.py [KEY=VALUE ...]`.
+
+FAULT is `block:RANK:PACK`, where the loader of that rank never returns from that pack, or `slow:SECONDS`, where each
+pack takes that long. Reports are confirmed sooner than usual, to save time.
+"""
+
+import os
+import runpy
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from geneformer_pretrain import watchdog
+from geneformer_pretrain.data.loader import BatchBuilder
+
+watchdog.INTERVAL, watchdog.CONFIRM_SECONDS, watchdog.REPORT_SECONDS = 0.2, 1.0, 3.0
+kind, *numbers = sys.argv[1].split(":")
+build = BatchBuilder.build
+
+
+def faulty_build(self: BatchBuilder, pack: int, *args: Any) -> Any:
+    """Build a micro-batch late, or never."""
+    if kind == "slow":
+        time.sleep(float(numbers[0]))
+    elif [os.environ.get("RANK", "0"), str(pack)] == numbers:
+        threading.Event().wait()
+    return build(self, pack, *args)
+
+
+BatchBuilder.build = faulty_build  # type: ignore[method-assign]
+sys.argv[:] = sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name="__main__")
