@@ -25,7 +25,6 @@ import functools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Protocol, cast
 
 import torch
@@ -55,7 +54,7 @@ class MaskedLMOutput(ModelOutput):
     hidden_states
         Embedding output and each layer's output, [B, S, H] or [T, H], on request.
     loss_sum, num_labels
-        Packed calls with labels: sum of the cross-entropies (FP32) and number of labelled positions (int64).
+        Packed calls with labels: sum of the cross-entropies (FP32), number of labelled positions (int64).
     """
 
     loss: Tensor | None = None
@@ -124,14 +123,16 @@ class FlashAttention:
 
 @torch.compiler.disable
 def _attention_by_cell(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, dropout: float) -> Tensor:
-    q, k, v = (x.transpose(0, 1) for x in (q, k, v))
-    bounds = cu_seqlens.tolist()
-    cells = [
-        F.scaled_dot_product_attention(q[:, a:b], k[:, a:b], v[:, a:b], dropout_p=dropout)
-        for a, b in pairwise(bounds)
-        if a < b
-    ]
-    return torch.cat(cells, dim=1).transpose(0, 1)
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if not dropout:
+            return F.scaled_dot_product_attention(q, k, v)
+        # Without a fused kernel for dropout, fewer passes over the weights than scaled_dot_product_attention makes.
+        weights = (q * q.shape[-1] ** -0.5 @ k.transpose(1, 2)).softmax(-1)
+        return F.dropout(weights, dropout) @ v
+
+    lengths = cu_seqlens.diff().tolist()
+    cells = zip(*(x.transpose(0, 1).split(lengths, dim=1) for x in (q, k, v)), strict=True)
+    return torch.cat([attend(*cell) for cell in cells if cell[0].shape[1]], dim=1).transpose(0, 1)
 
 
 @functools.cache
@@ -261,19 +262,14 @@ class BertLayer(nn.Module):
             compile_method(self, "forward")
 
 
-class BertEncoder(nn.Module):
-    def __init__(self, config: BertConfig, use_te_layers: bool) -> None:
-        super().__init__()
-        self.layer = nn.ModuleList(BertLayer(config, use_te_layers) for _ in range(config.num_hidden_layers))
-
-
 class BertModel(nn.Module):
     """Embeddings and encoder layers over packed tokens."""
 
     def __init__(self, config: BertConfig, use_te_layers: bool) -> None:
         super().__init__()
         self.embeddings = BertEmbeddings(config)
-        self.encoder = BertEncoder(config, use_te_layers)
+        layers = (BertLayer(config, use_te_layers) for _ in range(config.num_hidden_layers))
+        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(layers)})
         self.attention: Attention = FlashAttention()
 
     def forward(
@@ -287,7 +283,7 @@ class BertModel(nn.Module):
         """[T] -> the embedding output and each layer's output, [T, H] each."""
         plan = self.attention.plan(cu_seqlens, max_seqlen, len(input_ids))
         hidden_states = [self.embeddings(input_ids, position_ids, token_type_ids)]
-        for layer in self.encoder.layer:
+        for layer in self.encoder["layer"].children():
             hidden_states.append(layer(hidden_states[-1], plan))
         return hidden_states
 
@@ -460,21 +456,19 @@ class BertForMaskedLM(PreTrainedModel):
         """
         if output_attentions:
             raise ValueError("output_attentions is not supported: the attention kernels never form the weights.")
-        if cu_seqlens is not None:
-            if input_ids.dim() != 1 or attention_mask is not None or position_ids is None or max_seqlen is None:
-                raise ValueError(
-                    "Packed calls take input_ids [T] with position_ids, cu_seqlens and max_seqlen, no attention_mask."
-                )
-            if (labels is None) != (masked_index is None):
-                raise ValueError("Packed calls take labels [K] and masked_index [K] together.")
-            hidden_states = self.bert(input_ids, position_ids, token_type_ids, cu_seqlens, max_seqlen)
-            output = self._packed_output(hidden_states, masked_index, labels, output_hidden_states)
-        else:
+        if cu_seqlens is None:
             if masked_index is not None or max_seqlen is not None:
                 raise ValueError("masked_index and max_seqlen belong to packed calls, which need cu_seqlens.")
-            output = self._forward_padded(
-                input_ids, attention_mask, token_type_ids, position_ids, labels, output_hidden_states
+            output = self._padded(input_ids, attention_mask, token_type_ids, position_ids, labels, output_hidden_states)
+            return output if return_dict else output.to_tuple()
+        if input_ids.dim() != 1 or attention_mask is not None or position_ids is None or max_seqlen is None:
+            raise ValueError(
+                "Packed calls take input_ids [T], position_ids, cu_seqlens, max_seqlen, no attention_mask."
             )
+        if (labels is None) != (masked_index is None):
+            raise ValueError("Packed calls take labels [K] and masked_index [K] together.")
+        hidden_states = self.bert(input_ids, position_ids, token_type_ids, cu_seqlens, max_seqlen)
+        output = self._packed_output(hidden_states, masked_index, labels, output_hidden_states)
         return output if return_dict else output.to_tuple()
 
     def _packed_output(
@@ -494,7 +488,7 @@ class BertForMaskedLM(PreTrainedModel):
             loss=loss_sum / num_labels, hidden_states=requested, loss_sum=loss_sum, num_labels=num_labels
         )
 
-    def _forward_padded(
+    def _padded(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None,

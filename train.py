@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from geneformer_pretrain.checkpoint import CheckpointError
 from geneformer_pretrain.config import Config, ConfigError, resolve
 from geneformer_pretrain.distributed import distributed_world
+from geneformer_pretrain.run_lock import hold_folder, is_used
 from geneformer_pretrain.stopping import EXIT_CODE_SIGNAL, write_exit
 from geneformer_pretrain.trainer import Trainer, TrainingError
 
@@ -22,22 +23,21 @@ def run(config: Config) -> int:
     """Train; return the exit code."""
     folder = Path(config.training.checkpoint_dir)
     # The watchdog comes before the time limit of collectives, which cannot tell whom they wait for.
-    with distributed_world(timeout_minutes=10 + config.training.hang_timeout_seconds / 60) as world:
-        if world.is_main:
-            (folder / "exit.json").unlink(missing_ok=True)
-        dist.barrier()
+    timeout_minutes = 10 + config.training.hang_timeout_seconds / 60
+    with distributed_world(timeout_minutes) as world, hold_folder(folder):
+        trainer: Trainer | None = None
         try:
             trainer = Trainer(config, world)
-            complete = trainer.fit()
+            reason, code = ("completed", 0) if trainer.fit() else ("signal", EXIT_CODE_SIGNAL)
+            if world.is_main:
+                write_exit(folder, reason, code, step=trainer.progress.step)
+            # torchrun ends all other ranks as soon as one has left with a code other than 0.
+            dist.barrier()
         except BaseException as error:
-            if folder.is_dir():
+            # A mistake in the first start leaves no folder behind.
+            if trainer is not None or is_used(folder):
                 write_exit(folder, "error", 1, rank=world.rank, error=f"{type(error).__name__}: {error}")
             raise
-        reason, code = ("completed", 0) if complete else ("signal", EXIT_CODE_SIGNAL)
-        if world.is_main:
-            write_exit(folder, reason, code, step=trainer.progress.step)
-        # torchrun ends all other ranks as soon as one has left with a code other than 0.
-        dist.barrier()
     return code
 
 
@@ -47,7 +47,7 @@ def main(composed: DictConfig) -> None:
     logging.basicConfig(format="%(levelname)s %(message)s", force=True)
     try:
         code = run(resolve(composed))
-    except (ConfigError, CheckpointError, TrainingError, FileNotFoundError) as error:
+    except (ConfigError, CheckpointError, TrainingError, OSError) as error:
         sys.exit(f"Error: {error}")
     except KeyboardInterrupt:
         sys.exit("Interrupted.")

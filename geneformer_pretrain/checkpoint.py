@@ -40,6 +40,7 @@ from geneformer_pretrain.checkpoint_manifest import (
 )
 from geneformer_pretrain.checkpoint_tensors import HostBuffers, Shards
 from geneformer_pretrain.ranks import Ranks
+from geneformer_pretrain.run_lock import LOCK_FILE
 
 __all__ = ["CheckpointError", "CheckpointSaveError", "CheckpointStore", "move_aside", "read_manifest"]
 
@@ -276,7 +277,7 @@ class CheckpointStore:
             raise CheckpointError("none of the checkpoints is good. " + "; ".join(faults))
         return None
 
-    def load(self, path: str | Path, targets: Mapping[str, torch.Tensor]) -> None:
+    def load(self, path: str | Path, targets: Mapping[str, torch.Tensor], *, optional: str | None = None) -> None:
         """Copy a checkpoint into `targets`, in place; nothing is changed unless everything fits.
 
         Parameters
@@ -285,6 +286,8 @@ class CheckpointStore:
             A step folder, as `find_latest` returns it; verified here unless it has been just now.
         targets
             By canonical name: plain tensors or `DTensor`, whichever way the checkpoint was saved.
+        optional
+            Names that start with this may be missing on either side; such targets stay as they are.
 
         Raises
         ------
@@ -301,10 +304,11 @@ class CheckpointStore:
         wanted: dict[str, Shards] = {}
 
         def check() -> None:
-            wanted.update({name: Shards.of(name, tensor) for name, tensor in targets.items()})
             saved = format.index(folder)
+            loose = {name for name in saved.keys() ^ targets.keys() if optional and name.startswith(optional)}
+            wanted.update({name: Shards.of(name, tensor) for name, tensor in targets.items() if name not in loose})
             problems = [f"{name} is missing from the checkpoint" for name in wanted if name not in saved]
-            problems += [f"{name} is in the checkpoint only" for name in saved if name not in wanted]
+            problems += [f"{name} is in the checkpoint only" for name in saved.keys() - wanted.keys() - loose]
             problems += [
                 f"{name} is {saved[name]} in the checkpoint, {shards.info} here"
                 for name, shards in wanted.items()
@@ -365,7 +369,8 @@ def move_aside(directory: str | Path) -> Path | None:
         The new folder, or None if there was nothing to move.
     """
     directory = Path(directory)
-    entries = [p for p in directory.iterdir() if not p.name.startswith("previous-")] if directory.is_dir() else []
+    kept = ("previous-", LOCK_FILE)
+    entries = [p for p in directory.iterdir() if not p.name.startswith(kept)] if directory.is_dir() else []
     if not entries:
         return None
     base = directory / f"previous-{time.strftime('%Y%m%dT%H%M%S')}"

@@ -1,6 +1,7 @@
 """What a run reports: metrics.jsonl, the progress bar, Weights & Biases."""
 
 import json
+import logging
 import math
 import os
 from dataclasses import asdict
@@ -11,6 +12,8 @@ from typing import Any, Self
 from tqdm import tqdm
 
 from .config import Config
+
+log = logging.getLogger(__name__)
 
 
 class MetricsLog:
@@ -29,8 +32,7 @@ class MetricsLog:
         self.wandb_run: Any = None
         if not is_main:
             return
-        cut_back(folder / "metrics.jsonl", first_step)
-        self.file = (folder / "metrics.jsonl").open("a")
+        self.file = JsonLines(folder / "metrics.jsonl", first_step)
         self.bar = tqdm(
             total=config.training.num_train_steps,
             initial=first_step,
@@ -47,8 +49,7 @@ class MetricsLog:
         if not self.enabled:
             return
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        self.file.write(json.dumps(finite) + "\n")
-        self.file.flush()
+        self.file.write(finite)
         if self.wandb_run is not None:
             self.wandb_run.log({k: v for k, v in finite.items() if k != "step"}, step=record["step"])
 
@@ -60,13 +61,13 @@ class MetricsLog:
             )
             self.bar.update(step - self.bar.n)
 
-    def close(self) -> None:
-        """Flush and close everything."""
+    def close(self, exit_code: int = 0) -> None:
+        """Close everything; Weights & Biases shows a run with another exit code than 0 as failed."""
         if self.enabled:
             self.bar.close()
             self.file.close()
             if self.wandb_run is not None:
-                self.wandb_run.finish()
+                self.wandb_run.finish(exit_code)
 
     def __enter__(self) -> Self:
         return self
@@ -77,7 +78,46 @@ class MetricsLog:
         exception: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.close()
+        self.close(exit_code=int(exception is not None))
+
+
+class JsonLines:
+    """Appends records to a file. What a full disk refuses is kept, and written once there is room.
+
+    Parameters
+    ----------
+    path
+        Appended to.
+    last_step
+        Records of later steps are dropped first.
+    """
+
+    def __init__(self, path: Path, last_step: int) -> None:
+        cut_back(path, last_step)
+        self.file = path.open("ab", buffering=0)
+        self.unwritten = b""
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append one record; a failure to write is logged once, and never stops the run."""
+        stuck = bool(self.unwritten)
+        self.unwritten += (json.dumps(record) + "\n").encode()
+        try:
+            self._write_out()
+        except OSError as error:
+            if not stuck:
+                log.error("cannot write to %s: %s; its records wait in memory", self.file.name, error)
+
+    def _write_out(self) -> None:
+        while self.unwritten:
+            self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
+
+    def close(self) -> None:
+        """Try once more to write what is left."""
+        try:
+            self._write_out()
+        except OSError as error:
+            log.error("the last %d records of %s are lost: %s", self.unwritten.count(b"\n"), self.file.name, error)
+        self.file.close()
 
 
 def cut_back(path: Path, step: int) -> None:

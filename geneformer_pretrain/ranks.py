@@ -2,7 +2,7 @@
 
 import logging
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
@@ -81,6 +81,24 @@ class Ranks:
         if differing:
             listed = "; ".join(f"rank {rank}: {values[rank]}" for rank in [0, *differing])
             raise error(f"ranks {differing} differ from rank 0 in {what}: {listed}")
+
+    def agree_on(self, values: Mapping[str, object], error: type[Exception]) -> None:
+        """Check that named values are the same on all ranks.
+
+        Raises
+        ------
+        Exception
+            Of type `error`, on every rank, naming each value that differs from rank 0's and the ranks.
+        """
+        first, *others = self.gather(dict(values))
+        differences = [
+            f"{name} is {first.get(name)!r} on rank 0, {other.get(name)!r} on rank {rank}"
+            for rank, other in enumerate(others, 1)
+            for name in sorted(first.keys() | other.keys())
+            if first.get(name) != other.get(name)
+        ]
+        if differences:
+            raise error("The ranks of this run differ; give all of them the same: " + "; ".join(differences[:20]))
 
     def share(self, folder: Path, error: type[Exception]) -> None:
         """Make a folder if need be, and check that rank 0 can write to it and all ranks see the same one.

@@ -10,12 +10,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import xxhash
 import yaml
 
 from .config import Config
 from .data.loader import BatchInfo
 from .distributed import World
-from .metrics import cut_back
+from .metrics import JsonLines, cut_back
 
 RECORDED_PACKAGES = (
     "torch",
@@ -51,6 +52,21 @@ def git_revision() -> str:
         return "unknown"
 
 
+def code_digest() -> str:
+    """Hash of the source files; a git revision would not tell which of a node's files were changed."""
+    package = Path(__file__).resolve().parent
+    digest = xxhash.xxh3_128()
+    for path in [package.parent / "modeling_bert_te.py", *sorted(package.rglob("*.py"))]:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def identity_of_rank(config: Config) -> dict[str, Any]:
+    """What must be the same on all ranks before they can agree on anything else: configuration, versions, code."""
+    values = {f"{group}.{key}": value for group, keys in asdict(config).items() for key, value in keys.items()}
+    return values | package_versions() | {"source code": code_digest()}
+
+
 def config_as_yaml(config: Config) -> str:
     """The composed configuration as YAML."""
     plain = json.loads(json.dumps(asdict(config), default=lambda x: x.value if isinstance(x, Enum) else x))
@@ -79,16 +95,16 @@ class CellLog:
 
     def __init__(self, folder: Path, world: World, first_step: int) -> None:
         (folder / "cells").mkdir(exist_ok=True)
+        own = folder / "cells" / f"rank_{world.rank}.jsonl"
         for path in (folder / "cells").glob("rank_*.jsonl"):
-            if int(path.stem.removeprefix("rank_")) % world.size == world.rank:
+            if int(path.stem.removeprefix("rank_")) % world.size == world.rank and path != own:
                 cut_back(path, first_step)
-        self.file = (folder / "cells" / f"rank_{world.rank}.jsonl").open("a")
+        self.file = JsonLines(own, first_step)
 
     def write(self, step: int, batch: BatchInfo) -> None:
         """Record one micro-batch of the optimizer step that completes `step` steps."""
         record: dict[str, Any] = {"step": step, "pack": batch.pack, "epoch": batch.epoch}
-        self.file.write(json.dumps({**record, "cells": batch.cells.tolist()}) + "\n")
-        self.file.flush()
+        self.file.write({**record, "cells": batch.cells.tolist()})
 
     def __enter__(self) -> Self:
         return self

@@ -1,11 +1,14 @@
 """Leaving on a signal, and telling a job script why the run ended."""
 
 import json
+import logging
 import signal
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
+
+log = logging.getLogger(__name__)
 
 EXIT_CODE_SIGNAL = 75
 """Exit code of a process that saved and left because of a signal (EX_TEMPFAIL: run it again)."""
@@ -47,5 +50,13 @@ def write_exit(folder: Path, reason: str, exit_code: int, **details: Any) -> Non
 
     The first rank to write it is right: an error on one rank soon breaks the connections of all others.
     """
-    with suppress(FileExistsError), (folder / "exit.json").open("x") as file:
-        file.write(json.dumps({"reason": reason, "exit_code": exit_code, **details}) + "\n")
+    path = folder / "exit.json"
+    try:
+        with path.open("x") as file:
+            file.write(json.dumps({"reason": reason, "exit_code": exit_code, **details}) + "\n")
+    except FileExistsError:
+        return
+    except OSError as error:  # It must not take the place of the error that it was to tell of.
+        log.error("cannot write %s: %s", path, error)
+        with suppress(OSError):
+            path.unlink(missing_ok=True)

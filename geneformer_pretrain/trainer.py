@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .checkpoint import CheckpointSaveError, CheckpointStore, move_aside, read_manifest
-from .config import Config
+from .config import Config, ConfigError
 from .data.loader import Batch, PackedBatch, build_batches
 from .data.source import open_training_data, open_validation_data
 from .distributed import World
@@ -24,10 +25,14 @@ from .metrics import MetricsLog
 from .optimizer import build_optimizer, learning_rate, update
 from .parallel import build_engine
 from .precision import check_machine, compute_dtype, forward_context, fp8_state
-from .run_record import CellLog, config_as_yaml, write_run_record
+from .ranks import Ranks
+from .run_record import CellLog, config_as_yaml, identity_of_rank, write_run_record
 from .state import Progress, accumulation_steps, named_tensors, spread_optimizer_step
 from .stopping import StopSignals
 from .watchdog import Watchdog
+
+FP8_PREFIX = "fp8."
+"""Of the names of FP8 scaling factors in a checkpoint. A run may go on in another precision: they are optional."""
 
 MAX_FAILED_SAVES = 3
 """Saves that may fail in a row before training stops with an error."""
@@ -86,9 +91,12 @@ class Trainer:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself only with it
             torch.use_deterministic_algorithms(True)
 
+        ranks = Ranks(timeout=timedelta(minutes=30))
+        ranks.agree_on(identity_of_rank(config), ConfigError)
         check_machine(config, world.device)
         on_gpu = world.device.type == "cuda"
         self.data = open_training_data(config, world.is_main, pin_memory=on_gpu)
+        ranks.agree_on(asdict(self.data.identity), ConfigError)
         self.validation_data = open_validation_data(self.data, world.is_main)
         compiled = on_gpu and config.data.packing if training.compile is None else training.compile
         dtype = compute_dtype(training.compute_dtype, world.device)
@@ -127,7 +135,7 @@ class Trainer:
         else:
             self.data.identity.require_same(state["data"], str(path))
         tensors = self._tensors()
-        self.store.load(path, tensors)
+        self.store.load(path, tensors, optional=FP8_PREFIX)
         spread_optimizer_step(self.optimizer, tensors["optimizer.step"])
         wanted = self.progress.packs_per_step
         self.progress = progress
@@ -142,7 +150,7 @@ class Trainer:
         """All tensors of a checkpoint, by canonical name."""
         tensors = named_tensors(self.engine.model, self.optimizer)
         scaling = fp8_state(self.engine.model, self.forward_context)
-        return tensors | {f"fp8.{name}": tensor for name, tensor in scaling}
+        return tensors | {f"{FP8_PREFIX}{name}": tensor for name, tensor in scaling}
 
     def say(self, text: str) -> None:
         """Print on the main rank."""
@@ -248,7 +256,7 @@ class Trainer:
             started = time.perf_counter()
             try:
                 batch = next(batches)
-            except ValueError as error:
+            except (ValueError, RuntimeError) as error:  # A token, a plan or a cache that is not as it should be.
                 raise TrainingError(str(error)) from error
             waited += time.perf_counter() - started
             self.watchdog.beat(progress.step + 1, "forward and backward")
@@ -271,7 +279,8 @@ class Trainer:
         rate = learning_rate(progress.step, self.config.training)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        scale = (self.engine.gradient_divisor / totals[1].clamp(min=1.0)).float()
+        # A loss that is not finite makes the scale NaN, which skips the update as a bad gradient does.
+        scale = (self.engine.gradient_divisor / totals[1].clamp(min=1.0) + 0.0 * totals[0]).float()
         norm = update(self.optimizer, scale, self.config.training.max_grad_norm)
         self.optimizer.zero_grad(set_to_none=True)
 

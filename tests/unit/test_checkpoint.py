@@ -131,6 +131,17 @@ def test_load_fills_targets_in_place_even_parameters_and_views(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("format", FORMATS)
+def test_optional_names_may_be_missing_on_either_side(tmp_path: Path, format: str) -> None:
+    store = CheckpointStore(tmp_path, keep_last_n=2)
+    store.save(1, {"p": torch.ones(2), "fp8.both": torch.ones(3), "fp8.saved": torch.ones(1)}, {}, format)
+    targets = {"p": torch.zeros(2), "fp8.both": torch.zeros(3), "fp8.new": torch.zeros(1)}
+    store.load(tmp_path / "step_1", targets, optional="fp8.")
+    assert_equal(targets, {"p": torch.ones(2), "fp8.both": torch.ones(3), "fp8.new": torch.zeros(1)})
+    with pytest.raises(CheckpointError, match=r"fp8\.new is missing"):
+        store.load(tmp_path / "step_1", targets)
+
+
+@pytest.mark.parametrize("format", FORMATS)
 def test_what_does_not_fit_is_listed_and_nothing_is_changed(tmp_path: Path, format: str) -> None:
     store = CheckpointStore(tmp_path, keep_last_n=2)
     save(store, 1, format)

@@ -1,0 +1,100 @@
+"""One run at a time in a checkpoint folder."""
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from datetime import timedelta
+from pathlib import Path
+
+from .checkpoint_manifest import CheckpointError
+from .ranks import Ranks
+
+log = logging.getLogger(__name__)
+
+LOCK_FILE = ".lock"
+
+
+class FolderInUseError(RuntimeError):
+    """Another run holds the checkpoint folder."""
+
+
+@contextmanager
+def hold_folder(folder: Path) -> Iterator[None]:
+    """Hold a checkpoint folder for this run; collective.
+
+    Two runs in one folder would overwrite each other's checkpoints.
+
+    Raises
+    ------
+    CheckpointError
+        On every rank, if another run holds it; names that run's host and process.
+    """
+    with ExitStack() as stack:
+        Ranks(timedelta(minutes=10)).on_first(lambda: stack.enter_context(_start_in(folder)), CheckpointError)
+        yield
+
+
+@contextmanager
+def _start_in(folder: Path) -> Iterator[None]:
+    """Lock a folder, and take away what an earlier run left to say.
+
+    What counts is the system's lock on the file, not the file. It ends with the process, even by SIGKILL, and
+    other nodes respect it where the file system has such locks (NFS, GPFS, Lustre mounted with `flock`).
+    The folder is made if need be, and removed if nothing was put into it.
+    """
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LOCK_FILE
+    descriptor = _open_locked(path)
+    holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+    try:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps(holder).encode(), 0)
+        (folder / "exit.json").unlink(missing_ok=True)
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        if made:
+            with suppress(OSError):  # It is not empty.
+                folder.rmdir()
+        os.close(descriptor)
+
+
+def is_used(folder: Path) -> bool:
+    """Whether a folder holds anything but the lock."""
+    try:
+        return any(entry.name != LOCK_FILE for entry in folder.iterdir())
+    except FileNotFoundError:
+        return False
+
+
+def _open_locked(path: Path) -> int:
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                holder = os.pread(descriptor, 4096, 0)
+                os.close(descriptor)
+                raise FolderInUseError(_describe(path.parent, holder)) from None
+            log.warning("no locks on this file system (%s): take care to start only one run in %s", error, path.parent)
+        # The holder before may have removed the file after it was opened here; then others lock a new one.
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(path), os.fstat(descriptor)):
+                return descriptor
+        os.close(descriptor)
+
+
+def _describe(folder: Path, holder: bytes) -> str:
+    who = "another process"
+    if holder:  # It is empty for an instant after locking.
+        entry = json.loads(holder)
+        who = f"process {entry['pid']} on {entry['host']}, since {entry['since']}"
+    return f"{folder} is in use by {who}. End that run first, or give this one another training.checkpoint_dir."
