@@ -10,7 +10,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .config import ModelConfig
-from .optimizer import full_tensor
 from .parallel import Engine, architecture
 
 
@@ -22,7 +21,7 @@ def export_model(engine: Engine, config: ModelConfig, folder: Path, is_main: boo
     """
     tensors: dict[str, Tensor] = {}
     for name, parameter in engine.model.canonical_parameters():
-        whole = full_tensor(parameter.detach())
+        whole = engine.gather(parameter.detach())
         if is_main:
             tensors[name] = whole.to("cpu", torch.float32, copy=True).contiguous()
     if not is_main:

@@ -3,7 +3,9 @@
 import math
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .config import LrSchedule, TrainingConfig
 
@@ -44,8 +46,23 @@ def learning_rate(step: int, config: TrainingConfig) -> float:
 
 
 def full_tensor(x: Tensor) -> Tensor:
-    """The whole of a tensor that may be sharded."""
-    return x.full_tensor() if isinstance(x, torch.distributed.tensor.DTensor) else x
+    """The whole of a tensor that may be sharded; collective."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def global_norm(gradients: list[Tensor]) -> Tensor:
+    """L2 norm over all gradients, of all ranks where they are sharded; FP32 scalar on the device.
+
+    Works on the local shards: it does not matter how an engine cuts its tensors.
+    """
+    sharded = any(isinstance(gradient, DTensor) for gradient in gradients)
+    local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+    norm = torch.nn.utils.get_total_norm(local).float()
+    if sharded:
+        squared = norm.square()
+        dist.all_reduce(squared)
+        norm = squared.sqrt()
+    return norm
 
 
 @torch.no_grad()
@@ -68,7 +85,7 @@ def update(optimizer: torch.optim.AdamW, scale: Tensor, max_norm: float) -> Tens
     The norm before clipping, FP32 scalar on the device; not finite if the update was skipped.
     """
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
-    norm = full_tensor(torch.nn.utils.get_total_norm(gradients)).float() * scale
+    norm = global_norm(gradients) * scale
     clip = (max_norm / (norm + 1e-6)).clamp(max=1.0) if max_norm > 0 else torch.ones_like(norm)
     # The attributes through which GradScaler talks to fused optimizers.
     vars(optimizer).update(grad_scale=(1.0 / (clip * scale)).float(), found_inf=(~torch.isfinite(norm)).float())

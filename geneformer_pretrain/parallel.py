@@ -3,9 +3,11 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from importlib import metadata
+from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -13,9 +15,12 @@ from torch.nn.parallel import DistributedDataParallel
 from modeling_bert_te import BertConfig, BertForMaskedLM, BertLayer
 
 from .attention import choose_attention
-from .config import Config, ConfigError, ModelConfig
+from .config import Config, ModelConfig, require
 from .distributed import World
 from .initialization import initialize_weights
+from .optimizer import full_tensor
+
+NVFSDP_RELEASES = "0.6."
 
 ARCHITECTURE_KEYS = (
     "vocab_size",
@@ -55,6 +60,10 @@ class Engine:
         "full" for one file, "sharded" for a distributed checkpoint.
     end_evaluation
         To be called after forward passes that had no backward.
+    gather
+        The whole of a tensor that may be sharded; collective.
+    describe_shards
+        Makes tensors ready for a distributed checkpoint, in place; collective.
     """
 
     name: str
@@ -64,6 +73,8 @@ class Engine:
     micro_batch: Callable[[bool], AbstractContextManager[None]]
     checkpoint_format: str
     end_evaluation: Callable[[], None] = lambda: None
+    gather: Callable[[Tensor], Tensor] = full_tensor
+    describe_shards: Callable[[dict[str, Tensor]], object] = lambda tensors: None
 
 
 def architecture(config: ModelConfig) -> dict[str, int | float | str]:
@@ -82,11 +93,11 @@ def build_engine(config: Config, world: World, compute_dtype: torch.dtype, compi
     ConfigError
         An engine that this machine or installation cannot run.
     """
-    if config.training.use_nvfsdp:
-        raise ConfigError("training.use_nvfsdp=True: this engine is not available yet; use training.use_fsdp2=True.")
     shard: Callable[[nn.Module], None] = lambda module: None  # noqa: E731
     if config.training.use_fsdp2:
         shard = fsdp2_sharding(world, compute_dtype)
+    elif config.training.use_nvfsdp:
+        shard = nvfsdp_sharding(world)
     use_te = config.model.use_te_layers
     stock_config = BertConfig(**architecture(config.model))
 
@@ -98,13 +109,14 @@ def build_engine(config: Config, world: World, compute_dtype: torch.dtype, compi
     with world.device:
         model = BertForMaskedLM(BertConfig(**architecture(config.model) | {"num_hidden_layers": 0}), use_te)
         initialize(model, "")
+        layers = cast(nn.ModuleList, model.bert.encoder["layer"])
         for number in range(config.model.num_hidden_layers):
             layer = BertLayer(stock_config, use_te)
             initialize(layer, f"bert.encoder.layer.{number}")
             if compile_blocks:
                 layer.compile_in_place()
             shard(layer)
-            model.bert.encoder.layer.append(layer)
+            layers.append(layer)
     model.config.num_hidden_layers = config.model.num_hidden_layers
     model.bert.embeddings.compute_dtype = compute_dtype
     model.set_attention(choose_attention(config, world.device, compute_dtype))
@@ -113,6 +125,8 @@ def build_engine(config: Config, world: World, compute_dtype: torch.dtype, compi
     model.train()
     if config.training.use_fsdp2:
         return _fsdp2(model, shard, world)
+    if config.training.use_nvfsdp:
+        return _nvfsdp(model, shard, world)
     return _ddp(model, world)
 
 
@@ -154,3 +168,52 @@ def _fsdp2(model: BertForMaskedLM, shard: Callable[[nn.Module], None], world: Wo
 
     # Without a backward, the root's weights stay gathered: the optimizer's shards would not be its parameters.
     return Engine("fsdp2", model, model, float(world.size), micro_batch, "sharded", model.reshard)
+
+
+def nvfsdp_sharding(world: World) -> Callable[[nn.Module], None]:
+    """Sharding of a module over all ranks by Megatron-FSDP's second interface.
+
+    Parameters stay FP32, so that main weights and compute weights are one buffer: weights are gathered and
+    gradients reduced in FP32, and the model casts weights where it uses them, as under DDP.
+
+    Raises
+    ------
+    ConfigError
+        A release of megatron-fsdp whose experimental interface is not known to be this one.
+    """
+    version = metadata.version("megatron-fsdp")
+    require(
+        version.startswith(NVFSDP_RELEASES),
+        f"training.use_nvfsdp=True was made for megatron-fsdp {NVFSDP_RELEASES}x, whose interface changes between "
+        f"releases; {version} is installed. Install 'megatron-fsdp~={NVFSDP_RELEASES}1', or set "
+        "training.use_fsdp2=True.",
+    )
+    import megatron_fsdp.experimental as nvfsdp
+    from megatron_fsdp import MixedPrecisionPolicy as NvfsdpPolicy
+
+    mesh = init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("dp",))
+    flat = [nvfsdp.Flat()]
+    placements = nvfsdp.Placements(dp_axes=["dp"], parameter=flat, gradient=flat, optimizer=flat)
+    policy = NvfsdpPolicy(main_params_dtype=torch.float32)
+
+    def shard(module: nn.Module) -> None:
+        nvfsdp.fully_shard(module, mesh, placements, policy)
+
+    return shard
+
+
+def _nvfsdp(model: BertForMaskedLM, shard: Callable[[nn.Module], None], world: World) -> Engine:
+    from megatron_fsdp.experimental import microbatch
+    from megatron_fsdp.uneven_dtensor import preprocess_state_dict_for_uneven_dtensor, uneven_dtensor_to_full_tensor
+
+    shard(model)
+    return Engine(
+        "nvfsdp",
+        model,
+        model,
+        float(world.size),
+        lambda last: microbatch(model, last),
+        "sharded",
+        gather=uneven_dtensor_to_full_tensor,
+        describe_shards=preprocess_state_dict_for_uneven_dtensor,
+    )

@@ -45,6 +45,10 @@ def check_machine(config: Config, device: torch.device) -> None:
     if config.training.use_nvfsdp:
         remedy = "set training.use_nvfsdp=False for DDP, or training.use_fsdp2=True to shard with FSDP2."
         require(on_gpu, f"training.use_nvfsdp=True needs CUDA GPUs, and none is visible here; {remedy}")
+        require(
+            find_spec("megatron_fsdp") is not None,
+            f"training.use_nvfsdp=True needs the package megatron-fsdp, which is not installed; install it, or {remedy}",
+        )
 
 
 def compute_dtype(choice: ComputeDtype, device: torch.device) -> torch.dtype:

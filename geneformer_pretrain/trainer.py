@@ -149,6 +149,7 @@ class Trainer:
     def _tensors(self) -> dict[str, Tensor]:
         """All tensors of a checkpoint, by canonical name."""
         tensors = named_tensors(self.engine.model, self.optimizer)
+        self.engine.describe_shards(tensors)
         scaling = fp8_state(self.engine.model, self.forward_context)
         return tensors | {f"{FP8_PREFIX}{name}": tensor for name, tensor in scaling}
 
@@ -301,19 +302,23 @@ class Trainer:
                 parts = batch.parts
                 # Compiled code wants constant shapes; elsewhere unused room for masked tokens would only cost time.
                 used = len(parts.labels) if self.constant_shapes else batch.num_masked
-                output = self.engine.module(
+                # A tuple, because module hooks of sharding engines look for tensors in nothing else.
+                _, loss_sum, num_labels = self.engine.module(
                     input_ids=parts.input_ids,
                     position_ids=parts.position_ids,
                     cu_seqlens=parts.cu_seqlens,
                     max_seqlen=batch.max_seqlen,
                     masked_index=parts.masked_index[:used],
                     labels=parts.labels[:used],
+                    return_dict=False,
                 )
-                return output.loss_sum, output.num_labels
-            output = self.engine.module(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+                return loss_sum, num_labels
+            (logits,) = self.engine.module(
+                input_ids=batch.input_ids, attention_mask=batch.attention_mask, return_dict=False
+            )
         masked = (batch.labels != -100).sum()
         # Not output.loss * masked: the mean over no masked token at all is not a number.
-        return F.cross_entropy(output.logits.flatten(0, 1).float(), batch.labels.flatten(), reduction="sum"), masked
+        return F.cross_entropy(logits.flatten(0, 1).float(), batch.labels.flatten(), reduction="sum"), masked
 
     def finish_pending(self) -> None:
         """Read the totals of the step before the one that is running now, and report them.

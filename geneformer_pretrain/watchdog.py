@@ -107,11 +107,8 @@ class Watchdog:
         except dist.DistError as error:
             if self._stopped.is_set() or self._alarm.is_set():
                 return
-            print(
-                f"Rank {self.world.rank} lost the launcher's store ({str(error).splitlines()[0]}): leaving as on SIGTERM.",
-                file=sys.stderr,
-                flush=True,
-            )
+            reason = str(error).splitlines()[0]
+            print(f"Rank {self.world.rank} lost the launcher ({reason}): leaving.", file=sys.stderr, flush=True)
             # An orphan would go on writing into the folder of the run that is started in its place.
             os.kill(os.getpid(), signal.SIGTERM)
 

@@ -1,7 +1,8 @@
 """Runs `train.py` with a fault in its loader: `inject.py FAULT train.py [KEY=VALUE ...]`.
 
 FAULT is `block:RANK:PACK`, where the loader of that rank never returns from that pack, or `slow:SECONDS`, where each
-pack takes that long. Other ranks than the blocked one have more patience than it: only its alarm tells them. Reports are confirmed sooner than usual, to save time.
+pack takes that long. Other ranks than the blocked one have more patience than it: only its alarm tells them.
+Reports are confirmed sooner than usual, to save time.
 """
 
 import os
