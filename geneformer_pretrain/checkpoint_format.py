@@ -27,15 +27,19 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import (
     LoadPlan,
     SavePlan,
+    SavePlanner,
     TensorWriteData,
     WriteItem,
     WriteItemType,
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from geneformer_pretrain.checkpoint_manifest import sync_file
 from geneformer_pretrain.checkpoint_tensors import Shards, TensorInfo
+from geneformer_pretrain.ranks import reason_of
 
 
 class CheckpointFormat(Protocol):
@@ -134,6 +138,13 @@ class _Writer(FileSystemWriter):
     def __init__(self, folder: Path) -> None:
         # Tensors are in host memory already: copying ahead would only open a CUDA context on device 0.
         super().__init__(folder, sync_files=True, per_thread_copy_ahead=0)
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            # On their way to the other ranks errors lose what caused them: that the disk is full, for instance.
+            raise RuntimeError(reason_of(error)) from error
 
     def storage_meta(self) -> None:
         # The default records the absolute path as a pickled Path, whose class differs between Pythons.

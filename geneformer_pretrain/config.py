@@ -160,8 +160,8 @@ class TrainingConfig:
     """Peak learning rate of AdamW."""
     lr_schedule: LrSchedule
     """After warm-up: constant, linear decay to zero or cosine decay to zero at num_train_steps."""
-    warmup_steps: int
-    """Steps over which the learning rate rises linearly from zero."""
+    warmup_steps: int | None
+    """Steps over which the learning rate rises linearly from zero; null: a tenth of num_train_steps."""
     num_train_steps: int
     """Optimizer steps of the whole run."""
     gradient_accumulation_steps: int
@@ -234,7 +234,6 @@ class TrainingConfig:
             require(getattr(self, name) > 0, f"training.{name} is {getattr(self, name)}; it must be positive.")
         for name in [
             "learning_rate",
-            "warmup_steps",
             "weight_decay",
             "adam_eps",
             "max_grad_norm",
@@ -245,6 +244,10 @@ class TrainingConfig:
         ]:
             value = getattr(self, name)
             require(value >= 0 and math.isfinite(value), f"training.{name} is {value}; it must not be negative.")
+        require(
+            self.warmup_steps is None or self.warmup_steps >= 0,
+            f"training.warmup_steps is {self.warmup_steps}; it must not be negative.",
+        )
         for name in ("adam_beta1", "adam_beta2"):
             require(0 <= getattr(self, name) < 1, f"training.{name} is {getattr(self, name)}; it must lie in [0, 1).")
         require(

@@ -34,9 +34,10 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Ada
 
 def learning_rate(step: int, config: TrainingConfig) -> float:
     """Learning rate of optimizer step `step`, counted from 0."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, config.num_train_steps - config.warmup_steps)
+    warmup = config.num_train_steps // 10 if config.warmup_steps is None else config.warmup_steps
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    progress = (step - warmup) / max(1, config.num_train_steps - warmup)
     factor = {
         LrSchedule.constant: 1.0,
         LrSchedule.linear: 1.0 - progress,

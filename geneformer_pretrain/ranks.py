@@ -54,9 +54,9 @@ class Ranks:
             results = [action()]
         # Whatever went wrong must reach the other ranks, which would otherwise wait for this one in vain.
         except CheckpointException as exc:
-            failures = {rank: _reason(cause) for rank, (cause, _) in exc.failures.items()}
+            failures = {rank: reason_of(cause) for rank, (cause, _) in exc.failures.items()}
         except Exception as exc:
-            failures = {self.rank: _reason(exc)}
+            failures = {self.rank: reason_of(exc)}
             log.debug("rank %d failed", self.rank, exc_info=True)
         outcomes = self.gather((results, failures))
         merged = {rank: reason for _, failed in outcomes for rank, reason in failed.items()}
@@ -126,7 +126,7 @@ class Ranks:
                 probe.unlink()
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
     """One line for an error, its root first: torch hides "no space left" behind a stream's complaint."""
     chain: list[str] = []
     current: BaseException | None = error

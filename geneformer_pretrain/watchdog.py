@@ -16,6 +16,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -129,7 +130,7 @@ class Watchdog:
         deadline = threading.Timer(CONFIRM_SECONDS + REPORT_SECONDS, os._exit, [EXIT_CODE_HANG])
         deadline.daemon = True
         deadline.start()
-        self._stopped.wait(CONFIRM_SECONDS)
+        time.sleep(CONFIRM_SECONDS)
         before, after = (self._readings[0], self._readings[-1]) if self._readings else ({}, {})
         silent, behind, finding = diagnose(before, after, self.world.size)
         _, step, phase = self._position

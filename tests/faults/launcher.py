@@ -1,18 +1,19 @@
 """Starts the ranks of a run within a second: each is forked from a process that has imported everything.
 
-torchrun needs some seconds for a start, nearly all of them for imports. Tests that kill a run again and again take the
-same way through `train.py` with the same environment, without that wait.
+torchrun needs some seconds for a start, nearly all of them for imports. Tests that stop a run again and again take
+the same way through `train.py`, with the environment that torchrun would give it, but without that wait.
 """
 
-import contextlib
 import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from hydra import compose, initialize_config_dir
@@ -21,15 +22,26 @@ import train
 from geneformer_pretrain.config import CONFIG_DIR
 
 Fault = Callable[[int], None]
-"""Called with the rank, in its process, before train.py: patches what is to fail."""
+"""Called with the rank, in its process, before train.py begins: replaces what is to fail. Importable by name."""
 
 CONTEXT = multiprocessing.get_context("forkserver")
 
 
-def _rank(
+def start_forkserver() -> None:
+    """Start the process that ranks are forked from, once."""
+    CONTEXT.set_forkserver_preload(["pytest", "tests.faults.preload"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(CONFIG_DIR.parent))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        patch.setenv("GLOO_SOCKET_IFNAME", "lo")
+        forkserver.ensure_running()
+
+
+def _be_rank(
     rank: int, size: int, port: int, arguments: Sequence[str], log: Path, folder: Path, fault: Fault | None
 ) -> None:
-    """Be one rank: what torchrun and the shell do for `train.py`."""
+    """Do what torchrun and the shell do for one rank, and call `train.py`."""
     with log.open("ab") as sink:
         os.dup2(sink.fileno(), 1)
         os.dup2(sink.fileno(), 2)
@@ -42,8 +54,6 @@ def _rank(
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
         TORCHELASTIC_USE_AGENT_STORE="True",
-        GLOO_SOCKET_IFNAME="lo",
-        CUDA_VISIBLE_DEVICES="",
     )
     torch.set_num_threads(1)
     if fault is not None:
@@ -54,44 +64,101 @@ def _rank(
 
 
 class Run:
-    """A run of `train.py` on several ranks.
+    """`train.py` on several ranks, just started.
 
     Parameters
     ----------
-    arguments
-        Overrides, of all ranks or of each one.
     logs
-        Folder of the ranks' output.
+        Folder for the ranks' output.
+    arguments
+        Overrides; those of each rank where `size` is a list of them.
+    size
+        Number of ranks.
+    fault
+        What goes wrong.
+    more
+        Further overrides of each rank.
     folders
-        Working folder of each rank; `logs` for all if not given.
+        Working folder of each rank; `logs` if not given.
     """
 
     def __init__(
         self,
-        arguments: Sequence[str] | Sequence[Sequence[str]],
-        size: int,
         logs: Path,
+        arguments: Sequence[str],
+        size: int,
         fault: Fault | None = None,
+        more: Sequence[Sequence[str]] | None = None,
         folders: Sequence[Path] | None = None,
     ) -> None:
-        each = [arguments] * size if isinstance(arguments[0], str) else arguments
+        # The store listens here, on a port that the system picks, as torchrun's does.
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        number = len(list(logs.glob("*.log")))
-        self._logs = [logs / f"{number + rank}.log" for rank in range(size)]
-        self.ranks = [
-            CONTEXT.Process(
-                target=_rank,
-                args=(
-                    rank,
-                    size,
-                    self._store.port,
-                    each[rank],
-                    self._logs[rank],
-                    folders[rank] if folders else logs,
-                    fault,
-                ),
-            )
-            for rank in range(size)
-        ]
+        number = len(list(logs.iterdir()))
+        self._logs = [logs / f"{number}.{rank}.log" for rank in range(size)]
+        self.ranks = []
+        for rank, log in enumerate(self._logs):
+            given = [*arguments, *(more[rank] if more else ())]
+            folder = folders[rank] if folders else logs
+            args = (rank, size, self._store.port, given, log, folder, fault)
+            self.ranks.append(CONTEXT.Process(target=_be_rank, args=args))
+            self.ranks[-1].start()
+
+    def output(self, rank: int = 0) -> str:
+        """What a rank has printed so far."""
+        log = self._logs[rank]
+        return log.read_text(errors="replace") if log.exists() else ""
+
+    def wait_until(self, ready: Callable[[], bool], what: str, timeout: float = 60) -> None:
+        """Wait for something that the run does.
+
+        Raises
+        ------
+        AssertionError
+            If a rank ends or `timeout` seconds pass before.
+        """
+        deadline = time.monotonic() + timeout
+        while not ready():
+            assert all(rank.exitcode is None for rank in self.ranks), f"ended before {what}:\n{self._tails()}"
+            assert time.monotonic() < deadline, f"no {what} within {timeout} s:\n{self._tails()}"
+            time.sleep(0.002)
+
+    def wait_for_training(self) -> None:
+        """Wait for the training loop to begin: by then checkpoints are loaded and logs cut back."""
+        self.wait_until(lambda: "train:" in self.output(), "the first step")
+
+    def wait(self, timeout: float = 60) -> list[int]:
+        """Wait for all ranks and return their exit codes.
+
+        When one has failed, the others get a SIGTERM, as from torchrun.
+        """
+        deadline = time.monotonic() + timeout
+        told = False
+        while alive := [rank for rank in self.ranks if rank.exitcode is None]:
+            assert time.monotonic() < deadline, f"still running after {timeout} s:\n{self._tails()}"
+            wait([rank.sentinel for rank in alive], timeout=0.1)
+            if not told and any(rank.exitcode not in (None, 0, 75) for rank in self.ranks):
+                told = True
+                wait([rank.sentinel for rank in alive], timeout=0.1)  # how often torchrun looks
+                for rank in alive:
+                    rank.terminate()
+        return [int(rank.exitcode or 0) for rank in self.ranks]
+
+    def complete(self, timeout: float = 60) -> None:
+        """Wait for the end of a run that has to succeed."""
+        codes = self.wait(timeout)
+        assert not any(codes), f"exit codes {codes}:\n{self._tails()}"
+
+    def send(self, rank: int, signum: signal.Signals) -> None:
+        """Send a signal to one rank."""
+        pid = self.ranks[rank].pid
+        assert pid is not None
+        os.kill(pid, signum)
+
+    def kill(self) -> None:
+        """End whatever still runs."""
         for rank in self.ranks:
-            rank.start()
+            rank.kill()
+            rank.join()
+
+    def _tails(self) -> str:
+        return "\n".join(f"rank {rank}: {self.output(rank)[-3000:]}" for rank in range(len(self.ranks)))

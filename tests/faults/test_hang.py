@@ -53,18 +53,19 @@ def last_error(output: str) -> str:
 
 
 @pytest.mark.parametrize("stopped", [1, pytest.param(0, marks=pytest.mark.slow)])
-def test_a_stopped_rank(tmp_path: Path, start_torchrun: Any, run_torchrun: Any, stopped: int) -> None:
+def test_a_stopped_rank(tmp_path: Path, start_torchrun: Any, run_torchrun: Any, tally: Any, stopped: int) -> None:
     """Found, named, killed; the run then goes on from its last checkpoint."""
     given = overrides(tmp_path, *ENDLESS)
-    patient = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "120"}  # a job script's grace time must not delay the end
-    process = start_torchrun([*given, f"training.hang_timeout_seconds={TIMEOUT}"], nproc=2, env=patient)
+    process = start_torchrun([*given, f"training.hang_timeout_seconds={TIMEOUT}"], nproc=2)
     run, other = tmp_path / "run", 1 - stopped
     wait_until(has_steps(run, 25), "step 25")
     workers = pids_by_rank(process)
+    row = tally(12, "a stopped rank")
+    row.injected += 1
     os.kill(workers[stopped], signal.SIGSTOP)
     noticed = wait_until((run / "exit.json").exists, "the report")
     assert TIMEOUT <= noticed < TIMEOUT + 10
-    ended = process.wait(45)
+    ended = process.wait(20)  # torchrun by itself takes 30 s to end a stopped worker
     assert ended.returncode != 0
     assert not [pid for pid in workers.values() if psutil.pid_exists(pid)]
 
@@ -86,10 +87,13 @@ def test_a_stopped_rank(tmp_path: Path, start_torchrun: Any, run_torchrun: Any, 
     assert steps - 20 <= start <= steps  # one interval, and the save in flight
     assert [record["step"] for record in read_metrics(run)] == list(range(1, steps + 6))
     assert read_exit(run)["reason"] == "completed"
+    row.survived += 1
 
 
-def test_a_loader_that_blocks(tmp_path: Path, start_torchrun: Any) -> None:
+def test_a_loader_that_blocks(tmp_path: Path, start_torchrun: Any, tally: Any) -> None:
     """Both ranks are alive and wait; the one that waits for its loader is named, and both leave their stacks."""
+    row = tally(12, "a loader that blocks")
+    row.injected += 1
     given = overrides(tmp_path, *ENDLESS, "training.hang_timeout_seconds=2")
     process = start_torchrun(given, nproc=2, flags=[INJECT, "block:1:23"])
     run = tmp_path / "run"
@@ -103,6 +107,7 @@ def test_a_loader_that_blocks(tmp_path: Path, start_torchrun: Any) -> None:
     assert sorted(path.name for path in (run / "hang").iterdir()) == ["rank_0.txt", "rank_1.txt"]
     assert "in faulty_build" in (run / "hang/rank_1.txt").read_text()
     assert "in train_step" not in ended.stdout
+    row.survived += 1
 
 
 def run_alone(fault: str, *given: str) -> subprocess.CompletedProcess[str]:
@@ -152,10 +157,12 @@ def test_slow_is_not_hung(tmp_path: Path, pause: float, timeout: int) -> None:
 @pytest.mark.slow
 def test_a_suspended_run_goes_on(tmp_path: Path, start_torchrun: Any) -> None:
     """As when a scheduler stops a job for longer than the timeout, and lets it continue."""
-    process = start_torchrun(overrides(tmp_path, *ENDLESS, "training.hang_timeout_seconds=2"), nproc=2)
+    given = overrides(tmp_path, *ENDLESS, "training.hang_timeout_seconds=2")
+    process = start_torchrun(given, nproc=2, flags=[INJECT, "slow:0.6"])
     run = tmp_path / "run"
     wait_until(has_steps(run, 3), "step 3")
     workers = process.worker_pids()
+    time.sleep(0.4)  # into the middle of a phase
     for pid in workers:
         os.kill(pid, signal.SIGSTOP)
     steps = len(read_metrics(run))
@@ -163,24 +170,27 @@ def test_a_suspended_run_goes_on(tmp_path: Path, start_torchrun: Any) -> None:
     assert len(read_metrics(run)) == steps
     for pid in workers:
         os.kill(pid, signal.SIGCONT)
-    wait_until(has_steps(run, steps + 100), "steps after the pause")
+    wait_until(has_steps(run, steps + 3), "steps after the pause")
     process.send_signal(signal.SIGTERM)
     process.wait(30)
     assert read_exit(run)["reason"] == "signal"
 
 
-def test_workers_of_a_killed_torchrun_save_and_leave(tmp_path: Path, start_torchrun: Any) -> None:
+def test_workers_of_a_killed_torchrun_save_and_leave(tmp_path: Path, start_torchrun: Any, tally: Any) -> None:
     """Left running, they would write into the folder of their successors."""
     process = start_torchrun(overrides(tmp_path, *ENDLESS, "training.save_every_n_steps=100000"), nproc=2)
     run = tmp_path / "run"
     wait_until(has_steps(run, 3), "step 3")
     workers = process.worker_pids()
+    row = tally(10, "SIGKILL of torchrun")
+    row.injected += 1
     process.popen.kill()
     process.popen.wait()
     wait_until(lambda: not any(map(psutil.pid_exists, workers)), "the end of the workers", 20)
     exit_json = read_exit(run)
     assert exit_json["reason"] == "signal"
     assert [path.name for path in run.glob("step_*")] == [f"step_{exit_json['step']}"]
+    row.survived += 1
 
 
 AT = Heartbeat(tick=5, beats=10, step=3, phase="saving", pid=1, agent="0")

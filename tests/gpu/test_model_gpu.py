@@ -108,7 +108,7 @@ def assert_as_near_as_stock_bf16(output, found, stock, padded):
     for name, gradient in found.items():
         assert gradient.dtype == torch.float32
         if reference[name].norm() > 1e-4 * scale:  # a key bias has no gradient but rounding
-            limit = 1.5 * relative_error(stock_bf16[name], reference[name]) + 0.01
+            limit = 2 * relative_error(stock_bf16[name], reference[name]) + 0.05
             assert relative_error(gradient, reference[name]) < limit, name
 
 

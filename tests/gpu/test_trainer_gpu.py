@@ -55,7 +55,6 @@ def test_steps_neither_synchronise_nor_recompile(overrides):
 
 def fit(overrides, steps):
     torch._dynamo.reset()
-    torch.cuda.reset_peak_memory_stats()
     with distributed_world() as world:
         config = load_config("10m", [*overrides, f"training.num_train_steps={steps}"])
         assert Trainer(config, world).fit()
@@ -79,11 +78,3 @@ def test_deterministic_runs_and_resumptions_are_bitwise_equal(overrides, tmp_pat
     a, b = (load_file(tmp_path / name / "final_model" / "model.safetensors") for name in "ab")
     for name, value in a.items():
         assert torch.equal(value, b[name]), name
-
-
-def test_gpu_and_cpu_agree_without_dropout(overrides, tmp_path, monkeypatch):
-    common = [*overrides, "model.hidden_dropout_prob=0", "model.attention_probs_dropout_prob=0"]
-    fit([*common, f"training.checkpoint_dir={tmp_path}/gpu"], 6)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    fit([*common, f"training.checkpoint_dir={tmp_path}/cpu"], 6)
-    assert losses(tmp_path / "gpu") == pytest.approx(losses(tmp_path / "cpu"), abs=5e-3)

@@ -1,5 +1,6 @@
 """`train.py` as a user sees it: exit codes, messages, what it imports."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -11,7 +12,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 import train
+from geneformer_pretrain import trainer
 from geneformer_pretrain.config import CONFIG_DIR
+from geneformer_pretrain.data import plan
 from tests.tiny import (
     make_cells,
     one_cpu_thread,  # noqa: F401 - an automatic fixture
@@ -96,6 +99,29 @@ def test_damaged_checkpoints_and_changed_data_are_plain_messages(tmp_path: Path)
     message = failure(overrides(tmp_path, "training.num_train_steps=4"))
     assert "step_2" in message
     assert not (tmp_path / "run/step_4").exists()
+
+
+def test_errors_of_the_system_are_plain_messages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    assert "file" in failure(overrides(tmp_path, f"data.cache_dir={tmp_path / 'file'}"))
+    assert "File exists" in failure(overrides(tmp_path, f"training.checkpoint_dir={tmp_path / 'file'}"))
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "final_model")
+
+    monkeypatch.setattr(trainer, "export_model", full)
+    assert "No space left on device: 'final_model'" in failure(overrides(tmp_path))
+    assert "No space left on device" in read_exit(tmp_path / "run")["error"]
+
+
+def test_a_damaged_plan_is_a_plain_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "MIN_CELLS_ON_DISK", 1)
+    assert train.run(tiny_config(tmp_path)) == 0
+    (file,) = (tmp_path / "cache/plans").rglob("0.cells.npy")
+    file.write_bytes(b"")
+    message = failure(overrides(tmp_path, "training.num_train_steps=4"))
+    assert "0.cells.npy" in message
+    assert "delete both" in message
 
 
 def test_a_bug_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,9 +12,10 @@ import pytest
 import torch
 import yaml
 
+from geneformer_pretrain import metrics
 from geneformer_pretrain.config import load_config
 from geneformer_pretrain.distributed import World
-from geneformer_pretrain.metrics import MetricsLog, cut_back, start_wandb
+from geneformer_pretrain.metrics import JsonLines, MetricsLog, cut_back, start_wandb
 from geneformer_pretrain.run_record import CellLog, write_run_record
 from tests.tiny import overrides, tiny_config
 
@@ -71,6 +72,45 @@ def test_cell_log_is_cut_back_for_ranks_that_are_gone(tmp_path):
             log.write(7, batch)
     found = [steps_in(tmp_path / f"cells/rank_{rank}.jsonl") for rank in range(4)]
     assert found == [[1, 2, 3, 4, 5, 6, 7]] * 2 + [[1, 2, 3, 4, 5, 6]] * 2
+
+
+def test_records_that_a_full_disk_refuses_are_written_later(tmp_path, caplog):
+    log = JsonLines(tmp_path / "log.jsonl", 0)
+    log.write({"step": 1})
+    file = log.file
+    with open("/dev/full", "wb", buffering=0) as log.file:
+        for step in (2, 3):
+            log.write({"step": step})
+    assert caplog.text.count("No space left on device") == 1
+    assert steps_in(tmp_path / "log.jsonl") == [1]
+    log.file = file
+    log.write({"step": 4})
+    assert steps_in(tmp_path / "log.jsonl") == [1, 2, 3, 4]
+    caplog.clear()
+    with open("/dev/full", "wb", buffering=0) as log.file:
+        log.write({"step": 5})
+        log.close()
+    assert "the last 1 records of /dev/full are lost" in caplog.text
+    file.close()
+
+
+def test_records_written_in_part_are_completed(tmp_path):
+    log = JsonLines(tmp_path / "log.jsonl", 0)
+    file, log.file = log.file, SimpleNamespace(write=lambda data: file.write(data[:3]), name="slow")
+    log.write({"step": 1})
+    assert steps_in(tmp_path / "log.jsonl") == [1]
+    file.close()
+
+
+def test_wandb_shows_a_run_that_failed(tmp_path, monkeypatch):
+    codes = []
+    monkeypatch.setattr(metrics, "start_wandb", lambda *_: SimpleNamespace(finish=codes.append))
+    config = tiny_config(tmp_path, "training.wandb_init_args={name: n}")
+    with MetricsLog(tmp_path, 0, config, True):
+        pass
+    with pytest.raises(ZeroDivisionError), MetricsLog(tmp_path, 0, config, True):
+        1 / 0  # noqa: B018
+    assert codes == [0, 1]
 
 
 def test_run_record(tmp_path):

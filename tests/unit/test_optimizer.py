@@ -125,3 +125,4 @@ def test_schedule_without_warmup_and_with_nothing_else():
     assert learning_rate(0, start) == TRAINING.learning_rate
     only_warmup = replace(start, warmup_steps=10)
     assert learning_rate(9, only_warmup) == TRAINING.learning_rate
+    assert learning_rate(0, replace(start, warmup_steps=None, num_train_steps=40)) == TRAINING.learning_rate / 4

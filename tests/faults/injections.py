@@ -1,0 +1,105 @@
+"""What goes wrong inside of a rank; see `launcher.Fault`."""
+
+import itertools
+import os
+import resource
+import signal
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from geneformer_pretrain import checkpoint, trainer
+from geneformer_pretrain.data.loader import Batch
+from geneformer_pretrain.trainer import Trainer
+
+
+def die(*_: object) -> None:
+    """End this process as a crash would."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def crash_at_second_save(rank: int, place: str) -> None:
+    """Kill rank 0 at one place of the commit protocol, the second time it gets there."""
+    if rank != 0:
+        return
+    calls = itertools.count(1)
+
+    def replace(owner: Any, name: str, crash: Callable[..., None], after: bool = False) -> None:
+        original = getattr(owner, name)
+
+        def replaced(*args: Any) -> Any:
+            if next(calls) < 2:
+                return original(*args)
+            if after:
+                original(*args)
+            return crash(*args)
+
+        setattr(owner, name, replaced)
+
+    def delete_one_file(folder: Path) -> None:
+        next(path for path in folder.iterdir() if path.name != "manifest.json").unlink()
+        die()
+
+    match place:
+        case "before the commit":
+            replace(checkpoint, "write_manifest", die, after=True)
+        case "before pruning":
+            replace(checkpoint.CheckpointStore, "_prune", die)
+        case "before deleting":
+            replace(checkpoint, "_delete", die)
+        case "while deleting":
+            replace(checkpoint, "_delete", delete_one_file)
+
+
+def limit_files_in_saves(rank: int, steps: Collection[int]) -> None:
+    """Let no file of rank 1 grow while it saves one of these steps: the system refuses to write."""
+    if rank != 1:
+        return
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    write, limits = checkpoint.CheckpointStore._write, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limited(self: checkpoint.CheckpointStore, step: int, *args: Any) -> None:
+        if step in steps:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        try:
+            write(self, step, *args)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    checkpoint.CheckpointStore._write = limited  # type: ignore[method-assign]
+
+
+def other_version(rank: int, package: str) -> None:
+    """Let rank 1 find another version of a package, or other source code."""
+    if rank == 1:
+        original = trainer.identity_of_rank
+        trainer.identity_of_rank = lambda config: original(config) | {package: "0.0.1"}
+
+
+def not_finite(rank: int, bad_rank: int, steps: Collection[int], where: str, value: float) -> None:
+    """Spoil the loss of one rank in some steps, or one element of a gradient on the way back."""
+    if rank != bad_rank:
+        return
+    forward = Trainer.forward
+
+    def spoil(gradient: Tensor) -> Tensor:
+        gradient = gradient.clone()
+        gradient.view(-1)[7] = value
+        return gradient
+
+    def spoiled(self: Trainer, batch: Batch) -> tuple[Tensor, Tensor]:
+        if self.progress.step + 1 not in steps:
+            return forward(self, batch)
+        if where == "loss":
+            loss_sum, masked = forward(self, batch)
+            return loss_sum + value, masked
+        *_, linear = (module for module in self.engine.model.modules() if isinstance(module, nn.Linear))
+        hook = linear.register_forward_hook(lambda module, args, output: output.register_hook(spoil) and None)
+        try:
+            return forward(self, batch)
+        finally:
+            hook.remove()
+
+    Trainer.forward = spoiled  # type: ignore[method-assign]

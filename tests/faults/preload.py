@@ -1,0 +1,18 @@
+"""Imported once, by the process that ranks are forked from: loads what each of them would otherwise load."""
+
+import tempfile
+from pathlib import Path
+
+import geneformer_pretrain.parallel  # noqa: F401
+import tests.faults.injections
+import tests.faults.launcher  # noqa: F401
+from geneformer_pretrain.data.loader import build_batches
+from geneformer_pretrain.data.source import open_training_data
+from tests.tiny import tiny_config
+
+with tempfile.TemporaryDirectory() as folder:
+    # Loading numba's compiled functions takes longest.
+    source = open_training_data(tiny_config(Path(folder)), is_main=False, pin_memory=False)
+    stream = source.stream()
+    stream.plan(0)
+    list(build_batches(source.builder(), stream, [0]))

@@ -1,0 +1,82 @@
+"""The lock on a checkpoint folder, in one process; tests/faults has it between runs."""
+
+import errno
+import fcntl
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from geneformer_pretrain.checkpoint import CheckpointError, move_aside
+from geneformer_pretrain.run_lock import LOCK_FILE, hold_folder, is_used
+
+
+def test_held_until_the_end_and_then_gone(tmp_path: Path) -> None:
+    folder = tmp_path / "made/for/it"
+    with hold_folder(folder):
+        assert not is_used(folder)
+        with pytest.raises(CheckpointError, match=f"made/for/it is in use by process {os.getpid()} on .*, since 20"):
+            hold_folder(folder).__enter__()
+        (folder / "result").touch()
+        assert is_used(folder)
+    assert [path.name for path in folder.iterdir()] == ["result"]
+    with hold_folder(folder):
+        pass
+    assert folder.exists()
+
+
+def test_a_folder_made_in_vain_is_removed(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), hold_folder(tmp_path / "new"):
+        1 / 0  # noqa: B018
+    assert not (tmp_path / "new").exists()
+    assert not is_used(tmp_path / "new")
+
+
+def test_a_file_left_by_a_killed_run_does_not_hold(tmp_path: Path) -> None:
+    (tmp_path / LOCK_FILE).write_text('{"host": "gone", "pid": 1, "since": "long ago"}')
+    (tmp_path / "exit.json").touch()
+    with hold_folder(tmp_path):
+        assert f'"pid": {os.getpid()}' in (tmp_path / LOCK_FILE).read_text()
+        assert not (tmp_path / "exit.json").exists()
+
+
+def test_a_lock_on_a_removed_file_is_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The holder before ends between the opening of its file and the locking."""
+    flock, calls = fcntl.flock, []
+
+    def slow(descriptor: int, operation: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == 1:
+            (tmp_path / LOCK_FILE).unlink()
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", slow)
+    with hold_folder(tmp_path):
+        assert len(calls) == 2
+        assert (tmp_path / LOCK_FILE).exists()
+        with pytest.raises(CheckpointError, match="in use"):
+            hold_folder(tmp_path).__enter__()
+
+
+def test_without_locks_the_run_starts_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def unsupported(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    with caplog.at_level(logging.WARNING), hold_folder(tmp_path):
+        pass
+    assert "No locks available" in caplog.text
+
+
+def test_the_lock_stays_when_an_earlier_run_is_moved_aside(tmp_path: Path) -> None:
+    (tmp_path / "step_1").mkdir()
+    with hold_folder(tmp_path):
+        previous = move_aside(tmp_path)
+        assert previous is not None
+        assert (tmp_path / LOCK_FILE).exists()
+        assert (previous / "step_1").exists()
+        assert move_aside(tmp_path) is None
