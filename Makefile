@@ -45,7 +45,7 @@ test-gpu: $(ENVIRONMENT) ## run the tests that need a GPU
 	$(RUN) -m pytest -m gpu $(ARGS)
 
 test-faults: $(ENVIRONMENT) ## run the full fault suite (long)
-	$(RUN) -m pytest -m slow $(ARGS)
+	$(RUN) -m pytest tests/faults tests/distributed/test_checkpoint_dcp.py $(ARGS)
 
 check: $(ENVIRONMENT) ## check format, lint and types
 	$(RUN) -m ruff format --check .

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class TritonAttention:
-    """This project's Triton kernels; see `triton_attention`."""
+    """The Triton kernels of `triton_attention`."""
 
     def __init__(self) -> None:
         from . import triton_attention  # Triton is not there on every platform

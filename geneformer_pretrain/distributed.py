@@ -14,7 +14,7 @@ from .config import ConfigError
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among all processes."""
+    """A process's place among all processes."""
 
     rank: int
     local_rank: int

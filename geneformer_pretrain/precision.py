@@ -47,7 +47,7 @@ def check_machine(config: Config, device: torch.device) -> None:
         require(on_gpu, f"training.use_nvfsdp=True needs CUDA GPUs, and none is visible here; {remedy}")
         require(
             find_spec("megatron_fsdp") is not None,
-            f"training.use_nvfsdp=True needs the package megatron-fsdp, which is not installed; install it, or {remedy}",
+            f"training.use_nvfsdp=True needs megatron-fsdp, which is not installed; install it, or {remedy}",
         )
 
 

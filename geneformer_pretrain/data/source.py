@@ -70,7 +70,7 @@ class DataSource:
         )
 
     def loader(self, stream: PackStream, progress: Progress, rank: int, world_size: int) -> Loader:
-        """This rank's micro-batches from `progress` to the last step."""
+        """Micro-batches of one rank from `progress` to the last step."""
         return Loader(
             self.corpus,
             stream,

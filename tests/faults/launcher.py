@@ -126,19 +126,17 @@ class Run:
         """Wait for the training loop to begin: by then checkpoints are loaded and logs cut back."""
         self.wait_until(lambda: "train:" in self.output(), "the first step")
 
-    def wait(self, timeout: float = 60) -> list[int]:
+    def wait(self, timeout: float = 60, like_torchrun: bool = False) -> list[int]:
         """Wait for all ranks and return their exit codes.
 
-        When one has failed, the others get a SIGTERM, as from torchrun.
+        With `like_torchrun`, the others get a SIGTERM once one has failed; else they have to end by themselves.
         """
         deadline = time.monotonic() + timeout
-        told = False
         while alive := [rank for rank in self.ranks if rank.exitcode is None]:
             assert time.monotonic() < deadline, f"still running after {timeout} s:\n{self._tails()}"
             wait([rank.sentinel for rank in alive], timeout=0.1)
-            if not told and any(rank.exitcode not in (None, 0, 75) for rank in self.ranks):
-                told = True
-                wait([rank.sentinel for rank in alive], timeout=0.1)  # how often torchrun looks
+            if like_torchrun and any(rank.exitcode for rank in self.ranks):
+                like_torchrun = False
                 for rank in alive:
                     rank.terminate()
         return [int(rank.exitcode or 0) for rank in self.ranks]

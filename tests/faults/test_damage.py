@@ -62,7 +62,7 @@ def test_damage_leads_back_to_the_newest_good_checkpoint(
     given, run = base
     files = sorted(path.name for path in (run / "step_9").iterdir())
     cases = [(file, damage) for file in files for damage in DAMAGES]
-    for number, (file, damage) in enumerate(cases * 3 if full else random.sample(cases, 1)):
+    for number, (file, damage) in enumerate(cases * 3 if full else random.sample(cases, k=1)):
         row = tally(5, f"{damage} in the newest checkpoint")
         copy, here = copy_of(run, f"copy{number}")
         DAMAGES[damage](copy / "step_9" / file)

@@ -75,7 +75,7 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path: Path, start: Any, 
         first.wait_until(has_step(run, before + 3), "further steps")
         for rank in range(2):
             first.send(rank, signal.SIGKILL)
-        first.wait()
+        first.wait(like_torchrun=True)
         row.survived += 1
     newest = steps_saved(run)[0]
     end = f"training.num_train_steps={newest + 2}"

@@ -51,7 +51,7 @@ def test_sigkill_of_any_rank_at_any_moment(tmp_path: Path, start: Any, tally: An
             time.sleep(choose.uniform(0, 0.01))
         process.ranks[choose.randrange(2)].kill()
         anywhere.injected += 1
-        assert -signal.SIGKILL in process.wait()
+        assert -signal.SIGKILL in process.wait(like_torchrun=True)
         inside = any(run.glob("step_*.tmp"))
         in_a_save.injected += inside
 
@@ -83,7 +83,7 @@ def test_crashes_while_committing_and_pruning(
         row = tally(7, f"crash {place}, again and again, {engine}")
         process = start(given, 2, partial(crash_at_second_save, place=place))
         row.injected += 1
-        assert process.wait()[0] == -signal.SIGKILL
+        assert process.wait(like_torchrun=True)[0] == -signal.SIGKILL
         assert steps_good(run)
         assert steps_good(run) == steps_saved(run)
         row.survived += 1

@@ -29,7 +29,8 @@ def test_nothing_grows(tmp_path: Path, start: Any, tally: Any, steps: int, warm:
     """Memory, file handles and threads of both ranks, with saves in the background and all logs on."""
     row = tally(15, f"{steps:,} steps; no growth after {warm:,}")
     settings = (f"training.num_train_steps={steps}", f"training.save_every_n_steps={save_every}")
-    given, run = overrides(tmp_path, *MICRO, *settings), tmp_path / "run"
+    # Of tiny corpora the plans of many epochs are kept, up to a limit that would not be reached here.
+    given, run = overrides(tmp_path, *MICRO, *settings, num_cells=2 * steps), tmp_path / "run"
     process = start(given, 2)
     row.injected += 1
     samples: list[list[tuple[int, int, int]]] = []
@@ -45,8 +46,7 @@ def test_nothing_grows(tmp_path: Path, start: Any, tally: Any, steps: int, warm:
         memory = [statistics.median(sample[rank][0] for sample in part) / 2**20 for part in (early, late)]
         # File handles and threads of a save in the background come and go.
         handles, threads = ([max(sample[rank][i] for sample in part) for part in (early, late)] for i in (1, 2))
-        print(f"rank {rank}: memory {memory} MiB, file handles {handles}, threads {threads}")
-        assert memory[1] <= memory[0] + 4
+        assert memory[1] <= memory[0] + 2
         assert handles[1] <= handles[0]
         assert threads[1] <= threads[0]
     row.survived += 1
