@@ -45,16 +45,9 @@ VOCAB_ALIGNMENT = 64
 class MaskedLMOutput(ModelOutput):
     """What a forward call returns; absent parts are None.
 
-    Attributes
-    ----------
-    loss
-        Mean cross-entropy over labelled positions, FP32 scalar.
-    logits
-        Padded calls: [B, S, V], zero at padding. Packed calls: only without labels, [T, V].
-    hidden_states
-        Embedding output and each layer's output, [B, S, H] or [T, H], on request.
-    loss_sum, num_labels
-        Packed calls with labels: sum of the cross-entropies (FP32), number of labelled positions (int64).
+    `loss` is the mean cross-entropy over labelled positions, FP32. `logits` are [B, S, V], zero at padding, or
+    [T, V] in packed calls without labels. `hidden_states`, on request, are the embedding output and each layer's,
+    [B, S, H] or [T, H]. Packed calls with labels also give `loss_sum` (FP32) and `num_labels` (int64).
     """
 
     loss: Tensor | None = None
@@ -468,25 +461,15 @@ class BertForMaskedLM(PreTrainedModel):
         if (labels is None) != (masked_index is None):
             raise ValueError("Packed calls take labels [K] and masked_index [K] together.")
         hidden_states = self.bert(input_ids, position_ids, token_type_ids, cu_seqlens, max_seqlen)
-        output = self._packed_output(hidden_states, masked_index, labels, output_hidden_states)
-        return output if return_dict else output.to_tuple()
-
-    def _packed_output(
-        self,
-        hidden_states: list[Tensor],
-        masked_index: Tensor | None,
-        labels: Tensor | None,
-        output_hidden_states: bool,
-    ) -> MaskedLMOutput:
         word_embeddings = self.bert.embeddings.word_embeddings.weight
-        requested = tuple(hidden_states) if output_hidden_states else None
+        parts: dict[str, Any] = {"hidden_states": tuple(hidden_states)} if output_hidden_states else {}
         if labels is None:
-            logits = self.head.logits(hidden_states[-1], word_embeddings)
-            return MaskedLMOutput(logits=logits, hidden_states=requested)
-        loss_sum, num_labels = self.head(hidden_states[-1], masked_index, labels, word_embeddings)
-        return MaskedLMOutput(
-            loss=loss_sum / num_labels, hidden_states=requested, loss_sum=loss_sum, num_labels=num_labels
-        )
+            parts["logits"] = self.head.logits(hidden_states[-1], word_embeddings)
+        else:
+            loss_sum, num_labels = self.head(hidden_states[-1], masked_index, labels, word_embeddings)
+            parts |= {"loss": loss_sum / num_labels, "loss_sum": loss_sum, "num_labels": num_labels}
+        output = MaskedLMOutput(**parts)
+        return output if return_dict else output.to_tuple()
 
     def _padded(
         self,

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import xxhash
-import yaml
+from omegaconf import OmegaConf
 
 from .config import Config
 from .data.loader import BatchInfo
@@ -70,12 +70,12 @@ def identity_of_rank(config: Config) -> dict[str, Any]:
 def config_as_yaml(config: Config) -> str:
     """The composed configuration as YAML."""
     plain = json.loads(json.dumps(asdict(config), default=lambda x: x.value if isinstance(x, Enum) else x))
-    return yaml.safe_dump(plain, sort_keys=False)
+    return OmegaConf.to_yaml(OmegaConf.create(plain))
 
 
 def write_run_record(config: Config, folder: Path) -> None:
     """Write config.yaml: the composed configuration, package versions and git revision."""
-    record = yaml.safe_dump({"versions": package_versions(), "git_revision": git_revision()}, sort_keys=False)
+    record = OmegaConf.to_yaml(OmegaConf.create({"versions": package_versions(), "git_revision": git_revision()}))
     (folder / "config.yaml").write_text(config_as_yaml(config) + record)
 
 
