@@ -136,7 +136,6 @@ def _ddp(model: BertForMaskedLM, world: World) -> Engine:
     module = DistributedDataParallel(
         model,
         device_ids=[world.device] if world.device.type == "cuda" else None,
-        broadcast_buffers=False,
         gradient_as_bucket_view=True,
     )
 

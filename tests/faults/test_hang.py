@@ -78,7 +78,7 @@ def test_a_stopped_rank(tmp_path: Path, start_torchrun: Any, run_torchrun: Any, 
     assert f"exitcode  : 76 (pid: {workers[other]})" in ended.stdout
     (stacks,) = (run / "hang").iterdir()
     assert stacks.name == f"rank_{other}.txt"
-    assert "in train_step" in stacks.read_text()
+    assert "in _train" in stacks.read_text()
 
     steps = read_metrics(run)[-1]["step"]
     last = f"training.num_train_steps={steps + 5}"
