@@ -31,7 +31,7 @@ class TritonAttention:
 
 
 def choose_attention(config: Config, device: torch.device, compute_dtype: torch.dtype) -> Attention:
-    """The kernel that the configuration asks for, or the faster one.
+    """The kernel that the configuration asks for, or the one expected to be faster.
 
     Raises
     ------
@@ -39,18 +39,21 @@ def choose_attention(config: Config, device: torch.device, compute_dtype: torch.
         Triton's kernels asked for where they do not run.
     """
     head_size = config.model.hidden_size // config.model.num_attention_heads
+    kernel = config.model.attention_kernel
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     obstacle = None
     if device.type != "cuda":
         obstacle = "needs a GPU"
     elif compute_dtype != torch.bfloat16:
         obstacle = "needs training.compute_dtype=bfloat16"
-    elif torch.cuda.get_device_capability(device) < (8, 0):
+    elif capability < (8, 0):
         obstacle = "needs compute capability 8.0"
     elif head_size not in (16, 32, 64, 128):
         obstacle = f"knows head sizes 16, 32, 64 and 128, not {head_size}"
-    kernel = config.model.attention_kernel
     if kernel is AttentionKernel.triton and obstacle is not None:
         raise ConfigError(f"model.attention_kernel=triton {obstacle}; set model.attention_kernel=torch.")
-    if kernel is AttentionKernel.torch or obstacle is not None:
-        return FlashAttention()
-    return TritonAttention()
+    # Elsewhere than on Hopper, and with heads of 128, the kernels run but spill registers.
+    shines = obstacle is None and capability[0] == 9 and head_size <= 64
+    if kernel is AttentionKernel.triton or (kernel is AttentionKernel.auto and shines):
+        return TritonAttention()
+    return FlashAttention()

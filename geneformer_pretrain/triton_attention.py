@@ -8,9 +8,11 @@ backward. What is specific here:
 - Query, key and value are read from one [T, 3, A, D] tensor, and their gradients are written into one: the
   projection's backward needs no copy.
 - No dropout mask is stored. A weight is dropped where `a[row] * b[column] + rotated(a[row])` modulo 2**32 is
-  below a threshold, where a and b are strong hashes of (seed, head, position) tabled once per call: multiply-shift
-  hashing (Dietzfelbinger, 1996), one multiply-add and one comparison per weight. Integer instructions are what
-  limits dropout: Philox or a finalizer for each weight costs more than the matrix products.
+  below a threshold, where a and b are strong hashes of (seed, head, row) tabled once per call: multiply-shift
+  hashing (Dietzfelbinger, 1996), one multiply-add, one comparison and one selection per weight. Instructions are
+  what limits dropout: Philox or a finalizer for each weight costs more than the matrix products.
+- Tables by row (dropout keys, softmax denominators) are laid out by tile, each cell padded to whole tiles. So they
+  are read in aligned pairs and without masks, which would cost more instructions than the dropout itself.
 - The backward has two kernels, for keys and values and for queries, which recompute the weights twice and need
   neither atomics nor a conversion pass: gradients are deterministic.
 """
@@ -27,9 +29,11 @@ TILE = 128
 
 
 def tile_list(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
-    """The tiles of all cells: int32 [tiles, 3] of (first token of the cell, end of the cell, first row).
+    """The tiles of all cells: int32 [tiles, 4].
 
-    The number of rows depends on the shapes alone; unused ones are empty cells at the end.
+    Columns: first token of the cell, end of the cell, first token of the tile, and TILE times the number of the
+    cell's first tile, which is where the cell begins in tables by row. The number of tiles depends on the shapes
+    alone; unused ones are empty cells at the end.
     """
     starts, ends = cu_seqlens[:-1], cu_seqlens[1:]
     tiles_up_to = ((ends - starts + TILE - 1) // TILE).cumsum(0)
@@ -40,7 +44,8 @@ def tile_list(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
     cell = cell.clamp(max=len(starts) - 1)
     first_tile = tiles_up_to[cell] - (ends[cell] - starts[cell] + TILE - 1) // TILE
     start, end = starts[cell], torch.where(used, ends[cell], starts[cell])
-    return torch.stack([start, end, start + (number - first_tile).int() * TILE], dim=1).int().contiguous()
+    first_token = start + (number - first_tile) * TILE
+    return torch.stack([start, end, first_token, first_tile * TILE], dim=1).int().contiguous()
 
 
 @triton.jit
@@ -55,34 +60,54 @@ def _mix(x):
 
 
 @triton.jit
-def _make_keys(keys, seed_pointer, num_tokens, BLOCK: tl.constexpr):
-    """Table int32 [1 + A, T]: b by position, then a by (head, position); all odd."""
-    position = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+def _make_keys(keys, seed_pointer, num_rows, BLOCK: tl.constexpr):
+    """Table int32 [1 + A, R]: b by row, then a by (head, row); all odd."""
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     line = tl.program_id(1)
     seed = tl.load(seed_pointer).to(tl.uint32)
-    value = _mix(_mix(position.to(tl.uint32) ^ seed) + line.to(tl.uint32) * 0x9E3779B9) | 1
-    tl.store(keys + line * num_tokens + position, value.to(tl.int32, bitcast=True), mask=position < num_tokens)
-
-
-@triton.jit
-def _keep(a, rotated, b, threshold):
-    """Whether each weight is kept, from the keys of its row (a, and a rotated) and its column (b)."""
-    return a * b + rotated >= threshold
-
-
-@triton.jit
-def _load_key(keys, line, position, inside, num_tokens):
-    return tl.load(keys + line * num_tokens + position, mask=inside, other=0).to(tl.uint32, bitcast=True)
+    value = _mix(_mix(row.to(tl.uint32) ^ seed) + line.to(tl.uint32) * 0x9E3779B9) | 1
+    tl.store(keys + line * num_rows + row, value.to(tl.int32, bitcast=True), mask=row < num_rows)
 
 
 @triton.jit
 def _rotate(a):
-    return (a << 13) | (a >> 19)
+    a = a.to(tl.uint32, bitcast=True)
+    return ((a << 13) | (a >> 19)).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _drop(weights, a, rotated, b, threshold):
+    """The weights, zero where the keys of row (a, and a rotated) and column (b) say so.
+
+    In PTX because Triton's compiler collects the comparisons of a whole tile as bits and unpacks them again, five
+    instructions a weight instead of three.
+    """
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .pred dropped;
+        .reg .u32 hash;
+        mad.lo.u32 hash, $2, $4, $3;
+        setp.lo.u32 dropped, hash, $5;
+        selp.f32 $0, 0f00000000, $1, dropped;
+        }""",
+        "=f,f,r,r,r,r",
+        [weights, a, rotated, b, tl.cast(threshold, tl.uint32)],
+        dtype=tl.float32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
+def _tile(tiles):
+    """First token and end of the program's cell, first token of its tile, first row of the cell in tables by row."""
+    tile = tiles + tl.program_id(0) * 4
+    return tl.load(tile), tl.load(tile + 1), tl.load(tile + 2), tl.multiple_of(tl.load(tile + 3), 128)
 
 
 @triton.jit
 def _forward_step(
-    q, k_pointer, v_pointer, columns, end, keys, a, rotated, num_tokens, m, total, acc, scale, threshold,
+    q, k_pointer, v_pointer, columns, end, b_pointer, a, rotated, m, total, acc, scale, threshold,
     stride, MASKED: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     if MASKED:
@@ -100,81 +125,89 @@ def _forward_step(
     shrink = tl.exp2(m - m_new)
     total = total * shrink + tl.sum(weights, 1)
     if DROPOUT:
-        b = _load_key(keys, 0, columns, columns < end, num_tokens)
-        keep = _keep(a[:, None], rotated[:, None], b[None, :], threshold)
-        weights = tl.where(keep, weights, 0.0)
+        b = tl.load(b_pointer + tl.arange(0, columns.shape[0]))
+        weights = _drop(weights, a[:, None], rotated[:, None], b[None, :], threshold)
     acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None])
     return m_new, total, acc
 
 
 @triton.jit
 def _forward(
-    qkv, out, lse, tiles, keys, scale, threshold, keep_scale, num_tokens,
+    qkv, out, lse, tiles, keys, scale, threshold, keep_scale, num_rows,
     NUM_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.program_id(0) * 3
-    head = tl.program_id(1)
-    start, end, first = tl.load(tiles + tile), tl.load(tiles + tile + 1), tl.load(tiles + tile + 2)
+    """Output, and the logarithm of the softmax's denominator, for a tile of queries against all keys of its cell.
+
+    Rows beyond the cell are zeros; their denominators are finite, and that is all the backward needs of them.
+    """
+    start, end, first, padded = _tile(tiles)
     if first >= end:
         return
+    head = tl.program_id(1)
     stride: tl.constexpr = 3 * NUM_HEADS * D
     rows = first + tl.arange(0, BLOCK_M)
+    table_rows = head * num_rows + tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     d = tl.arange(0, D)
     valid = (rows < end)[:, None]
     base = qkv + head * D + d[None, :]
     q = tl.load(base + rows[:, None] * stride, mask=valid, other=0.0)
     a = rows
     if DROPOUT:
-        a = _load_key(keys, 1 + head, rows, rows < end, num_tokens)
+        a = tl.load(keys + num_rows + table_rows)
     rotated = _rotate(a)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, D], tl.float32)
     k_pointer, v_pointer = base + NUM_HEADS * D, base + 2 * NUM_HEADS * D
-    whole = start + (end - start) // BLOCK_N * BLOCK_N
-    for column in tl.range(start, whole, BLOCK_N):
-        columns = column + tl.arange(0, BLOCK_N)
+    whole = (end - start) // BLOCK_N * BLOCK_N
+    for offset in tl.range(0, whole, BLOCK_N):
+        columns = start + offset + tl.arange(0, BLOCK_N)
         m, total, acc = _forward_step(
-            q, k_pointer, v_pointer, columns, end, keys, a, rotated, num_tokens, m, total, acc, scale, threshold,
+            q, k_pointer, v_pointer, columns, end, keys + padded + offset, a, rotated, m, total, acc, scale, threshold,
             stride, False, DROPOUT,
         )  # fmt: skip
-    if whole < end:
-        columns = whole + tl.arange(0, BLOCK_N)
+    if whole < end - start:
+        columns = start + whole + tl.arange(0, BLOCK_N)
         m, total, acc = _forward_step(
-            q, k_pointer, v_pointer, columns, end, keys, a, rotated, num_tokens, m, total, acc, scale, threshold,
+            q, k_pointer, v_pointer, columns, end, keys + padded + whole, a, rotated, m, total, acc, scale, threshold,
             stride, True, DROPOUT,
         )  # fmt: skip
     acc = acc * (keep_scale / total)[:, None]
     tl.store(out + (rows[:, None] * NUM_HEADS + head) * D + d[None, :], acc.to(out.dtype.element_ty), mask=valid)
-    tl.store(lse + head * num_tokens + rows, m + tl.log2(total), mask=rows < end)
+    tl.store(lse + table_rows, m + tl.log2(total))
 
 
 @triton.jit
-def _row_dot(out, grad_out, delta, num_tokens, NUM_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Delta = sum over D of out * grad_out, FP32 [A, T]."""
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+def _row_dot(
+    out, grad_out, delta, tiles, factor, num_rows, NUM_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr
+):  # fmt: skip
+    """Delta = factor times the sum over D of out * grad_out, FP32 [A, R]."""
+    _, end, first, _ = _tile(tiles)
+    if first >= end:
+        return
     head = tl.program_id(1)
+    rows = first + tl.arange(0, BLOCK_M)
     where = (rows[:, None] * NUM_HEADS + head) * D + tl.arange(0, D)[None, :]
-    valid = rows < num_tokens
-    o = tl.load(out + where, mask=valid[:, None], other=0.0).to(tl.float32)
-    do = tl.load(grad_out + where, mask=valid[:, None], other=0.0).to(tl.float32)
-    tl.store(delta + head * num_tokens + rows, tl.sum(o * do, 1), mask=valid)
+    valid = (rows < end)[:, None]
+    o = tl.load(out + where, mask=valid, other=0.0).to(tl.float32)
+    do = tl.load(grad_out + where, mask=valid, other=0.0).to(tl.float32)
+    table_rows = head * num_rows + tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    tl.store(delta + table_rows, tl.sum(o * do, 1) * factor)
 
 
 @triton.jit
 def _backward_keys(
-    qkv, grad_out, lse, delta, grad_qkv, tiles, keys, scale, softmax_scale, threshold, keep_scale, num_tokens,
+    qkv, grad_out, lse, delta, grad_qkv, tiles, keys, scale, grad_scale, threshold, keep_scale, num_rows,
     NUM_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """Gradients of keys and values: a tile of keys against all queries of its cell.
 
     Rows beyond the cell are loaded as zeros: they add nothing.
     """
-    tile = tl.program_id(0) * 3
-    head = tl.program_id(1)
-    start, end, first = tl.load(tiles + tile), tl.load(tiles + tile + 1), tl.load(tiles + tile + 2)
+    start, end, first, padded = _tile(tiles)
     if first >= end:
         return
+    head = tl.program_id(1)
     stride: tl.constexpr = 3 * NUM_HEADS * D
     columns = first + tl.arange(0, BLOCK_N)
     d = tl.arange(0, D)
@@ -183,80 +216,78 @@ def _backward_keys(
     k = tl.load(base + NUM_HEADS * D + columns[:, None] * stride, mask=valid, other=0.0)
     v = tl.load(base + 2 * NUM_HEADS * D + columns[:, None] * stride, mask=valid, other=0.0)
     if DROPOUT:
-        b = _load_key(keys, 0, columns, columns < end, num_tokens)
+        b = tl.load(keys + tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N))
     grad_k = tl.zeros([BLOCK_N, D], tl.float32)
     grad_v = tl.zeros([BLOCK_N, D], tl.float32)
-    for row in tl.range(start, end, BLOCK_M):
-        rows = row + tl.arange(0, BLOCK_M)
-        inside = rows < end
-        q = tl.load(base + rows[:, None] * stride, mask=inside[:, None], other=0.0)
-        do = tl.load(grad_out + (rows[:, None] * NUM_HEADS + head) * D + d[None, :], mask=inside[:, None], other=0.0)
-        row_lse = tl.load(lse + head * num_tokens + rows, mask=inside, other=0.0)
-        row_delta = tl.load(delta + head * num_tokens + rows, mask=inside, other=0.0)
+    table_row = head * num_rows + padded
+    for offset in tl.range(0, end - start, BLOCK_M):
+        rows = start + offset + tl.arange(0, BLOCK_M)
+        inside = (rows < end)[:, None]
+        q = tl.load(base + rows[:, None] * stride, mask=inside, other=0.0)
+        do = tl.load(grad_out + (rows[:, None] * NUM_HEADS + head) * D + d[None, :], mask=inside, other=0.0)
+        row_lse = tl.load(lse + table_row + offset + tl.arange(0, BLOCK_M))
+        row_delta = tl.load(delta + table_row + offset + tl.arange(0, BLOCK_M))
         weights = tl.exp2(tl.dot(k, q.T) * scale - row_lse[None, :])
         grad_weights = tl.dot(v, do.T)
+        dropped = weights
         if DROPOUT:
-            a = _load_key(keys, 1 + head, rows, inside, num_tokens)
-            keep = _keep(a[None, :], _rotate(a)[None, :], b[:, None], threshold)
-            dropped = tl.where(keep, weights, 0.0)
-            grad_weights = tl.where(keep, grad_weights * keep_scale, 0.0)
-        else:
-            dropped = weights
+            a = tl.load(keys + num_rows + table_row + offset + tl.arange(0, BLOCK_M))
+            dropped = _drop(weights, a[None, :], _rotate(a)[None, :], b[:, None], threshold)
         grad_v = tl.dot(dropped.to(do.dtype), do, grad_v)
-        grad_scores = weights * (grad_weights - row_delta[None, :])
+        grad_scores = dropped * grad_weights - weights * row_delta[None, :]
         grad_k = tl.dot(grad_scores.to(q.dtype), q, grad_k)
     where = grad_qkv + columns[:, None] * stride + head * D + d[None, :]
     kind = grad_qkv.dtype.element_ty
-    tl.store(where + NUM_HEADS * D, (grad_k * softmax_scale).to(kind), mask=valid)
+    tl.store(where + NUM_HEADS * D, (grad_k * grad_scale).to(kind), mask=valid)
     tl.store(where + 2 * NUM_HEADS * D, (grad_v * keep_scale).to(kind), mask=valid)
 
 
 @triton.jit
 def _backward_queries(
-    qkv, grad_out, lse, delta, grad_qkv, tiles, keys, scale, softmax_scale, threshold, keep_scale, num_tokens,
+    qkv, grad_out, lse, delta, grad_qkv, tiles, keys, scale, grad_scale, threshold, keep_scale, num_rows,
     NUM_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """Gradient of queries: a tile of queries against all keys of its cell; keys beyond it are zeros."""
-    tile = tl.program_id(0) * 3
-    head = tl.program_id(1)
-    start, end, first = tl.load(tiles + tile), tl.load(tiles + tile + 1), tl.load(tiles + tile + 2)
+    start, end, first, padded = _tile(tiles)
     if first >= end:
         return
+    head = tl.program_id(1)
     stride: tl.constexpr = 3 * NUM_HEADS * D
     rows = first + tl.arange(0, BLOCK_M)
+    table_rows = head * num_rows + tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     d = tl.arange(0, D)
-    inside = rows < end
+    inside = (rows < end)[:, None]
     base = qkv + head * D + d[None, :]
-    q = tl.load(base + rows[:, None] * stride, mask=inside[:, None], other=0.0)
-    do = tl.load(grad_out + (rows[:, None] * NUM_HEADS + head) * D + d[None, :], mask=inside[:, None], other=0.0)
-    row_lse = tl.load(lse + head * num_tokens + rows, mask=inside, other=0.0)
-    row_delta = tl.load(delta + head * num_tokens + rows, mask=inside, other=0.0)
+    q = tl.load(base + rows[:, None] * stride, mask=inside, other=0.0)
+    do = tl.load(grad_out + (rows[:, None] * NUM_HEADS + head) * D + d[None, :], mask=inside, other=0.0)
+    row_lse = tl.load(lse + table_rows)
+    row_delta = tl.load(delta + table_rows)
     if DROPOUT:
-        a = _load_key(keys, 1 + head, rows, inside, num_tokens)
+        a = tl.load(keys + num_rows + table_rows)
         rotated = _rotate(a)
     grad_q = tl.zeros([BLOCK_M, D], tl.float32)
-    for column in tl.range(start, end, BLOCK_N):
-        columns = column + tl.arange(0, BLOCK_N)
+    for offset in tl.range(0, end - start, BLOCK_N):
+        columns = start + offset + tl.arange(0, BLOCK_N)
         valid = (columns < end)[:, None]
         k = tl.load(base + NUM_HEADS * D + columns[:, None] * stride, mask=valid, other=0.0)
         v = tl.load(base + 2 * NUM_HEADS * D + columns[:, None] * stride, mask=valid, other=0.0)
         weights = tl.exp2(tl.dot(q, k.T) * scale - row_lse[:, None])
         grad_weights = tl.dot(do, v.T)
+        dropped = weights
         if DROPOUT:
-            b = _load_key(keys, 0, columns, columns < end, num_tokens)
-            keep = _keep(a[:, None], rotated[:, None], b[None, :], threshold)
-            grad_weights = tl.where(keep, grad_weights * keep_scale, 0.0)
-        grad_scores = weights * (grad_weights - row_delta[:, None])
+            b = tl.load(keys + padded + offset + tl.arange(0, BLOCK_N))
+            dropped = _drop(weights, a[:, None], rotated[:, None], b[None, :], threshold)
+        grad_scores = dropped * grad_weights - weights * row_delta[:, None]
         grad_q = tl.dot(grad_scores.to(k.dtype), k, grad_q)
     where = grad_qkv + rows[:, None] * stride + head * D + d[None, :]
-    tl.store(where, (grad_q * softmax_scale).to(grad_qkv.dtype.element_ty), mask=inside[:, None])
+    tl.store(where, (grad_q * grad_scale).to(grad_qkv.dtype.element_ty), mask=inside)
 
 
 LOG2_E = 1.4426950408889634
-FORWARD = {"BLOCK_M": TILE, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}
+FORWARD = {"BLOCK_M": TILE, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3, "maxnreg": 128}
 BACKWARD_KEYS = {"BLOCK_M": 32, "BLOCK_N": TILE, "num_warps": 4, "num_stages": 3}
-BACKWARD_QUERIES = {"BLOCK_M": TILE, "BLOCK_N": 32, "num_warps": 8, "num_stages": 3}
-"""Measured on an H200 at head size 64."""
+BACKWARD_QUERIES = {"BLOCK_M": TILE, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3, "maxnreg": 128}
+"""Chosen for Hopper at head size 64; 128 registers let two programs of 8 warps share a multiprocessor."""
 
 
 def _dropout_constants(dropout: float) -> tuple[int, float]:
@@ -280,18 +311,19 @@ def packed_attention(qkv: Tensor, tiles: Tensor, seed: Tensor, dropout: float) -
 
     Returns
     -------
-    The output [T, A, D], and for the backward the logarithm to base 2 of each softmax's denominator, FP32
-    [A, T], and the table of dropout keys, int32 [1 + A, T], empty without dropout.
+    The output [T, A, D], and for the backward, with R = TILE * tiles, the logarithm to base 2 of each softmax's
+    denominator, FP32 [A, R], and the table of dropout keys, int32 [1 + A, R], empty without dropout.
     """
     num_tokens, _, num_heads, d = qkv.shape
+    num_rows = TILE * len(tiles)
     out = torch.empty(num_tokens, num_heads, d, dtype=qkv.dtype, device=qkv.device)
-    lse = torch.empty(num_heads, num_tokens, dtype=torch.float32, device=qkv.device)
-    keys = torch.empty(1 + num_heads if dropout else 0, num_tokens, dtype=torch.int32, device=qkv.device)
+    lse = torch.empty(num_heads, num_rows, dtype=torch.float32, device=qkv.device)
+    keys = torch.empty(1 + num_heads if dropout else 0, num_rows, dtype=torch.int32, device=qkv.device)
     if dropout:
-        _make_keys[(triton.cdiv(num_tokens, 1024), len(keys))](keys, seed, num_tokens, BLOCK=1024)
+        _make_keys[(triton.cdiv(num_rows, 1024), len(keys))](keys, seed, num_rows, BLOCK=1024)
     threshold, keep_scale = _dropout_constants(dropout)
     _forward[(len(tiles), num_heads)](
-        qkv, out, lse, tiles, keys, LOG2_E / d**0.5, threshold, keep_scale, num_tokens,
+        qkv, out, lse, tiles, keys, LOG2_E / d**0.5, threshold, keep_scale, num_rows,
         NUM_HEADS=num_heads, D=d, DROPOUT=dropout > 0, **FORWARD,
     )  # fmt: skip
     return out, lse, keys
@@ -300,10 +332,11 @@ def packed_attention(qkv: Tensor, tiles: Tensor, seed: Tensor, dropout: float) -
 @packed_attention.register_fake
 def _(qkv: Tensor, tiles: Tensor, seed: Tensor, dropout: float) -> tuple[Tensor, Tensor, Tensor]:
     num_tokens, _, num_heads, d = qkv.shape
+    num_rows = TILE * len(tiles)
     return (
         qkv.new_empty(num_tokens, num_heads, d),
-        qkv.new_empty(num_heads, num_tokens, dtype=torch.float32),
-        qkv.new_empty(1 + num_heads if dropout else 0, num_tokens, dtype=torch.int32),
+        qkv.new_empty(num_heads, num_rows, dtype=torch.float32),
+        qkv.new_empty(1 + num_heads if dropout else 0, num_rows, dtype=torch.int32),
     )
 
 
@@ -312,18 +345,18 @@ def packed_attention_backward(
     grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, keys: Tensor, tiles: Tensor, dropout: float
 ) -> Tensor:
     """Gradient of `packed_attention` with respect to qkv, [T, 3, A, D]."""
-    num_tokens, _, num_heads, d = qkv.shape
+    _, _, num_heads, d = qkv.shape
+    num_rows = TILE * len(tiles)
+    grid = len(tiles), num_heads
     grad_out = grad_out.contiguous()
     grad_qkv = torch.empty_like(qkv)
     delta = torch.empty_like(lse)
-    _row_dot[(triton.cdiv(num_tokens, TILE), num_heads)](
-        out, grad_out, delta, num_tokens, NUM_HEADS=num_heads, D=d, BLOCK_M=TILE
-    )
     threshold, keep_scale = _dropout_constants(dropout)
+    _row_dot[grid](out, grad_out, delta, tiles, 1 / keep_scale, num_rows, NUM_HEADS=num_heads, D=d, BLOCK_M=TILE)
     for kernel, shape in ((_backward_keys, BACKWARD_KEYS), (_backward_queries, BACKWARD_QUERIES)):
-        kernel[(len(tiles), num_heads)](
-            qkv, grad_out, lse, delta, grad_qkv, tiles, keys, LOG2_E / d**0.5, d**-0.5, threshold, keep_scale,
-            num_tokens, NUM_HEADS=num_heads, D=d, DROPOUT=dropout > 0, **shape,
+        kernel[grid](
+            qkv, grad_out, lse, delta, grad_qkv, tiles, keys, LOG2_E / d**0.5, keep_scale * d**-0.5, threshold,
+            keep_scale, num_rows, NUM_HEADS=num_heads, D=d, DROPOUT=dropout > 0, **shape,
         )  # fmt: skip
     return grad_qkv
 
