@@ -23,12 +23,13 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from transformers import BertConfig, PreTrainedModel
 from transformers.activations import ACT2FN
@@ -157,6 +158,15 @@ def te_linear() -> type[nn.Module]:
     return TELinear
 
 
+def checkpoint_function(use_te_layers: bool) -> Callable[..., Tensor]:
+    """Activation checkpointing that repeats dropout, and with Transformer Engine layers FP8's scaling too."""
+    if not use_te_layers:
+        return torch.utils.checkpoint.checkpoint
+    import transformer_engine.pytorch as te
+
+    return te.checkpoint
+
+
 class BertEmbeddings(nn.Module):
     """Sum of word, position and token-type embeddings, LayerNorm, dropout."""
 
@@ -225,7 +235,7 @@ class BertResidualOutput(nn.Module):
 
 
 class BertLayer(nn.Module):
-    """One post-LayerNorm encoder layer."""
+    """One post-LayerNorm encoder layer; with `recompute` it keeps only its input for the backward."""
 
     def __init__(self, config: BertConfig, use_te_layers: bool) -> None:
         super().__init__()
@@ -240,9 +250,15 @@ class BertLayer(nn.Module):
         self.output = BertResidualOutput(config, config.intermediate_size, linear)
         self.activation = ACT2FN[config.hidden_act]
         self.use_te_layers = use_te_layers
+        self.recompute = False
 
     def forward(self, x: Tensor, plan: Any) -> Tensor:
         """[T, H] -> [T, H]."""
+        if not (self.recompute and torch.is_grad_enabled()):
+            return self.compute(x, plan)
+        return checkpoint_function(self.use_te_layers)(self.compute, x, plan, use_reentrant=False)
+
+    def compute(self, x: Tensor, plan: Any) -> Tensor:
         x = self.attention["output"](self.attention["self"](x, plan), x)
         return self.output(self.activation(self.intermediate["dense"](x)), x)
 
@@ -252,7 +268,7 @@ class BertLayer(nn.Module):
             compile_method(self.attention["output"], "add_norm")
             compile_method(self.output, "add_norm")
         else:
-            compile_method(self, "forward")
+            compile_method(self, "compute")
 
 
 class BertModel(nn.Module):

@@ -192,10 +192,16 @@ class TrainingConfig:
     """FP8 matrix products through Transformer Engine; needs TE layers and compute capability 8.9."""
     fp8_recipe: Fp8Recipe
     """delayed, current or block scaling; mxfp8 and nvfp4 need a GPU of compute capability 10."""
+    recompute_every_n_layers: int
+    """Activation checkpointing: every n-th layer keeps only its input and is computed again in the backward, for
+    less memory; 1: all layers, 0: none."""
     use_nvfsdp: bool
     """Shard with nvFSDP (today's name: Megatron-FSDP) instead of DDP."""
     use_fsdp2: bool
     """Shard with PyTorch's FSDP2 instead of DDP."""
+    shard_group_size: int | None
+    """Ranks that share one copy of the weights, and of the optimizer state; the groups are replicas of each other
+    (hybrid sharding). null: all ranks share one copy."""
     checkpoint_dir: str
     """Folder of checkpoints, metrics.jsonl, config.yaml and final_model."""
     save_every_n_steps: int
@@ -241,6 +247,7 @@ class TrainingConfig:
             "validate_every_n_steps",
             "seed",
             "hang_timeout_seconds",
+            "recompute_every_n_layers",
         ]:
             value = getattr(self, name)
             require(value >= 0 and math.isfinite(value), f"training.{name} is {value}; it must not be negative.")
@@ -257,6 +264,11 @@ class TrainingConfig:
         require(
             not (self.use_nvfsdp and self.use_fsdp2),
             "training.use_nvfsdp and training.use_fsdp2 are both true; choose one engine.",
+        )
+        require(
+            self.shard_group_size is None or (self.shard_group_size > 0 and (self.use_nvfsdp or self.use_fsdp2)),
+            f"training.shard_group_size is {self.shard_group_size}; it takes a positive number of ranks, and an engine "
+            "that shards: training.use_fsdp2=True or training.use_nvfsdp=True.",
         )
         require(bool(self.checkpoint_dir), "training.checkpoint_dir is empty; name a folder.")
 

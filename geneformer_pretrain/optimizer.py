@@ -56,13 +56,15 @@ def global_norm(gradients: list[Tensor]) -> Tensor:
 
     Works on the local shards: it does not matter how an engine cuts its tensors.
     """
-    sharded = any(isinstance(gradient, DTensor) for gradient in gradients)
+    sharded = next((g for g in gradients if isinstance(g, DTensor)), None)
     local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
     norm = torch.nn.utils.get_total_norm(local).float()
-    if sharded:
+    if sharded is not None:
         squared = norm.square()
         dist.all_reduce(squared)
-        norm = squared.sqrt()
+        mesh_axes = zip(sharded.device_mesh.shape, sharded.placements, strict=True)
+        replicas = math.prod(size for size, placement in mesh_axes if placement.is_replicate())
+        norm = (squared / replicas).sqrt()
     return norm
 
 

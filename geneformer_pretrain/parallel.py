@@ -7,8 +7,9 @@ from importlib import metadata
 from typing import cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -95,10 +96,11 @@ def build_engine(config: Config, world: World, compute_dtype: torch.dtype, compi
     """
     shard: Callable[[nn.Module], None] = lambda module: None  # noqa: E731
     if config.training.use_fsdp2:
-        shard = fsdp2_sharding(world, compute_dtype)
+        shard = fsdp2_sharding(sharding_mesh(config, world), compute_dtype)
     elif config.training.use_nvfsdp:
-        shard = nvfsdp_sharding(world)
+        shard = nvfsdp_sharding(sharding_mesh(config, world))
     use_te = config.model.use_te_layers
+    recompute = config.training.recompute_every_n_layers
     stock_config = BertConfig(**architecture(config.model))
 
     def initialize(module: nn.Module, prefix: str) -> None:
@@ -113,6 +115,7 @@ def build_engine(config: Config, world: World, compute_dtype: torch.dtype, compi
         for number in range(config.model.num_hidden_layers):
             layer = BertLayer(stock_config, use_te)
             initialize(layer, f"bert.encoder.layer.{number}")
+            layer.recompute = recompute > 0 and number % recompute == 0
             if compile_blocks:
                 layer.compile_in_place()
             shard(layer)
@@ -145,9 +148,27 @@ def _ddp(model: BertForMaskedLM, world: World) -> Engine:
     return Engine("ddp", model, module, float(world.size), micro_batch, "full")
 
 
-def fsdp2_sharding(world: World, compute_dtype: torch.dtype) -> Callable[[nn.Module], None]:
-    """Sharding of a module over all ranks: weights gathered in the compute dtype, gradients reduced in FP32."""
-    mesh = init_device_mesh(world.device.type, (world.size,))
+def sharding_mesh(config: Config, world: World) -> DeviceMesh:
+    """Mesh with the axis "shard" over all ranks, or "replicate" and "shard" for hybrid sharding.
+
+    Raises
+    ------
+    ConfigError
+        A group size that does not divide the number of ranks.
+    """
+    size = config.training.shard_group_size or world.size
+    require(
+        world.size % size == 0,
+        f"training.shard_group_size={size} does not divide the {world.size} processes of this run; sizes that do: "
+        f"{', '.join(str(n) for n in range(1, world.size + 1) if world.size % n == 0)}.",
+    )
+    if size == world.size:
+        return init_device_mesh(world.device.type, (size,), mesh_dim_names=("shard",))
+    return init_device_mesh(world.device.type, (world.size // size, size), mesh_dim_names=("replicate", "shard"))
+
+
+def fsdp2_sharding(mesh: DeviceMesh, compute_dtype: torch.dtype) -> Callable[[nn.Module], None]:
+    """Sharding of a module: weights gathered in the compute dtype, gradients reduced in FP32."""
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype, reduce_dtype=torch.float32, output_dtype=None, cast_forward_inputs=False
     )
@@ -169,8 +190,8 @@ def _fsdp2(model: BertForMaskedLM, shard: Callable[[nn.Module], None], world: Wo
     return Engine("fsdp2", model, model, float(world.size), micro_batch, "sharded", model.reshard)
 
 
-def nvfsdp_sharding(world: World) -> Callable[[nn.Module], None]:
-    """Sharding of a module over all ranks by Megatron-FSDP's second interface.
+def nvfsdp_sharding(mesh: DeviceMesh) -> Callable[[nn.Module], None]:
+    """Sharding of a module by Megatron-FSDP's second interface.
 
     Parameters stay FP32, so that main weights and compute weights are one buffer: weights are gathered and
     gradients reduced in FP32, and the model casts weights where it uses them, as under DDP.
@@ -190,9 +211,12 @@ def nvfsdp_sharding(world: World) -> Callable[[nn.Module], None]:
     import megatron_fsdp.experimental as nvfsdp
     from megatron_fsdp import MixedPrecisionPolicy as NvfsdpPolicy
 
-    mesh = init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("dp",))
-    flat = [nvfsdp.Flat()]
-    placements = nvfsdp.Placements(dp_axes=["dp"], parameter=flat, gradient=flat, optimizer=flat)
+    # Between micro-batches, gradients stay unreduced over the replicas; the last one's reduction averages them.
+    flat, replicas = [nvfsdp.Flat()], mesh.ndim - 1
+    weights = [nvfsdp.Replicate()] * replicas + flat
+    gradient = [nvfsdp.Partial(dist.ReduceOp.AVG)] * replicas + flat
+    axes = list(mesh.mesh_dim_names or ())
+    placements = nvfsdp.Placements(dp_axes=axes, parameter=weights, gradient=gradient, optimizer=weights)
     policy = NvfsdpPolicy(main_params_dtype=torch.float32)
 
     def shard(module: nn.Module) -> None:

@@ -21,6 +21,7 @@ from .data.loader import Batch, PackedBatch, build_batches
 from .data.source import open_training_data, open_validation_data
 from .distributed import World
 from .export import export_model
+from .memory import estimate_peak
 from .metrics import MetricsLog
 from .optimizer import build_optimizer, learning_rate, update
 from .parallel import build_engine
@@ -99,8 +100,8 @@ class Trainer:
         ranks.agree_on(asdict(self.data.identity), ConfigError)
         self.validation_data = open_validation_data(self.data, world.is_main)
         compiled = on_gpu and config.data.packing if training.compile is None else training.compile
-        dtype = compute_dtype(training.compute_dtype, world.device)
-        self.engine = build_engine(config, world, dtype, compiled)
+        self.compute_dtype = compute_dtype(training.compute_dtype, world.device)
+        self.engine = build_engine(config, world, self.compute_dtype, compiled)
         self.constant_shapes = compiled
         self.forward_context = forward_context(config)
         self.optimizer = build_optimizer(self.engine.model, training)
@@ -173,6 +174,9 @@ class Trainer:
             f"engine      {self.engine.name} on {self.world.device.type}",
             f"output      {self.folder}",
         ]
+        if self.world.device.type == "cuda":
+            peak = estimate_peak(self.config, self.world.size, count, self.compute_dtype.itemsize)
+            lines.append(f"memory      about {peak / 2**30:.1f} GiB a GPU, by estimate")
         if self.stream.num_truncated:
             lines.append(
                 f"truncated   {self.stream.num_truncated:,} cells are longer than model.seq_length="

@@ -154,9 +154,12 @@ def test_the_reference_run_is_a_hard_case(folder: Path) -> None:
 
 
 def test_ranks_and_engines_give_the_same_run(folder: Path, tmp_path: Path, run_workers: RunWorkers) -> None:
-    """1 process = 2 = 4 = FSDP2; and one run on 2 (DDP), 4 (FSDP2), 1 (DDP), 3 (FSDP2) ranks in turn."""
-    fsdp2 = "training.use_fsdp2=true"
-    runs = [into(tmp_path / "ddp_2", 2), into(tmp_path / "fsdp2_2", 2, fsdp2)]
+    """1 process = 2 = 4 = FSDP2; and one run on 2 (DDP), 4 (FSDP2, 2 replicas), 1 (DDP), 3 (FSDP2) ranks in turn.
+
+    Recomputing activations changes nothing.
+    """
+    fsdp2, recompute = "training.use_fsdp2=true", "training.recompute_every_n_layers=1"
+    runs = [into(tmp_path / "ddp_2", 2), into(tmp_path / "fsdp2_2", 2, fsdp2, recompute)]
     assert run_workers(train_all, 2, [long_run(folder, *run) for run in runs]) == [[None, None]] * 2
     for name in ("ddp_2", "fsdp2_2"):
         assert_same_run(tmp_path / name, folder / "one")
@@ -166,17 +169,20 @@ def test_ranks_and_engines_give_the_same_run(folder: Path, tmp_path: Path, run_w
     uneven = tmp_path / "uneven"
     train.run(tiny_config(folder, f"training.checkpoint_dir={uneven}", "training.gradient_accumulation_steps=6"))
     runs = [
-        long_run(folder, *into(on_four, 4, fsdp2)),
-        long_run(folder, *into(tmp_path / "ddp_4", 4)),
+        long_run(folder, *into(on_four, 4, fsdp2, "training.shard_group_size=2")),
+        long_run(folder, *into(tmp_path / "ddp_4", 4, recompute)),
         overrides(folder, f"training.checkpoint_dir={uneven}", "training.num_train_steps=4"),
+        long_run(folder, *into(tmp_path / "groups_of_3", 4, fsdp2, "training.shard_group_size=3")),
     ]
     outcomes = run_workers(train_all, 4, runs)
     assert_same_run(tmp_path / "ddp_4", folder / "one")
     assert_same_run(on_four, folder / "one")
-    for *fine, refused in outcomes:
+    for *fine, refused, no_groups in outcomes:
         assert fine == [None, None]
         assert "6 packs per step, which 4 processes cannot share evenly" in refused
         assert "1, 2, 3, 6 processes" in refused
+        assert "training.shard_group_size=3 does not divide the 4 processes" in no_groups
+        assert "1, 2, 4" in no_groups
     assert sorted(path.name for path in uneven.glob("step_*")) == ["step_2"]
 
     on_one = cut_off(on_four, tmp_path / "on_one", 4)

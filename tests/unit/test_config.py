@@ -116,6 +116,8 @@ MISTAKES = [
     ("training.adam_beta2=1.0", "training.adam_beta2"),
     ("training.keep_last_n=0", "training.keep_last_n"),
     ("training.use_fp8=true", "training.use_fp8=True needs model.use_te_layers=True"),
+    ("training.shard_group_size=8", "training.shard_group_size is 8.*training.use_fsdp2=True"),
+    ("training.recompute_every_n_layers=-1", "training.recompute_every_n_layers"),
     ("data.mask_token_id=2", "data.mask_token_id.*data.num_special_tokens"),
     ("data.num_special_tokens=30000", "data.num_special_tokens.*model.vocab_size"),
     ("data.max_cells_per_pack=0", "data.max_cells_per_pack"),

@@ -182,6 +182,39 @@ def test_dropout_follows_its_probabilities():
     assert_close(mean, attention(x, plan), atol=0.05, rtol=0.1)
 
 
+@pytest.mark.parametrize("recomputed", [(0,), (0, 1, 2)])
+def test_recomputed_layers_keep_their_input_alone(recomputed):
+    model = BertForMaskedLM(BertConfig(**SIZES, hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2)).train()
+    batch = packed_arguments(*make_cells([40, 7, 1]))
+
+    def run():
+        saved = []
+
+        def pack(x):
+            saved.append(x)
+            return x
+
+        model.zero_grad()
+        torch.manual_seed(3)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            loss = model(**batch).loss
+        random = torch.rand(1)
+        loss.backward()
+        weights = {p.data_ptr() for p in model.parameters()}
+        return loss, gradients(model), random, sum(x.numel() for x in saved if x.data_ptr() not in weights)
+
+    loss, grads, random, kept = run()
+    for number in recomputed:
+        model.bert.encoder["layer"][number].recompute = True
+    loss_again, grads_again, random_again, kept_again = run()
+    assert torch.equal(loss, loss_again)
+    assert torch.equal(random, random_again)
+    for name, gradient in grads.items():
+        assert torch.equal(gradient, grads_again[name]), name
+    per_layer = (kept - kept_again) / len(recomputed)
+    assert per_layer > 10 * 48 * SIZES["hidden_size"]  # of more than 10 activations per token
+
+
 def test_initialisation_is_berts():
     model = BertForMaskedLM(BertConfig(**{**SIZES, "hidden_size": 256, "vocab_size": 1000}))
     for name, parameter in model.named_parameters():

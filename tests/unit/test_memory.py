@@ -1,0 +1,49 @@
+"""The memory estimate against peaks measured on an H200 (docs/performance.md)."""
+
+import pytest
+
+from geneformer_pretrain.config import load_config
+from geneformer_pretrain.memory import estimate_peak
+
+GIB = 2**30
+PARAMETERS = {"10m": 10_346_322, "106m": 106_779_730, "4b": 2_910_000_000}
+FP8 = ("model.use_te_layers=true", "training.use_fp8=true")
+PYTORCH = ("model.use_te_layers=false",)
+
+
+def estimate(name, *overrides, world_size=1):
+    return estimate_peak(load_config(name, list(overrides)), world_size, PARAMETERS[name], 2) / GIB
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "measured"),
+    [
+        ("10m", PYTORCH, 5.5),
+        ("106m", PYTORCH, 17.0),
+        ("106m", FP8, 19.8),
+        ("4b", PYTORCH, 85.4),
+        ("4b", FP8, 93.7),
+    ],
+)
+def test_estimate_is_near_what_was_measured(name, overrides, measured):
+    assert estimate(name, *overrides) == pytest.approx(measured, rel=0.06)
+
+
+def test_recomputing_lets_4b_train_in_80_gb():
+    whole, half, none = (estimate("4b", f"training.recompute_every_n_layers={n}") for n in (1, 2, 0))
+    assert whole < half < 80e9 / GIB < none
+
+
+def test_recomputing_every_nth_layer_keeps_the_others():
+    # 36 layers of 66,560 bytes a token, against 5,120 for an input; one recomputed layer is there as well.
+    tokens = 20_480
+    saved = estimate("4b", *PYTORCH) - estimate("4b", *PYTORCH, "training.recompute_every_n_layers=3")
+    assert saved * GIB == pytest.approx((11 * 66_560 - 12 * 5_120) * tokens, rel=1e-6)
+
+
+def test_sharding_divides_weights_and_optimizer_state():
+    fsdp2 = "training.use_fsdp2=true"
+    four, eight = (estimate("4b", fsdp2, world_size=size) for size in (4, 8))
+    assert (four - eight) * GIB == pytest.approx(16 * PARAMETERS["4b"] / 8, rel=0.01)
+    assert estimate("4b", fsdp2, "training.shard_group_size=4", world_size=8) == pytest.approx(four, rel=1e-6)
+    assert estimate("4b", world_size=8) > estimate("4b", world_size=1)
