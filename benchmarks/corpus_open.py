@@ -10,6 +10,7 @@ put out of the page cache before it is opened. Memory is RssAnon: resident, mapp
 import argparse
 import json
 import os
+import sys
 import tempfile
 import threading
 import time
@@ -19,6 +20,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.ipc as ipc
 import pyarrow.parquet as pq
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from geneformer_pretrain.data.corpus import open_corpus
 

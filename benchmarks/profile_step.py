@@ -6,11 +6,14 @@ Takes the configuration of a run; trains 30 steps in a temporary folder and prof
 """
 
 import argparse
+import sys
 import tempfile
 from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from geneformer_pretrain.config import load_config
 from geneformer_pretrain.data.loader import Loader

@@ -1,12 +1,17 @@
 """Unpadded tokens per second of this project, beside a baseline measured in the same run.
 
     python benchmarks/throughput.py --models 10m 106m --variants torch-bf16 te-fp8
-    python benchmarks/throughput.py --models 106m --engines ddp fsdp2 --nproc 2
+    python benchmarks/throughput.py --models 106m --engines ddp fsdp2 --nproc 1 2 4 --baseline
+    python benchmarks/throughput.py --models 106m --save-every 50 --baseline
 
-Each cell of the table is a real run of train.py through its loader and loop: the median over the wall-clock times
+Each row of the table is a real run of train.py through its loader and loop: the median over the wall-clock times
 of its last steps, fresh packs, metrics logged at every step. The baseline is what a careful user of transformers
 would write: stock BertForMaskedLM with SDPA, BF16 autocast, fused AdamW, a DataLoader with
 DataCollatorForLanguageModeling that pads to the longest cell of the batch; plain, and under torch.compile.
+
+Columns: unpadded tokens per second and GPU; its ratio to the best baseline of the model; model FLOPs per second
+and their share of the peak (MFU); the median step and the slowest one as a multiple of it, saving steps left out;
+the share of time that saving costs; seconds of the first step, with compilation; peak memory.
 
 Model FLOPs count matrix products alone, 2 for each multiply-add, and the backward as twice the forward:
 
@@ -17,6 +22,7 @@ They are the same for every implementation: what padding or a head on all tokens
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -24,15 +30,19 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lognormal_corpus import NUM_SPECIAL_TOKENS, VOCAB_SIZE, write_corpus
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.lognormal_corpus import NUM_SPECIAL_TOKENS, VOCAB_SIZE, write_corpus
 from geneformer_pretrain.config import ModelConfig, load_config
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 VARIANTS = {
     "torch-bf16": ["model.use_te_layers=false"],
     "te-bf16": ["model.use_te_layers=true"],
@@ -52,32 +62,39 @@ def model_flops_per_token(model: ModelConfig, lengths: np.ndarray, mlm_probabili
     return 3 * (layers + mlm_probability * 2 * (h * h + h * model.vocab_size))
 
 
-def run_ours(name: str, corpus: Path, overrides: list[str], nproc: int, steps: int, skip: int) -> dict[str, Any]:
-    """Run train.py; return the median speed, the slowest step and the peak memory."""
+def run_ours(name: str, corpus: Path, overrides: list[str], nproc: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Run train.py; return what its metrics.jsonl tells of the steps after the first `args.skip`."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"),
             *("train.py", "--config-name", name, *overrides),
             *(f"data.path={corpus}", f"data.cache_dir={corpus.parent}/cache", "training.wandb_init_args=null"),
-            *(f"training.num_train_steps={steps}", f"training.save_every_n_steps={10 * steps}"),
+            f"training.num_train_steps={args.steps}",
+            f"training.save_every_n_steps={args.save_every or 10 * args.steps}",
             f"training.checkpoint_dir={folder}",
         ]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
         records = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    timed = records[skip:-1]  # the last step waits for the final checkpoint
-    seconds = [record["seconds"] for record in timed]
+    timed = records[args.skip : -1]  # the last step waits for the final checkpoint
+    seconds = statistics.median(record["seconds"] for record in timed)
+    # A save delays the end of the step before it or of the step after it.
+    saving = {
+        step + late for step in range(args.save_every, args.steps, args.save_every or args.steps) for late in (0, 1)
+    }
+    delays = [record["seconds"] - seconds for record in timed if record["step"] in saving]
     return {
         "tokens_per_second": statistics.median(record["tokens_per_second"] for record in timed) / nproc,
-        "milliseconds": 1e3 * statistics.median(seconds),
-        "slowest_over_median": max(seconds) / statistics.median(seconds),
+        "seconds": seconds,
+        "slowest_over_median": max(r["seconds"] for r in timed if r["step"] not in saving) / seconds,
+        "saving_share": sum(delays) / sum(record["seconds"] for record in timed),
         "first_step_seconds": records[0]["seconds"],
-        "memory_gib": timed[-1]["peak_memory_gib"],
+        "memory_gib": timed[-1].get("peak_memory_gib"),
     }
 
 
-def run_baseline(name: str, corpus: Path, compiled: bool, steps: int, skip: int) -> dict[str, Any]:
+def run_baseline(name: str, corpus: Path, kind: str, args: argparse.Namespace) -> dict[str, Any]:
     """Train stock BERT on the same cells in this process."""
     import pyarrow.parquet as pq
     import torch
@@ -88,64 +105,69 @@ def run_baseline(name: str, corpus: Path, compiled: bool, steps: int, skip: int)
 
     from geneformer_pretrain.parallel import architecture
 
-    config = load_config(name)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config = load_config(name, args.overrides)
     vocabulary = {"<pad>": 0, "<mask>": 1} | {f"g{i}": i for i in range(NUM_SPECIAL_TOKENS, VOCAB_SIZE)}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>")),
         pad_token="<pad>",
         mask_token="<mask>",
     )
-    size = BASELINE_CELLS[name]
-    cells = pq.read_table(corpus).slice(0, size * (steps + 1))
+    size = args.baseline_cells or BASELINE_CELLS[name]
     loader = DataLoader(
-        Dataset(cells),
+        Dataset(pq.read_table(corpus).slice(0, size * args.steps)),
         batch_size=size,
         shuffle=True,
         drop_last=True,
-        num_workers=8,
-        pin_memory=True,
-        collate_fn=DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.15),
+        num_workers=min(8, os.cpu_count() or 1),
+        pin_memory=device.type == "cuda",
+        collate_fn=DataCollatorForLanguageModeling(tokenizer, mlm_probability=config.training.mlm_probability),
     )
-    model = BertForMaskedLM(BertConfig(**architecture(config.model), attn_implementation="sdpa")).cuda().train()
+    model = BertForMaskedLM(BertConfig(**architecture(config.model), attn_implementation="sdpa")).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    forward = torch.compile(model) if compiled else model
-    rates, clock = [], time.perf_counter()
+    forward = torch.compile(model) if kind == "compile" else model
+    rates, seconds, clock = [], [], time.perf_counter()
     for batch in loader:
         tokens = int(batch["attention_mask"].sum())
-        batch = {key: value.cuda(non_blocking=True) for key, value in batch.items()}
-        with torch.autocast("cuda", torch.bfloat16):
+        batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             loss = forward(**batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        torch.cuda.synchronize()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
         now = time.perf_counter()
-        rates.append((tokens / (now - clock), now - clock))
+        seconds.append(now - clock)
+        rates.append(tokens / seconds[-1])
         clock = now
-    timed = rates[skip:]
+    median = statistics.median(seconds[args.skip :])
     return {
-        "tokens_per_second": statistics.median(rate for rate, _ in timed),
-        "milliseconds": 1e3 * statistics.median(seconds for _, seconds in timed),
-        "slowest_over_median": max(s for _, s in timed) / statistics.median(s for _, s in timed),
-        "first_step_seconds": rates[0][1],
-        "memory_gib": torch.cuda.max_memory_allocated() / 2**30,
+        "tokens_per_second": statistics.median(rates[args.skip :]),
+        "seconds": median,
+        "slowest_over_median": max(seconds[args.skip :]) / median,
+        "saving_share": 0.0,
+        "first_step_seconds": seconds[0],
+        "memory_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
     }
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    """One line for each measured cell; the ratio is to the best baseline of the same model."""
+    """One line for each run; the ratio is to the best baseline of the same model."""
     print(
         f"{'model':6} {'variant':22} {'GPUs':>4} {'tokens/s/GPU':>13} {'ratio':>6} {'TFLOP/s':>8} {'MFU':>6}"
-        f" {'ms/step':>8} {'slowest':>8} {'memory':>9}"
+        f" {'ms/step':>8} {'slowest':>8} {'saving':>7} {'first':>7} {'memory':>9}"
     )
     for row in rows:
         baselines = [r["tokens_per_second"] for r in rows if r["model"] == row["model"] and r["engine"] == "baseline"]
         ratio = f"{row['tokens_per_second'] / max(baselines):6.2f}" if baselines else "     -"
+        memory = "-" if row["memory_gib"] is None else f"{row['memory_gib']:.1f} GiB"
         print(
             f"{row['model']:6} {row['variant'] + ' ' + row['engine']:22} {row['nproc']:4}"
-            f" {row['tokens_per_second']:13,.0f} {ratio} {row['tflops']:8.0f} {row['mfu']:6.1%}"
-            f" {row['milliseconds']:8.1f} {row['slowest_over_median']:7.2f}x {row['memory_gib']:5.1f} GiB",
+            f" {row['tokens_per_second']:13,.0f} {ratio} {row['tflops']:8.1f} {row['mfu']:6.1%}"
+            f" {1e3 * row['seconds']:8.1f} {row['slowest_over_median']:7.2f}x {row['saving_share']:7.1%}"
+            f" {row['first_step_seconds']:5.1f} s {memory:>9}",
             flush=True,
         )
 
@@ -169,62 +191,66 @@ def draw_chart(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path)
 
 
+def measure(args: argparse.Namespace, corpus: Path, lengths: np.ndarray) -> Iterator[dict[str, Any]]:
+    """Run everything that was asked for, one process tree after the other."""
+    for name in args.models:
+        config = load_config(name, args.overrides)
+        flops = model_flops_per_token(config.model, lengths, config.training.mlm_probability)
+
+        def row(result: dict[str, Any], variant: str, engine: str, nproc: int) -> dict[str, Any]:
+            tflops = result["tokens_per_second"] * flops / 1e12  # noqa: B023 - used within this turn of the loop
+            labels = {"model": name, "variant": variant, "engine": engine, "nproc": nproc}  # noqa: B023
+            return {**labels, **result, "tflops": tflops, "mfu": tflops / args.peak_tflops}
+
+        for kind in args.baseline:
+            # A process of its own, so that its memory is gone when train.py starts.
+            worker = [sys.executable, *sys.argv, "--baseline-worker", name, kind, str(corpus)]
+            done = subprocess.run(worker, capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"the {kind} baseline of {name} failed:\n{done.stderr[-4000:]}")
+            yield row(json.loads(done.stdout.splitlines()[-1]), f"transformers {kind}", "baseline", 1)
+        for variant, engine, nproc in itertools.product(args.variants, args.engines, args.nproc):
+            overrides = [*VARIANTS[variant], *ENGINES[engine], *args.overrides]
+            yield row(run_ours(name, corpus, overrides, nproc, args), variant, engine, nproc)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["10m", "106m"], choices=["10m", "106m", "4b"])
     parser.add_argument("--variants", nargs="+", default=["torch-bf16"], choices=list(VARIANTS))
     parser.add_argument("--engines", nargs="+", default=["ddp"], choices=list(ENGINES))
-    parser.add_argument("--nproc", type=int, default=1, help="GPUs of each run")
+    parser.add_argument("--nproc", nargs="+", type=int, default=[1], help="numbers of GPUs")
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--skip", type=int, default=40, help="steps not timed at the start")
-    parser.add_argument("--cells", type=int, default=20_000)
+    parser.add_argument("--save-every", type=int, default=0, help="save asynchronously every so many steps; 0: never")
+    parser.add_argument("--cells", type=int, default=20_000, help="cells of the corpus made for this")
     parser.add_argument("--baseline", nargs="*", default=["plain", "compile"], choices=["plain", "compile"])
-    parser.add_argument("--overrides", nargs="*", default=[], help="KEY=VALUE for every run of train.py")
+    parser.add_argument("--baseline-cells", type=int, help=f"cells of its batches; default {BASELINE_CELLS}")
+    parser.add_argument("--overrides", nargs="*", default=[], help="KEY=VALUE for every run")
     parser.add_argument("--peak-tflops", type=float, default=H100_BF16_TFLOPS, help="dense BF16 peak, for MFU")
     parser.add_argument("--json", type=Path, help="write all numbers to this file")
     parser.add_argument("--chart", type=Path, help="write a chart to this file (needs matplotlib)")
     parser.add_argument("--baseline-worker", nargs=3, metavar=("MODEL", "KIND", "CORPUS"), help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.chart and find_spec("matplotlib") is None:
+        parser.error("--chart needs matplotlib, which is not installed")
+    if args.skip > args.steps - 2:
+        parser.error(f"--skip {args.skip} leaves no step of --steps {args.steps} to be timed")
     if args.baseline_worker:
         name, kind, corpus = args.baseline_worker
-        print(json.dumps(run_baseline(name, Path(corpus), kind == "compile", args.steps, args.skip)))
+        print(json.dumps(run_baseline(name, Path(corpus), kind, args)))
         return
 
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         corpus = Path(folder) / "corpus.parquet"
-        lengths = write_corpus(corpus, args.cells)
-        for name in args.models:
-            config = load_config(name, args.overrides)
-            flops = model_flops_per_token(config.model, lengths, config.training.mlm_probability)
-
-            def add(result: dict[str, Any], variant: str, engine: str, nproc: int) -> None:
-                tflops = result["tokens_per_second"] * flops / 1e12  # noqa: B023
-                labels = {"model": name, "variant": variant, "engine": engine, "nproc": nproc}  # noqa: B023
-                rows.append({**labels, **result, "tflops": tflops, "mfu": tflops / args.peak_tflops})
-                print_table(rows[-1:])
-
-            for kind in args.baseline:
-                worker = [sys.executable, __file__, "--baseline-worker", name, kind, str(corpus)]
-                worker += ["--steps", str(args.steps), "--skip", str(args.skip)]
-                environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
-                done = subprocess.run(worker, capture_output=True, text=True, env=environment)
-                if done.returncode:
-                    raise RuntimeError(f"the {kind} baseline of {name} failed:\n{done.stderr[-4000:]}")
-                add(json.loads(done.stdout.splitlines()[-1]), f"transformers {kind}", "baseline", 1)
-            for variant in args.variants:
-                for engine in args.engines:
-                    overrides = [*VARIANTS[variant], *ENGINES[engine], *args.overrides]
-                    add(
-                        run_ours(name, corpus, overrides, args.nproc, args.steps, args.skip),
-                        variant,
-                        engine,
-                        args.nproc,
-                    )
+        for row in measure(args, corpus, write_corpus(corpus, args.cells)):
+            rows.append(row)
+            print_table([row])
+            if args.json:
+                args.json.write_text(json.dumps(rows, indent=2) + "\n")
     print()
     print_table(rows)
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=2) + "\n")
     if args.chart:
         draw_chart(rows, args.chart)
 

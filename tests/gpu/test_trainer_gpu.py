@@ -60,8 +60,12 @@ def fit(overrides, steps):
         assert Trainer(config, world).fit()
 
 
+def records(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
 def losses(folder):
-    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [record["loss"] for record in records(folder)]
 
 
 @pytest.mark.parametrize("kernel", ["torch", "triton"])
@@ -78,3 +82,23 @@ def test_deterministic_runs_and_resumptions_are_bitwise_equal(overrides, tmp_pat
     a, b = (load_file(tmp_path / name / "final_model" / "model.safetensors") for name in "ab")
     for name, value in a.items():
         assert torch.equal(value, b[name]), name
+
+
+TE = ["model.use_te_layers=true"]
+LAYERS = {"torch": [], "te": TE, "fp8": [*TE, "training.use_fp8=true"]}
+
+
+@pytest.mark.parametrize("layers", LAYERS)
+def test_recomputing_changes_memory_and_nothing_else(overrides, tmp_path, layers):
+    if layers != "torch":
+        pytest.importorskip("transformer_engine.pytorch")
+    common = [*overrides, *LAYERS[layers], "model.num_hidden_layers=6", "model.micro_batch_size=64"]
+    peaks = []
+    for every in (0, 1):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        folder = tmp_path / str(every)
+        fit([*common, f"training.recompute_every_n_layers={every}", f"training.checkpoint_dir={folder}"], 5)
+        peaks.append(records(folder)[-1]["peak_memory_gib"])
+    assert losses(tmp_path / "1") == pytest.approx(losses(tmp_path / "0"), rel=1e-3)
+    assert peaks[1] < 0.8 * peaks[0]

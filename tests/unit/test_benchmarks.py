@@ -1,0 +1,40 @@
+"""The benchmarks start, and the one that others are asked to rerun measures something."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(name, *arguments):
+    command = [sys.executable, str(ROOT / "benchmarks" / name), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.name)
+def test_help(path):
+    done = run(path.name, "--help")
+    assert done.returncode == 0, done.stderr
+    assert "usage:" in done.stdout
+
+
+def test_throughput_measures_both_sides(tmp_path):
+    shrunk = ["model.num_hidden_layers=1", "model.hidden_size=64", "model.seq_length=256", "model.micro_batch_size=4"]
+    results = tmp_path / "results.json"
+    done = run(
+        *("throughput.py", "--models", "10m", "--steps", 6, "--skip", 1, "--cells", 300, "--save-every", 3),
+        *("--baseline", "plain", "--baseline-cells", 1, "--json", results, "--overrides", *shrunk),
+    )
+    assert done.returncode == 0, done.stderr
+    baseline, ours = json.loads(results.read_text())
+    assert (baseline["engine"], ours["engine"]) == ("baseline", "ddp")
+    assert ours["tokens_per_second"] > baseline["tokens_per_second"] > 0
+    # Tokens a second and FLOPs a second differ by the FLOPs a token, the same for both.
+    assert ours["tflops"] / ours["tokens_per_second"] == pytest.approx(
+        baseline["tflops"] / baseline["tokens_per_second"]
+    )
+    assert f"{ours['tokens_per_second']:,.0f}" in done.stdout
