@@ -129,31 +129,6 @@ class PackedBatch(BatchInfo):
         """Views of all parts."""
         return split(self.buffer, self.shape)
 
-    @property
-    def input_ids(self) -> torch.Tensor:
-        """See ``Parts``."""
-        return self.parts.input_ids
-
-    @property
-    def position_ids(self) -> torch.Tensor:
-        """See ``Parts``."""
-        return self.parts.position_ids
-
-    @property
-    def cu_seqlens(self) -> torch.Tensor:
-        """See ``Parts``."""
-        return self.parts.cu_seqlens
-
-    @property
-    def masked_index(self) -> torch.Tensor:
-        """See ``Parts``."""
-        return self.parts.masked_index
-
-    @property
-    def labels(self) -> torch.Tensor:
-        """See ``Parts``."""
-        return self.parts.labels
-
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "PackedBatch":
         """The batch on another device."""
         return replace(self, buffer=self.buffer.to(device, non_blocking=non_blocking))

@@ -98,12 +98,12 @@ def events_of(batch: PackedBatch | PaddedBatch) -> dict[tuple[int, int], tuple[i
                 token, label = batch.input_ids[row, position], batch.labels[row, position]
                 events[cell, position] = (int(token), int(label))
         return events
-    labels = torch.full_like(batch.input_ids, -100)
-    labels[batch.masked_index[: batch.num_masked].long()] = batch.labels[: batch.num_masked]
+    labels = torch.full_like(batch.parts.input_ids, -100)
+    labels[batch.parts.masked_index[: batch.num_masked].long()] = batch.parts.labels[: batch.num_masked]
     for segment, cell in enumerate(batch.cells.tolist()):
-        start, end = batch.cu_seqlens[segment : segment + 2].tolist()
+        start, end = batch.parts.cu_seqlens[segment : segment + 2].tolist()
         for position in range(end - start):
-            events[cell, position] = (int(batch.input_ids[start + position]), int(labels[start + position]))
+            events[cell, position] = (int(batch.parts.input_ids[start + position]), int(labels[start + position]))
     return events
 
 
@@ -122,12 +122,12 @@ def test_layout_of_a_packed_batch(lengths, token_dtype, offset_dtype, rows):
     for batch in build_batches(builder, stream, range(stream.plan(0).num_packs)):
         assert batch.max_seqlen == 64
         assert batch.buffer.dtype == torch.int32
-        assert len(batch.input_ids) == len(batch.position_ids) == shape.token_budget == 256
-        assert len(batch.cu_seqlens) == shape.num_segments + 1
-        assert len(batch.masked_index) == len(batch.labels) == shape.masked_capacity
+        assert len(batch.parts.input_ids) == len(batch.parts.position_ids) == shape.token_budget == 256
+        assert len(batch.parts.cu_seqlens) == shape.num_segments + 1
+        assert len(batch.parts.masked_index) == len(batch.parts.labels) == shape.masked_capacity
         assert all(part.data_ptr() % 128 == batch.buffer.data_ptr() % 128 for part in batch.parts)
 
-        segments = batch.cu_seqlens.numpy()
+        segments = batch.parts.cu_seqlens.numpy()
         lengths_of_segments = np.diff(segments)
         assert segments[0] == 0
         assert segments[-1] == 256
@@ -135,23 +135,23 @@ def test_layout_of_a_packed_batch(lengths, token_dtype, offset_dtype, rows):
         used = int((lengths_of_segments > 0).sum())
         assert (lengths_of_segments[:used] > 0).all()  # only the unused entries at the end are empty
         expected_positions = np.concatenate([np.arange(n) for n in lengths_of_segments])
-        assert (batch.position_ids.numpy() == expected_positions).all()
+        assert (batch.parts.position_ids.numpy() == expected_positions).all()
 
         assert batch.num_cells == len(batch.cells)
         assert batch.num_tokens == segments[batch.num_cells]
-        assert (batch.input_ids[batch.num_tokens :] == 0).all()
+        assert (batch.parts.input_ids[batch.num_tokens :] == 0).all()
         expected_labels, expected_index = [], []
         for segment, cell in enumerate(batch.cells.tolist()):
             start, end = segments[segment : segment + 2]
             masked, labels = mask_cell(corpus.cell(cell)[:64], cell, batch.epoch, rule)
-            assert (batch.input_ids.numpy()[start:end] == masked).all()
+            assert (batch.parts.input_ids.numpy()[start:end] == masked).all()
             positions = np.flatnonzero(labels != -100)
             expected_index += (start + positions).tolist()
             expected_labels += labels[positions].tolist()
         assert batch.num_masked == len(expected_labels)
         padding = shape.masked_capacity - batch.num_masked
-        assert batch.masked_index.tolist() == expected_index + [0] * padding
-        assert batch.labels.tolist() == expected_labels + [-100] * padding
+        assert batch.parts.masked_index.tolist() == expected_index + [0] * padding
+        assert batch.parts.labels.tolist() == expected_labels + [-100] * padding
 
 
 @given(lengths_strategy, st.integers(1, 5))
@@ -181,7 +181,8 @@ def test_packed_and_padded_agree_over_an_epoch(lengths, micro_batch_size):
 
 def flat(batches) -> list[tuple[int, bytes]]:
     return [
-        (batch.pack, batch.buffer[: 256 * 2].numpy().tobytes() + batch.labels.numpy().tobytes()) for batch in batches
+        (batch.pack, batch.buffer[: 256 * 2].numpy().tobytes() + batch.parts.labels.numpy().tobytes())
+        for batch in batches
     ]
 
 
@@ -329,13 +330,19 @@ def test_impossible_loaders_are_refused():
         loader_for(corpus, num_workers=1, prefetch=0)
 
 
+def contents(batch):
+    """What has the attributes input_ids and labels, in batches of either kind."""
+    return batch.parts if isinstance(batch, PackedBatch) else batch
+
+
 def test_moving_a_batch_keeps_its_parts():
     corpus = corpus_of([40] * 20)
     for packing in (True, False):
         batch = next(loader_for(corpus, packing=packing))
         moved = batch.to("meta", non_blocking=True)
-        assert moved.input_ids.device.type == moved.labels.device.type == "meta"
-        assert moved.input_ids.shape == batch.input_ids.shape
+        before, after = (contents(b) for b in (batch, moved))
+        assert after.input_ids.device.type == after.labels.device.type == "meta"
+        assert after.input_ids.shape == before.input_ids.shape
         assert moved.cells is batch.cells
     packed = next(loader_for(corpus))
     parts = split(packed.buffer.clone(), packed.shape)
@@ -352,8 +359,8 @@ def test_pinned_batches_reach_the_gpu_unharmed(packing):
         moved = []
         torch.cuda._sleep(10**8)
         for batch in loader:
-            assert batch.input_ids.is_pinned()
+            assert contents(batch).input_ids.is_pinned()
             moved.append(batch.to("cuda", non_blocking=True))
     for ours, theirs in zip(moved, reference, strict=True):
-        assert torch.equal(ours.input_ids.cpu(), theirs.input_ids)
-        assert torch.equal(ours.labels.cpu(), theirs.labels)
+        assert torch.equal(contents(ours).input_ids.cpu(), contents(theirs).input_ids)
+        assert torch.equal(contents(ours).labels.cpu(), contents(theirs).labels)
