@@ -18,7 +18,8 @@ RUN mkdir -p /etc/pip \
 
 # Runs as root or as any other user (docker run --user): caches go to /tmp, the repository is writable.
 # VENV=none: make uses the image's interpreter instead of an environment of its own.
-ENV HOME=/tmp USER=geneformer VENV=none
+# Compiled code goes to the folder of caches, which may be mounted to outlive the container.
+ENV HOME=/tmp USER=geneformer VENV=none TORCHINDUCTOR_CACHE_DIR=/workspace/cache/torchinductor
 WORKDIR /workspace
 COPY . .
 RUN chmod -R a+rwX .
