@@ -97,6 +97,7 @@ class ShardedFormat:
         with warnings.catch_warnings():
             if group is None:
                 warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+            warnings.filterwarnings("ignore", "TypedStorage is deprecated", UserWarning)  # torch 2.10 about its own use
             dcp_save(
                 dict(tensors),
                 storage_writer=_Writer(folder),

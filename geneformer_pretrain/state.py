@@ -30,6 +30,7 @@ class DataIdentity:
     num_special_tokens: int
     mask_token_id: int
     vocab_size: int
+    planner_version: int
 
     def require_same(self, saved: dict[str, Any], where: str) -> None:
         """Raise ConfigError that lists what differs from the identity saved in a checkpoint."""

@@ -1,7 +1,7 @@
 """From the lengths of the cells to one endless, globally ordered stream of packs.
 
 1. ``permutation``   every cell once, in the order that (seed, epoch) decides
-2. ``pack_cells``    neighbours in that order put together into packs of a fixed token budget
+2. ``pack_cells``    neighbours in that order put together into packs of a fixed token budget and equal cost
 3. ``EpochPlan``     the packs of one epoch; kept in a folder that the ranks of a node share
 4. ``PackStream``    the epochs end to end; pack number -> (epoch, cells)
 
@@ -22,11 +22,14 @@ from numba import njit
 
 from geneformer_pretrain.data.masking import GOLDEN, derive, epoch_key, mix64
 
-PLANNER_VERSION = 1
+PLANNER_VERSION = 2
 """Raised with every change that gives other packs, so that plans on disk are not mistaken for new ones."""
 
-LOOKAHEAD = 32
-"""Cells among which the packer chooses."""
+GROUP_PACKS = 32
+"""Packs that are made together, from the same cells."""
+
+SPARE_CELLS = 16
+"""A group may choose among cells that would fill one pack more, and so many of the longest more at least."""
 
 SHUFFLE_WINDOW_BLOCKS = 16
 """Blocks whose cells are mixed with each other when shuffling by blocks."""
@@ -235,70 +238,101 @@ def permutation(num_cells: int, seed: int, epoch: int, shuffle_block_cells: int 
 
 
 @njit(nogil=True, cache=True)
+def _sort_by_length(cells: np.ndarray, lengths: np.ndarray, seq_length: int) -> None:
+    """Longest first, in place; equal lengths keep their order."""
+    place = np.zeros(seq_length + 2, np.int64)
+    for length in lengths:
+        place[seq_length - length + 1] += 1
+    for length in range(1, len(place)):
+        place[length] += place[length - 1]
+    unsorted_cells, unsorted_lengths = cells.copy(), lengths.copy()
+    for cell, length in zip(unsorted_cells, unsorted_lengths):  # noqa: B905 - numba knows no strict
+        target = place[seq_length - length]
+        cells[target], lengths[target] = cell, length
+        place[seq_length - length] += 1
+
+
+@njit(nogil=True, cache=True)
 def _pack_in_place(
     order: np.ndarray,
     lengths: np.ndarray,
     token_budget: int,
     seq_length: int,
     max_cells: int,
-    lookahead: int,
+    group_packs: int,
+    spare_cells: int,
     pack_start: np.ndarray,
 ) -> int:
     """Reorder ``order`` pack by pack, fill ``pack_start``, return the number of packs.
 
-    Cells are written behind the place where the window reads, so the part not yet read stays intact.
+    Cells are written behind the place where they are read, so the part not yet read stays intact.
     """
     num_cells = len(order)
-    empty = np.int64(2**62)
-    # ``since[slot]`` tells how early the slot's cell came; the earliest opens the next pack and wins ties.
-    cell_of = np.empty(lookahead, np.uint32)
-    length_of = np.full(lookahead, empty)
-    since = np.full(lookahead, empty)
-    read = written = num_packs = 0
-    for slot in range(min(lookahead, num_cells)):
-        cell_of[slot] = order[read]
-        length_of[slot] = min(int(lengths[order[read]]), seq_length)
-        since[slot] = read
-        read += 1
-
+    capacity = min(num_cells, 2 * group_packs * max_cells)
+    enough = group_packs * token_budget + max(token_budget, spare_cells * seq_length)
+    pool = np.empty(capacity, np.uint32)
+    pool_lengths = np.empty(capacity, np.int64)
+    pack_of = np.empty(capacity, np.int64)
+    room = np.empty(group_packs, np.int64)
+    cost = np.empty(group_packs, np.int64)
+    held = np.empty(group_packs, np.int64)
+    pooled = pooled_tokens = read = written = num_packs = 0
     while written < num_cells:
-        pack_start[num_packs] = written
-        room = token_budget
-        slot = 0
-        for other in range(1, lookahead):
-            if since[other] < since[slot]:
-                slot = other
-        while slot >= 0:
-            room -= length_of[slot]
-            order[written] = cell_of[slot]
-            written += 1
-            if read < num_cells:
-                cell_of[slot] = order[read]
-                length_of[slot] = min(int(lengths[order[read]]), seq_length)
-                since[slot] = read
-                read += 1
+        carried = pooled
+        while read < num_cells and pooled < capacity and pooled_tokens < enough:
+            length = min(int(lengths[order[read]]), seq_length)
+            pool[pooled], pool_lengths[pooled] = order[read], length
+            pooled_tokens += length
+            pooled += 1
+            read += 1
+        _sort_by_length(pool[carried:pooled], pool_lengths[carried:pooled], seq_length)
+
+        packs = group_packs
+        if read == num_cells:
+            packs = min(packs, max(-(-pooled_tokens // token_budget), -(-pooled // max_cells)))
+        room[:packs], cost[:packs], held[:packs] = token_budget, 0, 0
+        for i in range(pooled):
+            length, chosen = pool_lengths[i], -1
+            for pack in range(packs):
+                fits = room[pack] >= length and held[pack] < max_cells
+                if fits and (chosen < 0 or cost[pack] < cost[chosen]):
+                    chosen = pack
+            pack_of[i] = chosen
+            if chosen >= 0:
+                room[chosen] -= length
+                cost[chosen] += length * length
+                held[chosen] += 1
+
+        for pack in range(packs):
+            pack_start[num_packs + pack] = written
+            written += held[pack]
+        left = 0
+        pooled_tokens = 0
+        held[:packs] = 0
+        for i in range(pooled):
+            if pack_of[i] >= 0:
+                order[pack_start[num_packs + pack_of[i]] + held[pack_of[i]]] = pool[i]
+                held[pack_of[i]] += 1
             else:
-                length_of[slot] = empty
-                since[slot] = empty
-            slot = -1
-            if written - pack_start[num_packs] < max_cells:
-                longest = 0
-                for other in range(lookahead):
-                    length = length_of[other]
-                    if length <= room and (length > longest or (length == longest and since[other] < since[slot])):
-                        longest = length
-                        slot = other
-        num_packs += 1
+                pool[left], pool_lengths[left] = pool[i], pool_lengths[i]
+                pooled_tokens += pool_lengths[i]
+                left += 1
+        pooled = left
+        num_packs += packs
     pack_start[num_packs] = num_cells
     return num_packs
 
 
 def pack_cells(order: np.ndarray, lengths: np.ndarray, shape: PackShape, packing: bool = True) -> "EpochPlan":
-    """Put neighbours in ``order`` together into packs.
+    """Put neighbours in ``order`` together into packs that are full and cost the same.
 
-    With packing, cells are taken first in, first out with a best-fit look-ahead: of the next 32 cells not yet
-    placed, the oldest opens a pack; then the longest one that still fits is added (the oldest among equals)
-    until none fits or the pack holds ``max_cells``. Without, a pack is the next ``max_cells`` cells.
+    Ranks work on their packs side by side and wait for the slowest, and attention costs the square of a cell's
+    length. So packs are made in groups of 32, from somewhat more cells of ``order`` than fill them: first the
+    cells that the group before left over, then the new ones, longest first, and each goes to the pack with the
+    smallest sum of squares among those that have room (Graham's longest-processing-time rule, 1969). What fits
+    nowhere is left for the next group; those are short cells, of which every group has enough to fill its gaps.
+
+    Without packing, a pack is the next ``max_cells`` cells.
 
     Parameters
     ----------
@@ -317,7 +351,7 @@ def pack_cells(order: np.ndarray, lengths: np.ndarray, shape: PackShape, packing
     # One entry per cell is the most it can take; what is not written to is never backed by memory.
     pack_start = np.empty(len(order) + 1, np.int64)
     num_packs = _pack_in_place(
-        order, lengths, shape.token_budget, shape.seq_length, shape.max_cells, LOOKAHEAD, pack_start
+        order, lengths, shape.token_budget, shape.seq_length, shape.max_cells, GROUP_PACKS, SPARE_CELLS, pack_start
     )
     return EpochPlan(order, pack_start[: num_packs + 1].copy())
 
@@ -414,7 +448,7 @@ class PackStream:
         self._folder: Path | None = None
         if plan_dir is not None and len(lengths) >= MIN_CELLS_ON_DISK:
             identity = [
-                PLANNER_VERSION, LOOKAHEAD, SHUFFLE_WINDOW_BLOCKS, fingerprint, len(lengths), seed,
+                PLANNER_VERSION, GROUP_PACKS, SPARE_CELLS, SHUFFLE_WINDOW_BLOCKS, fingerprint, len(lengths), seed,
                 asdict(shape), packing, shuffle_block_cells,
             ]  # fmt: skip
             key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]

@@ -9,7 +9,7 @@ import xxhash
 from geneformer_pretrain.config import Config, ConfigError
 from geneformer_pretrain.data.corpus import Corpus, open_corpus
 from geneformer_pretrain.data.loader import BatchBuilder, Loader
-from geneformer_pretrain.data.plan import PackShape, PackStream
+from geneformer_pretrain.data.plan import PLANNER_VERSION, PackShape, PackStream
 from geneformer_pretrain.state import DataIdentity, Progress
 
 
@@ -40,6 +40,7 @@ class DataSource:
             num_special_tokens=data.num_special_tokens,
             mask_token_id=data.mask_token_id,
             vocab_size=model.vocab_size,
+            planner_version=PLANNER_VERSION,
         )
 
     def _masking(self) -> dict[str, Any]:
