@@ -638,7 +638,7 @@ def several_splits(folder: Path) -> None:
         (only_empty_cells, ValueError, r"data-0\.arrow, row 0: input_ids has 0 tokens; drop"),
         (null_cell, ValueError, r"data-0\.arrow, row 1: input_ids is null; drop"),
         (null_token, ValueError, r"data-0\.arrow, row 3: input_ids holds a null; drop"),
-        (empty_dataset, ValueError, r"saved: the dataset has no rows; correct"),
+        (empty_dataset, ValueError, r"saved: the dataset has no rows; correct|has type null"),
         (floats, ValueError, r"0001\.arrow: column 'input_ids' has type list<.*double>, not .*; store"),
         (
             other_column,
