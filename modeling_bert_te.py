@@ -85,6 +85,46 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
+class LinearReLU(torch.autograd.Function):
+    """relu(x @ weight.T + bias) by one kernel where cuBLAS has it: [T, H], [F, H], [F] -> [T, F]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        out = torch.ops.aten._addmm_activation(bias, x, weight.t())
+        ctx.save_for_backward(x, weight, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        x, weight, out = ctx.saved_tensors
+        grad = torch.ops.aten.threshold_backward(grad, out, 0)
+        return grad @ weight, grad.t() @ x, grad.sum(0)
+
+
+class Dropout(nn.Dropout):
+    """`nn.Dropout`, with a cheaper generator in compiled code.
+
+    There, an element is dropped where a 32-bit integer hash with little bias (Wellons, "Prospecting for hash
+    functions", lowbias32) of its number and a seed is low. Philox, which the compiler would use, takes longer than
+    reading and writing the tensor.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (torch.compiler.is_compiling() and self.training and 0 < self.p < 1):
+            return super().forward(x)
+        seed = torch.randint(2**31, (1,), device=x.device, dtype=torch.int32)
+        return torch.where(hashed(x.shape, seed) < round(self.p * 2**32) - 2**31, 0.0, x * (1 / (1 - self.p)))
+
+
+def hashed(shape: torch.Size, seed: Tensor) -> Tensor:
+    """An int32 hash of each element's number and the seed, evenly spread over all of int32."""
+    # Shifts of int32 drag the sign along; the masks take it away. Products wrap around.
+    x = torch.arange(shape.numel(), dtype=torch.int32, device=seed.device).view(shape) ^ seed
+    x = (x ^ ((x >> 16) & 0xFFFF)) * 0x7FEB352D
+    x = (x ^ ((x >> 15) & 0x1FFFF)) * (0x846CA68B - 2**32)
+    return x ^ ((x >> 16) & 0xFFFF)
+
+
 class Attention(Protocol):
     """A way to compute self-attention within each cell of a pack; exchangeable, see `set_attention`."""
 
@@ -176,7 +216,7 @@ class BertEmbeddings(nn.Module):
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
         self.LayerNorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
         self.compute_dtype: torch.dtype | None = None
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None) -> Tensor:
@@ -225,7 +265,7 @@ class BertResidualOutput(nn.Module):
         super().__init__()
         self.dense = linear(in_features, config.hidden_size)
         self.LayerNorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
 
     def add_norm(self, x: Tensor, residual: Tensor) -> Tensor:
         return self.LayerNorm(residual + self.dropout(x))
@@ -249,6 +289,7 @@ class BertLayer(nn.Module):
         self.intermediate = nn.ModuleDict({"dense": linear(config.hidden_size, config.intermediate_size)})
         self.output = BertResidualOutput(config, config.intermediate_size, linear)
         self.activation = ACT2FN[config.hidden_act]
+        self.fused_relu = config.hidden_act == "relu" and not use_te_layers
         self.use_te_layers = use_te_layers
         self.recompute = False
 
@@ -260,7 +301,13 @@ class BertLayer(nn.Module):
 
     def compute(self, x: Tensor, plan: Any) -> Tensor:
         x = self.attention["output"](self.attention["self"](x, plan), x)
-        return self.output(self.activation(self.intermediate["dense"](x)), x)
+        return self.output(self.expand(x), x)
+
+    def expand(self, x: Tensor) -> Tensor:
+        dense = self.intermediate["dense"]
+        if self.fused_relu:
+            return LinearReLU.apply(x, dense.weight.to(x.dtype), dense.bias.to(x.dtype))
+        return self.activation(dense(x))
 
     def compile_in_place(self) -> None:
         """Compile the layer, or what lies between the matrix products of Transformer Engine."""

@@ -7,7 +7,7 @@ import torch
 import transformers
 from torch.testing import assert_close
 
-from modeling_bert_te import BertConfig, BertForMaskedLM
+from modeling_bert_te import BertConfig, BertForMaskedLM, Dropout, hashed
 
 SIZES = {
     "vocab_size": 101,
@@ -180,6 +180,45 @@ def test_dropout_follows_its_probabilities():
     mean = torch.stack([attention(x, plan) for _ in range(300)]).mean(0)
     attention.eval()
     assert_close(mean, attention(x, plan), atol=0.05, rtol=0.1)
+
+
+def lowbias32(x):
+    """Wellons' hash, in Python's integers."""
+    x = (x ^ (x >> 16)) * 0x7FEB352D % 2**32
+    x = (x ^ (x >> 15)) * 0x846CA68B % 2**32
+    return x ^ (x >> 16)
+
+
+def test_hash_for_dropout_is_lowbias32():
+    seed = 1_234_567_890
+    found = hashed(torch.Size((300, 70)), torch.tensor([seed], dtype=torch.int32)).flatten()
+    expected = [lowbias32(i ^ seed) for i in range(300 * 70)]
+    assert (found.long() % 2**32).tolist() == expected
+
+
+def test_dropout_of_compiled_code(monkeypatch):
+    """The same share, scale and gradients as nn.Dropout; rows, columns and calls are independent."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    p, shape = 0.1, (1024, 512)
+    dropout, x = Dropout(p), torch.full(shape, 3.0, requires_grad=True)
+    torch.manual_seed(5)
+    out = dropout(x)
+    out.sum().backward()
+    kept = out != 0
+    assert_close(out[kept], torch.full_like(out[kept], 3.0 / (1 - p)))
+    assert_close(x.grad, kept / (1 - p))
+    sigma = (p * (1 - p)) ** 0.5
+    deviation = (~kept).double() - p
+    assert deviation.mean().abs() < 5 * sigma / kept.numel() ** 0.5
+    for along in (0, 1):
+        assert deviation.mean(along).abs().max() < 5.5 * sigma / shape[along] ** 0.5
+    between_rows = (deviation @ deviation.T / shape[1] / sigma**2).fill_diagonal_(0)
+    assert between_rows.abs().max() < 6 / shape[1] ** 0.5
+    other = (dropout(x) == 0).double() - p
+    assert (deviation * other).mean().abs() < 5 * sigma**2 / kept.numel() ** 0.5
+    torch.manual_seed(5)
+    assert torch.equal(dropout(x), out)
+    assert torch.equal(dropout.eval()(x), x)
 
 
 @pytest.mark.parametrize("recomputed", [(0,), (0, 1, 2)])
