@@ -45,7 +45,11 @@ def main() -> None:
                 for _ in range(PROFILED):
                     trainer.train_step(loader)
                 torch.cuda.synchronize()
-        events = [e for e in profiler.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA]
+        events = [
+            e
+            for e in profiler.key_averages()
+            if e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation
+        ]
         total = sum(e.self_device_time_total for e in events)
         print(f"{args.config_name}: {total / PROFILED / 1e3:.2f} ms of kernels per step")
         print(f"{'ms/step':>9} {'share':>6} {'calls':>6}  kernel")

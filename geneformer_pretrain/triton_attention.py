@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 TILE = 128
-"""Rows of a tile, in every kernel."""
+"""Rows of a tile; a program takes one, or an equal part of one."""
 
 
 def tile_list(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
@@ -65,7 +65,7 @@ def _make_keys(keys, seed_pointer, num_rows, BLOCK: tl.constexpr):
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     line = tl.program_id(1)
     seed = tl.load(seed_pointer).to(tl.uint32)
-    value = _mix(_mix(row.to(tl.uint32) ^ seed) + line.to(tl.uint32) * 0x9E3779B9) | 1
+    value = _mix((_mix(row.to(tl.uint32)) ^ seed) + line.to(tl.uint32) * 0x9E3779B9) | 1
     tl.store(keys + line * num_rows + row, value.to(tl.int32, bitcast=True), mask=row < num_rows)
 
 
@@ -99,10 +99,16 @@ def _drop(weights, a, rotated, b, threshold):
 
 
 @triton.jit
-def _tile(tiles):
-    """First token and end of the program's cell, first token of its tile, first row of the cell in tables by row."""
-    tile = tiles + tl.program_id(0) * 4
-    return tl.load(tile), tl.load(tile + 1), tl.load(tile + 2), tl.multiple_of(tl.load(tile + 3), 128)
+def _block(tiles, BLOCK: tl.constexpr):
+    """What a program works on: a block of rows in a tile of a cell.
+
+    First token and end of the cell, first token of the block, first row of the cell in tables by row.
+    """
+    tl.static_assert(128 % BLOCK == 0)
+    in_tile: tl.constexpr = 128 // BLOCK
+    tile = tiles + tl.program_id(0) // in_tile * 4
+    first = tl.load(tile + 2) + tl.program_id(0) % in_tile * BLOCK
+    return tl.load(tile), tl.load(tile + 1), first, tl.multiple_of(tl.load(tile + 3), 128)
 
 
 @triton.jit
@@ -140,7 +146,8 @@ def _forward(
 
     Rows beyond the cell are zeros; their denominators are finite, and that is all the backward needs of them.
     """
-    start, end, first, padded = _tile(tiles)
+    tl.static_assert(128 % BLOCK_N == 0)
+    start, end, first, padded = _block(tiles, BLOCK_M)
     if first >= end:
         return
     head = tl.program_id(1)
@@ -182,7 +189,7 @@ def _row_dot(
     out, grad_out, delta, tiles, factor, num_rows, NUM_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr
 ):  # fmt: skip
     """Delta = factor times the sum over D of out * grad_out, FP32 [A, R]."""
-    _, end, first, _ = _tile(tiles)
+    _, end, first, _ = _block(tiles, BLOCK_M)
     if first >= end:
         return
     head = tl.program_id(1)
@@ -204,7 +211,8 @@ def _backward_keys(
 
     Rows beyond the cell are loaded as zeros: they add nothing.
     """
-    start, end, first, padded = _tile(tiles)
+    tl.static_assert(128 % BLOCK_M == 0)
+    start, end, first, padded = _block(tiles, BLOCK_N)
     if first >= end:
         return
     head = tl.program_id(1)
@@ -243,12 +251,38 @@ def _backward_keys(
 
 
 @triton.jit
+def _backward_queries_step(
+    q, do, k_pointer, v_pointer, columns, end, b_pointer, a, rotated, row_lse, row_delta, grad_q, scale, threshold,
+    stride, MASKED: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    if MASKED:
+        inside = (columns < end)[:, None]
+        k = tl.load(k_pointer + columns[:, None] * stride, mask=inside, other=0.0)
+        v = tl.load(v_pointer + columns[:, None] * stride, mask=inside, other=0.0)
+    else:
+        k = tl.load(k_pointer + columns[:, None] * stride)
+        v = tl.load(v_pointer + columns[:, None] * stride)
+    scores = tl.dot(q, k.T)
+    if MASKED:  # A score of zero could be far above those of the cell, and its weight infinite.
+        scores = tl.where((columns < end)[None, :], scores, float("-inf"))
+    weights = tl.exp2(scores * scale - row_lse[:, None])
+    grad_weights = tl.dot(do, v.T)
+    dropped = weights
+    if DROPOUT:
+        b = tl.load(b_pointer + tl.arange(0, columns.shape[0]))
+        dropped = _drop(weights, a[:, None], rotated[:, None], b[None, :], threshold)
+    grad_scores = dropped * grad_weights - weights * row_delta[:, None]
+    return tl.dot(grad_scores.to(k.dtype), k, grad_q)
+
+
+@triton.jit
 def _backward_queries(
     qkv, grad_out, lse, delta, grad_qkv, tiles, keys, scale, grad_scale, threshold, keep_scale, num_rows,
     NUM_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of queries: a tile of queries against all keys of its cell; keys beyond it are zeros."""
-    start, end, first, padded = _tile(tiles)
+    """Gradient of queries: a tile of queries against all keys of its cell."""
+    tl.static_assert(128 % BLOCK_N == 0)
+    start, end, first, padded = _block(tiles, BLOCK_M)
     if first >= end:
         return
     head = tl.program_id(1)
@@ -256,38 +290,40 @@ def _backward_queries(
     rows = first + tl.arange(0, BLOCK_M)
     table_rows = head * num_rows + tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     d = tl.arange(0, D)
-    inside = (rows < end)[:, None]
+    valid = (rows < end)[:, None]
     base = qkv + head * D + d[None, :]
-    q = tl.load(base + rows[:, None] * stride, mask=inside, other=0.0)
-    do = tl.load(grad_out + (rows[:, None] * NUM_HEADS + head) * D + d[None, :], mask=inside, other=0.0)
+    q = tl.load(base + rows[:, None] * stride, mask=valid, other=0.0)
+    do = tl.load(grad_out + (rows[:, None] * NUM_HEADS + head) * D + d[None, :], mask=valid, other=0.0)
     row_lse = tl.load(lse + table_rows)
     row_delta = tl.load(delta + table_rows)
+    a = rows
     if DROPOUT:
         a = tl.load(keys + num_rows + table_rows)
-        rotated = _rotate(a)
+    rotated = _rotate(a)
     grad_q = tl.zeros([BLOCK_M, D], tl.float32)
-    for offset in tl.range(0, end - start, BLOCK_N):
+    k_pointer, v_pointer = base + NUM_HEADS * D, base + 2 * NUM_HEADS * D
+    whole = (end - start) // BLOCK_N * BLOCK_N
+    for offset in tl.range(0, whole, BLOCK_N):
         columns = start + offset + tl.arange(0, BLOCK_N)
-        valid = (columns < end)[:, None]
-        k = tl.load(base + NUM_HEADS * D + columns[:, None] * stride, mask=valid, other=0.0)
-        v = tl.load(base + 2 * NUM_HEADS * D + columns[:, None] * stride, mask=valid, other=0.0)
-        weights = tl.exp2(tl.dot(q, k.T) * scale - row_lse[:, None])
-        grad_weights = tl.dot(do, v.T)
-        dropped = weights
-        if DROPOUT:
-            b = tl.load(keys + padded + offset + tl.arange(0, BLOCK_N))
-            dropped = _drop(weights, a[:, None], rotated[:, None], b[None, :], threshold)
-        grad_scores = dropped * grad_weights - weights * row_delta[:, None]
-        grad_q = tl.dot(grad_scores.to(k.dtype), k, grad_q)
+        grad_q = _backward_queries_step(
+            q, do, k_pointer, v_pointer, columns, end, keys + padded + offset, a, rotated, row_lse, row_delta, grad_q,
+            scale, threshold, stride, False, DROPOUT,
+        )  # fmt: skip
+    if whole < end - start:
+        columns = start + whole + tl.arange(0, BLOCK_N)
+        grad_q = _backward_queries_step(
+            q, do, k_pointer, v_pointer, columns, end, keys + padded + whole, a, rotated, row_lse, row_delta, grad_q,
+            scale, threshold, stride, True, DROPOUT,
+        )  # fmt: skip
     where = grad_qkv + rows[:, None] * stride + head * D + d[None, :]
-    tl.store(where, (grad_q * grad_scale).to(grad_qkv.dtype.element_ty), mask=inside)
+    tl.store(where, (grad_q * grad_scale).to(grad_qkv.dtype.element_ty), mask=valid)
 
 
 LOG2_E = 1.4426950408889634
-FORWARD = {"BLOCK_M": TILE, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3, "maxnreg": 128}
-BACKWARD_KEYS = {"BLOCK_M": 32, "BLOCK_N": TILE, "num_warps": 4, "num_stages": 3}
-BACKWARD_QUERIES = {"BLOCK_M": TILE, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3, "maxnreg": 128}
-"""Chosen for Hopper at head size 64; 128 registers let two programs of 8 warps share a multiprocessor."""
+FORWARD = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2, "maxnreg": 128}
+BACKWARD_KEYS = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3, "maxnreg": 168}
+BACKWARD_QUERIES = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3, "maxnreg": 128}
+"""Chosen on an H200 at head size 64. Registers are limited so that 16 warps, or 12 for keys, share a multiprocessor."""
 
 
 def _dropout_constants(dropout: float) -> tuple[int, float]:
@@ -301,7 +337,7 @@ def packed_attention(qkv: Tensor, tiles: Tensor, seed: Tensor, dropout: float) -
     Parameters
     ----------
     qkv
-        [T, 3, A, D], contiguous, BF16 or FP16, D a power of two of at least 16.
+        [T, 3, A, D], contiguous, BF16, fewer than 2**31 elements, D a power of two of at least 16.
     tiles
         `tile_list` of the cells, which cover all T tokens.
     seed
@@ -313,7 +349,14 @@ def packed_attention(qkv: Tensor, tiles: Tensor, seed: Tensor, dropout: float) -
     -------
     The output [T, A, D], and for the backward, with R = TILE * tiles, the logarithm to base 2 of each softmax's
     denominator, FP32 [A, R], and the table of dropout keys, int32 [1 + A, R], empty without dropout.
+
+    Raises
+    ------
+    ValueError
+        More elements than the kernels' 32-bit offsets can reach.
     """
+    if qkv.numel() >= 2**31:
+        raise ValueError(f"{len(qkv):,} tokens are too many for one micro-batch; lower model.micro_batch_size.")
     num_tokens, _, num_heads, d = qkv.shape
     num_rows = TILE * len(tiles)
     out = torch.empty(num_tokens, num_heads, d, dtype=qkv.dtype, device=qkv.device)
@@ -322,7 +365,7 @@ def packed_attention(qkv: Tensor, tiles: Tensor, seed: Tensor, dropout: float) -
     if dropout:
         _make_keys[(triton.cdiv(num_rows, 1024), len(keys))](keys, seed, num_rows, BLOCK=1024)
     threshold, keep_scale = _dropout_constants(dropout)
-    _forward[(len(tiles), num_heads)](
+    _forward[(num_rows // FORWARD["BLOCK_M"], num_heads)](
         qkv, out, lse, tiles, keys, LOG2_E / d**0.5, threshold, keep_scale, num_rows,
         NUM_HEADS=num_heads, D=d, DROPOUT=dropout > 0, **FORWARD,
     )  # fmt: skip
@@ -347,14 +390,18 @@ def packed_attention_backward(
     """Gradient of `packed_attention` with respect to qkv, [T, 3, A, D]."""
     _, _, num_heads, d = qkv.shape
     num_rows = TILE * len(tiles)
-    grid = len(tiles), num_heads
     grad_out = grad_out.contiguous()
     grad_qkv = torch.empty_like(qkv)
     delta = torch.empty_like(lse)
     threshold, keep_scale = _dropout_constants(dropout)
-    _row_dot[grid](out, grad_out, delta, tiles, 1 / keep_scale, num_rows, NUM_HEADS=num_heads, D=d, BLOCK_M=TILE)
-    for kernel, shape in ((_backward_keys, BACKWARD_KEYS), (_backward_queries, BACKWARD_QUERIES)):
-        kernel[grid](
+    _row_dot[(len(tiles), num_heads)](
+        out, grad_out, delta, tiles, 1 / keep_scale, num_rows, NUM_HEADS=num_heads, D=d, BLOCK_M=TILE
+    )
+    for kernel, shape, rows in (
+        (_backward_keys, BACKWARD_KEYS, BACKWARD_KEYS["BLOCK_N"]),
+        (_backward_queries, BACKWARD_QUERIES, BACKWARD_QUERIES["BLOCK_M"]),
+    ):
+        kernel[(num_rows // rows, num_heads)](
             qkv, grad_out, lse, delta, grad_qkv, tiles, keys, LOG2_E / d**0.5, keep_scale * d**-0.5, threshold,
             keep_scale, num_rows, NUM_HEADS=num_heads, D=d, DROPOUT=dropout > 0, **shape,
         )  # fmt: skip

@@ -64,35 +64,47 @@ def test_without_dropout(lengths, heads, size, scale):
         assert (leaf.grad[:, :2].abs() < 1e-3).all()
 
 
-def dropped(qkv, cu_seqlens, dropout, seed):
-    """The mask that the kernels use, read off by attending with values that are unit vectors."""
-    length = int(cu_seqlens[1])
+def dropped(qkv, cu_seqlens, dropout, seed, cell=0):
+    """The mask that the kernels use in a cell, read off by attending with values that are unit vectors."""
+    start, end = cu_seqlens[cell : cell + 2].tolist()
+    length = end - start
     heads, size = qkv.shape[2:]
     keep = torch.zeros(heads, length, length, device="cuda", dtype=torch.bool)
     for first in range(0, length, size):
-        probe = qkv.clone()
-        probe[:, :2] = 0  # equal weights
-        probe[:, 2] = 0
+        probe = torch.zeros_like(qkv)  # equal weights
         n = min(size, length - first)
-        probe[range(first, first + n), 2, :, range(n)] = 1
+        probe[range(start + first, start + first + n), 2, :, range(n)] = 1
         _, out = run(probe, cu_seqlens, dropout, seed)
-        keep[:, :, first : first + n] = (out[:length, :, :n] > 0).permute(1, 0, 2)
+        keep[:, :, first : first + n] = (out[start:end, :, :n] > 0).permute(1, 0, 2)
     return keep
 
 
-@pytest.mark.parametrize("length", [200, 384])
-def test_with_dropout_outputs_and_gradients_use_one_mask(length):
+@pytest.mark.parametrize("lengths", [[200], [384], [128, 129, 1, 64, 65, 300]], ids=str)
+def test_with_dropout_outputs_and_gradients_use_one_mask(lengths):
     dropout = 0.3
-    qkv, cu_seqlens = make([length], 2, 64)
-    keep = dropped(qkv, cu_seqlens, dropout, seed=11)
+    qkv, cu_seqlens = make(lengths, 2, 64)
+    keep = [dropped(qkv, cu_seqlens, dropout, 11, cell) for cell in range(len(lengths))]
     leaf, out = run(qkv, cu_seqlens, dropout, seed=11)
     grad = torch.randn_like(out)
     out.backward(grad)
     exact = qkv.double().requires_grad_()
-    expected = reference(exact, cu_seqlens, [keep], dropout)
+    expected = reference(exact, cu_seqlens, keep, dropout)
     expected.backward(grad.double())
     assert error(out, expected) < 0.01
     assert error(leaf.grad, exact.grad) < 0.02
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_scores_far_below_zero(dropout):
+    """Keys beyond a cell's end count as nothing even where their score of zero would be the largest by far."""
+    qkv, cu_seqlens = make([70, 200], 2, 64)
+    qkv[:, 0] = 8.0
+    qkv[:, 1] = -8.0 + 0.1 * qkv[:, 1]
+    leaf, out = run(qkv, cu_seqlens, dropout)
+    out.backward(torch.randn_like(out))
+    assert leaf.grad.isfinite().all()
+    if not dropout:
+        assert error(out, reference(qkv.double(), cu_seqlens)) < 0.01
 
 
 def test_dropout_masks_look_random():

@@ -92,7 +92,8 @@ LAYERS = {"torch": [], "te": TE, "fp8": [*TE, "training.use_fp8=true"]}
 def test_recomputing_changes_memory_and_nothing_else(overrides, tmp_path, layers):
     if layers != "torch":
         pytest.importorskip("transformer_engine.pytorch")
-    common = [*overrides, *LAYERS[layers], "model.num_hidden_layers=6", "model.micro_batch_size=64"]
+    dropout = ["model.hidden_dropout_prob=0.3", "model.attention_probs_dropout_prob=0.3"]
+    common = [*overrides, *LAYERS[layers], *dropout, "model.num_hidden_layers=6", "model.micro_batch_size=64"]
     peaks = []
     for every in (0, 1):
         torch.cuda.empty_cache()
@@ -100,5 +101,8 @@ def test_recomputing_changes_memory_and_nothing_else(overrides, tmp_path, layers
         folder = tmp_path / str(every)
         fit([*common, f"training.recompute_every_n_layers={every}", f"training.checkpoint_dir={folder}"], 5)
         peaks.append(records(folder)[-1]["peak_memory_gib"])
-    assert losses(tmp_path / "1") == pytest.approx(losses(tmp_path / "0"), rel=1e-3)
+    # Other dropout in the second forward would change gradients, by more than rounding does.
+    kept, recomputed = (records(tmp_path / every) for every in "01")
+    for key, tolerance in (("loss", 1e-3), ("grad_norm", 0.02)):
+        assert [r[key] for r in recomputed] == pytest.approx([r[key] for r in kept], rel=tolerance), key
     assert peaks[1] < 0.8 * peaks[0]
