@@ -5,6 +5,7 @@ Configurations lie in hydra_config/; `--cfg all` shows the composed one, `--help
 
 import logging
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import hydra
@@ -34,6 +35,9 @@ def run(config: Config) -> int:
             # torchrun ends all other ranks as soon as one has left with a code other than 0.
             dist.barrier()
         except BaseException as error:
+            if trainer is not None and isinstance(error, Exception):
+                with suppress(CheckpointError):  # A save under way is worth finishing; the error is what to tell of.
+                    trainer.store.wait()
             # A mistake in the first start leaves no folder behind.
             if trainer is not None or is_used(folder):
                 write_exit(folder, "error", 1, rank=world.rank, error=f"{type(error).__name__}: {error}")

@@ -63,7 +63,11 @@ def distributed_world(timeout_minutes: float = 10.0) -> Iterator[World]:
         timeout=datetime.timedelta(minutes=timeout_minutes),
         device_id=device if device.type == "cuda" else None,
     )
+    failed = True
     try:
         yield World(rank, local_rank, size, device)
+        failed = False
     finally:
-        dist.destroy_process_group()
+        # NCCL waits for the collectives of ranks that this one has left behind. Leaving makes torchrun end them.
+        if not failed or size == 1:
+            dist.destroy_process_group()

@@ -56,7 +56,7 @@ class Engine:
         The engine divides gradients by this when it sums them over the ranks.
     micro_batch
         Context for one micro-batch's forward and backward; the argument says whether it is the last of its
-        step, the one after which gradients are reduced.
+        step, before which DDP and replicas of hybrid sharding need not reduce gradients.
     checkpoint_format
         "full" for one file, "sharded" for a distributed checkpoint.
     end_evaluation
@@ -183,7 +183,8 @@ def _fsdp2(model: BertForMaskedLM, shard: Callable[[nn.Module], None], world: Wo
     shard(model)
 
     def micro_batch(last: bool) -> AbstractContextManager[None]:
-        model.set_requires_gradient_sync(last)
+        # Gradients are scattered after each micro-batch: whole ones in FP32 would not fit. Replicas add theirs once.
+        model.set_requires_all_reduce(last)
         return nullcontext()
 
     # Without a backward, the root's weights stay gathered: the optimizer's shards would not be its parameters.

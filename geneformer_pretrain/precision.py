@@ -111,8 +111,8 @@ def forward_context(config: Config) -> Callable[[], AbstractContextManager[None]
 def fp8_state(model: nn.Module, context: Callable[[], AbstractContextManager[None]]) -> Iterator[tuple[str, Tensor]]:
     """Scales and amax histories of delayed scaling, by name; nothing for recipes without a memory.
 
-    They are the same on all ranks, which reduce them together. They are created here if no forward pass has
-    created them yet.
+    Those of a checkpoint are rank 0's: maxima are reduced over all ranks when they turn into scales, so that ranks
+    differ in the newest entry of a history at most. They are created here if no forward pass has created them yet.
     """
     if context is nullcontext:
         return

@@ -99,6 +99,8 @@ class Trainer:
         self.data = open_training_data(config, world.is_main, pin_memory=on_gpu)
         ranks.agree_on(asdict(self.data.identity), ConfigError)
         self.validation_data = open_validation_data(self.data, world.is_main)
+        if self.validation_data is not None:
+            ranks.agree_on({"held-out corpus": self.validation_data.corpus.fingerprint}, ConfigError)
         compiled = on_gpu and config.data.packing if training.compile is None else training.compile
         self.compute_dtype = compute_dtype(training.compute_dtype, world.device)
         self.engine = build_engine(config, world, self.compute_dtype, compiled)
@@ -379,6 +381,8 @@ class Trainer:
     def validate(self) -> float | None:
         """Mean cross-entropy over the first packs of the held-out corpus, without dropout, masks fixed.
 
+        None without a held-out corpus, or if none of its tokens is masked.
+
         Ranks share the packs; one that has fewer runs its last pack again and leaves it out of the sum, since
         sharding engines need all ranks in each forward.
         """
@@ -399,7 +403,7 @@ class Trainer:
         self.engine.end_evaluation()
         dist.all_reduce(totals)
         loss_sum, masked = totals.tolist()
-        return loss_sum / masked
+        return loss_sum / masked if masked else None
 
     def save(self, final: bool) -> None:
         """Save a checkpoint; a failed save is survived, unless it is the last one or one too many."""

@@ -10,6 +10,7 @@ import glob
 import json
 import mmap
 import os
+import resource
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,8 @@ from geneformer_pretrain.data.arrow_cache import (
 
 # Looking up batch headers is bound by the latency of the disk, so several files are looked at side by side.
 READERS = 8
+OTHER_OPEN_FILES = 256
+"""Room that a process leaves beside a corpus's files: sockets, libraries, checkpoints."""
 END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 TOKEN_DTYPES = (np.uint16, np.int16, np.int32, np.int64)
 
@@ -185,6 +188,7 @@ def _open_saved_folder(folder: Path) -> Corpus:
                 "apply Dataset.flatten_indices and save_to_disk the result"
             )
     advice = "save the dataset again with Dataset.save_to_disk, or copy it again"
+    _allow_open_files(len(names), folder)
     with ThreadPoolExecutor(READERS) as pool:
         streams = list(pool.map(lambda name: _map_stream(folder / name, advice), names))
     for stream in streams[1:]:
@@ -198,6 +202,19 @@ def _open_saved_folder(folder: Path) -> Corpus:
         raise ValueError(f"{folder}: the dataset has no rows; correct data.path")
     files = [[name, len(stream.region), stream.num_rows] for name, stream in zip(names, streams, strict=True)]
     return _assemble(streams, sources, json.dumps([identity, files]))
+
+
+def _allow_open_files(number: int, folder: Path) -> None:
+    """Raise this process's own limit of open files: each mapped file takes one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = number + OTHER_OPEN_FILES
+    if hard != resource.RLIM_INFINITY and wanted > hard:
+        raise ValueError(
+            f"{folder}: {number} files, and this system allows a process {hard} open ones (ulimit -Hn); "
+            "save the dataset in fewer files: save_to_disk(..., num_shards=N)"
+        )
+    if soft != resource.RLIM_INFINITY and wanted > soft:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 @dataclass(frozen=True, slots=True)

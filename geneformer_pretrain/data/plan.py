@@ -13,10 +13,12 @@ import json
 import math
 import os
 import threading
+from bisect import bisect_right
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import xxhash
 from filelock import FileLock
 from numba import njit
 
@@ -492,7 +494,7 @@ class PackStream:
         while pack >= self._epoch_starts[-1]:
             epoch = self._first_epoch + len(self._epoch_starts) - 1
             self._epoch_starts.append(self._epoch_starts[-1] + self._plan(epoch).num_packs)
-        return self._first_epoch + int(np.searchsorted(self._epoch_starts, pack, side="right")) - 1
+        return self._first_epoch + bisect_right(self._epoch_starts, pack) - 1
 
     def _plan(self, epoch: int) -> EpochPlan:
         plan = self._plans.pop(epoch, None)
@@ -508,30 +510,39 @@ class PackStream:
         return pack_cells(order, self._lengths, self.shape, self._packing)
 
     def _load_or_make(self, folder: Path, epoch: int) -> EpochPlan:
-        cells_path, starts_path = _plan_files(folder, epoch)
+        files = _plan_files(folder, epoch)
+        cells_path, starts_path, digest_path = files
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / "lock"):
-            if not (cells_path.exists() and starts_path.exists()):
+            if not all(path.exists() for path in files):
                 plan = self._make(epoch)
                 _save(cells_path, plan.cells)
                 _save(starts_path, plan.pack_start)
+                _save(digest_path, _digest(plan))
                 for name in folder.glob("*.cells.npy"):
                     old = int(name.name.split(".")[0])
                     if old < epoch - 2:
                         for path in _plan_files(folder, old):
                             path.unlink(missing_ok=True)
-            problem = f"{cells_path} and {starts_path} do not hold a plan of this corpus; delete both"
             try:
                 plan = EpochPlan(np.load(cells_path, mmap_mode="r"), np.load(starts_path, mmap_mode="r"))
+                if not np.array_equal(np.load(digest_path), _digest(plan)):
+                    raise ValueError("the checksum differs")
             except (ValueError, EOFError) as error:
-                raise RuntimeError(problem) from error
-        if len(plan.cells) != len(self._lengths) or plan.pack_start[-1] != len(self._lengths):
-            raise RuntimeError(problem)
+                raise RuntimeError(
+                    f"{cells_path}: the plan is damaged ({error}); delete the folder {folder}"
+                ) from error
         return plan
 
 
-def _plan_files(folder: Path, epoch: int) -> tuple[Path, Path]:
-    return folder / f"{epoch}.cells.npy", folder / f"{epoch}.starts.npy"
+def _plan_files(folder: Path, epoch: int) -> tuple[Path, Path, Path]:
+    return folder / f"{epoch}.cells.npy", folder / f"{epoch}.starts.npy", folder / f"{epoch}.digest.npy"
+
+
+def _digest(plan: EpochPlan) -> np.ndarray:
+    digest = xxhash.xxh3_128(plan.cells.data)
+    digest.update(plan.pack_start.data)
+    return np.frombuffer(digest.digest(), np.uint8)
 
 
 def _save(path: Path, array: np.ndarray) -> None:

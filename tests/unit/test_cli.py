@@ -4,8 +4,10 @@ import errno
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
@@ -13,6 +15,7 @@ from hydra import compose, initialize_config_dir
 
 import train
 from geneformer_pretrain import trainer
+from geneformer_pretrain.checkpoint import CheckpointStore
 from geneformer_pretrain.config import CONFIG_DIR
 from geneformer_pretrain.data import plan
 from tests.tiny import (
@@ -114,6 +117,25 @@ def test_errors_of_the_system_are_plain_messages(tmp_path: Path, monkeypatch: py
     assert "No space left on device" in read_exit(tmp_path / "run")["error"]
 
 
+def test_a_save_under_way_outlives_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit, step = CheckpointStore._commit, trainer.Trainer.train_step
+
+    def slow_commit(*args: Any) -> None:
+        time.sleep(1.0)
+        commit(*args)
+
+    def fail_late(self: trainer.Trainer, batches: Any) -> Any:
+        if self.progress.step == 3:
+            raise trainer.TrainingError("out of luck")
+        return step(self, batches)
+
+    monkeypatch.setattr(CheckpointStore, "_commit", slow_commit)
+    monkeypatch.setattr(trainer.Trainer, "train_step", fail_late)
+    message = failure(overrides(tmp_path, "training.num_train_steps=9", "training.save_every_n_steps=3"))
+    assert "out of luck" in message
+    assert (tmp_path / "run/step_3/manifest.json").exists()
+
+
 def test_a_damaged_plan_is_a_plain_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "MIN_CELLS_ON_DISK", 1)
     assert train.run(tiny_config(tmp_path)) == 0
@@ -121,7 +143,7 @@ def test_a_damaged_plan_is_a_plain_message(tmp_path: Path, monkeypatch: pytest.M
     file.write_bytes(b"")
     message = failure(overrides(tmp_path, "training.num_train_steps=4"))
     assert "0.cells.npy" in message
-    assert "delete both" in message
+    assert "delete the folder" in message
 
 
 def test_a_bug_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

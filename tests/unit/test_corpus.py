@@ -23,6 +23,8 @@ import pytest
 from geneformer_pretrain.data import arrow_cache
 from geneformer_pretrain.data.corpus import Corpus, open_corpus
 
+ROOT = Path(__file__).resolve().parents[2]
+
 Cells = list[list[int]]
 
 
@@ -668,6 +670,24 @@ def test_unusable_saved_folder(
     make(tmp_path / "saved")
     with pytest.raises(error, match=message):
         open_corpus(tmp_path / "saved", cache)
+
+
+@pytest.mark.parametrize("hard", [4096, 64])
+def test_more_shards_than_a_process_may_open_files(tmp_path: Path, cache: Path, hard: int) -> None:
+    """The soft limit is raised; what the hard one forbids is an error with a remedy."""
+    folder = write_streams(tmp_path / "saved", [[pa.array([[2, 3]])]] * 100)
+    script = (
+        "import resource, sys\n"
+        "from geneformer_pretrain.data.corpus import open_corpus\n"
+        f"resource.setrlimit(resource.RLIMIT_NOFILE, (64, {hard}))\n"
+        "print(open_corpus(sys.argv[1], sys.argv[2]).num_cells)\n"
+    )
+    command = [sys.executable, "-c", script, str(folder), str(cache)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    if hard > 100:
+        assert done.stdout.strip() == "100", done.stderr
+    else:
+        assert "100 files, and this system allows a process 64 open ones" in done.stderr
 
 
 def resident_bytes(path: Path) -> int:

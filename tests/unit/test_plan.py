@@ -287,9 +287,10 @@ def test_damaged_plan_is_named(disk):
     stream_of(lengths, plan_dir=disk).locate(0)
     (path,) = disk.glob("*/0.cells.npy")
     content = path.read_bytes()
-    for damage in (content[:-40], b""):
+    swapped = content[:-8] + content[-4:] + content[-8:-4]
+    for damage in (content[:-40], b"", swapped):
         path.write_bytes(damage)
-        with pytest.raises(RuntimeError, match=r"0\.cells\.npy.*delete both"):
+        with pytest.raises(RuntimeError, match=r"0\.cells\.npy.*delete the folder"):
             stream_of(lengths, plan_dir=disk).locate(0)
 
 
