@@ -139,6 +139,13 @@ class Attention(Protocol):
         """[T, 3, A, D] -> [T, A, D]; `dropout` is the probability of dropping an attention weight."""
 
 
+class ResidualNorm(Protocol):
+    """A way to compute LayerNorm(residual + dropout(x)); exchangeable, see `set_residual_norm`."""
+
+    def __call__(self, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, dropout: float) -> Tensor:
+        """[T, H], [T, H], [H], [H] -> [T, H]; weight and bias are LayerNorm's, in any dtype."""
+
+
 class FlashAttention:
     """PyTorch's FlashAttention, for half precision on CUDA; elsewhere one exact call per cell."""
 
@@ -266,9 +273,14 @@ class BertResidualOutput(nn.Module):
         self.dense = linear(in_features, config.hidden_size)
         self.LayerNorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = Dropout(config.hidden_dropout_prob)
+        self.residual_norm: ResidualNorm | None = None
 
     def add_norm(self, x: Tensor, residual: Tensor) -> Tensor:
-        return self.LayerNorm(residual + self.dropout(x))
+        norm = self.LayerNorm
+        if self.residual_norm is None:
+            return norm(residual + self.dropout(x))
+        dropout = self.dropout.p if self.training else 0.0
+        return self.residual_norm(x, residual, norm.weight, norm.bias, norm.eps, dropout)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         return self.add_norm(self.dense(x), residual)
@@ -464,6 +476,12 @@ class BertForMaskedLM(PreTrainedModel):
         for module in self.modules():
             if isinstance(module, BertModel | BertSelfAttention):
                 module.attention = attention
+
+    def set_residual_norm(self, residual_norm: ResidualNorm | None) -> None:
+        """Use another implementation of dropout, residual and LayerNorm in all layers; None for PyTorch's."""
+        for module in self.modules():
+            if isinstance(module, BertResidualOutput):
+                module.residual_norm = residual_norm
 
     def compile_ends(self) -> None:
         """Compile embeddings and loss head in place, for packed calls of constant shape; layers compile themselves.

@@ -49,8 +49,8 @@ class Fp8Recipe(StrEnum):
     nvfp4 = "nvfp4"
 
 
-class AttentionKernel(StrEnum):
-    """Implementation of self-attention; all compute the same."""
+class Kernel(StrEnum):
+    """Implementation of a part of the model; all compute the same."""
 
     auto = "auto"
     triton = "triton"
@@ -101,9 +101,12 @@ class ModelConfig:
     """Longest cell, in tokens; longer cells are truncated (they are in rank order) and counted."""
     use_te_layers: bool
     """Encoder layers from Transformer Engine modules instead of PyTorch's: the same mathematics."""
-    attention_kernel: AttentionKernel
+    attention_kernel: Kernel
     """triton: this project's kernels for BF16 on GPUs. torch: FlashAttention in PyTorch, exact on the CPU. auto:
     the faster one."""
+    norm_kernel: Kernel
+    """Dropout, residual connection and LayerNorm at the end of both halves of a layer. triton: this project's kernels
+    for BF16 on GPUs. torch: PyTorch's operations, compiled on GPUs. auto: the faster one."""
 
     def __post_init__(self) -> None:
         require(self.model_type == "bert", f"model.model_type is {self.model_type!r}; only 'bert' is supported.")

@@ -24,6 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .triton_hash import dropout_constants, mix
+
 TILE = 128
 """Rows of a tile; a program takes one, or an equal part of one."""
 
@@ -49,23 +51,12 @@ def tile_list(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
 
 
 @triton.jit
-def _mix(x):
-    """A 32-bit integer hash with little bias (Wellons, "Prospecting for hash functions", lowbias32)."""
-    x ^= x >> 16
-    x *= 0x7FEB352D
-    x ^= x >> 15
-    x *= 0x846CA68B
-    x ^= x >> 16
-    return x
-
-
-@triton.jit
 def _make_keys(keys, seed_pointer, num_rows, BLOCK: tl.constexpr):
     """Table int32 [1 + A, R]: b by row, then a by (head, row); all odd."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     line = tl.program_id(1)
     seed = tl.load(seed_pointer).to(tl.uint32)
-    value = _mix((_mix(row.to(tl.uint32)) ^ seed) + line.to(tl.uint32) * 0x9E3779B9) | 1
+    value = mix((mix(row.to(tl.uint32)) ^ seed) + line.to(tl.uint32) * 0x9E3779B9) | 1
     tl.store(keys + line * num_rows + row, value.to(tl.int32, bitcast=True), mask=row < num_rows)
 
 
@@ -326,10 +317,6 @@ BACKWARD_QUERIES = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages":
 """Chosen on an H200 at head size 64. Registers are limited so that 16 warps, or 12 for keys, share a multiprocessor."""
 
 
-def _dropout_constants(dropout: float) -> tuple[int, float]:
-    return min(round(dropout * 2**32), 2**32 - 1), 1.0 / (1.0 - dropout)
-
-
 @torch.library.custom_op("geneformer::packed_attention", mutates_args=())
 def packed_attention(qkv: Tensor, tiles: Tensor, seed: Tensor, dropout: float) -> tuple[Tensor, Tensor, Tensor]:
     """Self-attention within each cell of a pack.
@@ -364,7 +351,7 @@ def packed_attention(qkv: Tensor, tiles: Tensor, seed: Tensor, dropout: float) -
     keys = torch.empty(1 + num_heads if dropout else 0, num_rows, dtype=torch.int32, device=qkv.device)
     if dropout:
         _make_keys[(triton.cdiv(num_rows, 1024), len(keys))](keys, seed, num_rows, BLOCK=1024)
-    threshold, keep_scale = _dropout_constants(dropout)
+    threshold, keep_scale = dropout_constants(dropout)
     _forward[(num_rows // FORWARD["BLOCK_M"], num_heads)](
         qkv, out, lse, tiles, keys, LOG2_E / d**0.5, threshold, keep_scale, num_rows,
         NUM_HEADS=num_heads, D=d, DROPOUT=dropout > 0, **FORWARD,
@@ -393,7 +380,7 @@ def packed_attention_backward(
     grad_out = grad_out.contiguous()
     grad_qkv = torch.empty_like(qkv)
     delta = torch.empty_like(lse)
-    threshold, keep_scale = _dropout_constants(dropout)
+    threshold, keep_scale = dropout_constants(dropout)
     _row_dot[(len(tiles), num_heads)](
         out, grad_out, delta, tiles, 1 / keep_scale, num_rows, NUM_HEADS=num_heads, D=d, BLOCK_M=TILE
     )

@@ -71,7 +71,8 @@ def losses(folder):
 @pytest.mark.parametrize("kernel", ["torch", "triton"])
 def test_deterministic_runs_and_resumptions_are_bitwise_equal(overrides, tmp_path, kernel, monkeypatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    common = [*overrides, "training.deterministic=true", f"model.attention_kernel={kernel}"]
+    common = [*overrides, "training.deterministic=true"]
+    common += [f"model.attention_kernel={kernel}", f"model.norm_kernel={kernel}"]
     try:
         fit([*common, f"training.checkpoint_dir={tmp_path}/a"], 8)
         fit([*common, f"training.checkpoint_dir={tmp_path}/b"], 5)

@@ -1,4 +1,4 @@
-"""The Triton attention kernels against attention written out in float64."""
+"""The Triton kernels against attention and LayerNorm written out in float64."""
 
 from itertools import pairwise
 
@@ -135,4 +135,45 @@ def test_gradients_are_deterministic():
         leaf, out = run(qkv, cu_seqlens, 0.1)
         out.backward(grad)
         grads.append(leaf.grad)
+    assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 5000])
+@pytest.mark.parametrize("width", [64, 256, 320, 768, 1100, 2560])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_residual_norm(rows, width, dropout, dtype):
+    from geneformer_pretrain.triton_norm import residual_norm
+
+    torch.manual_seed(rows + width)
+    x, residual, grad = (torch.randn(rows, width, device="cuda").bfloat16() for _ in range(3))
+    weight, bias = (torch.randn(width, device="cuda").bfloat16().to(dtype) for _ in range(2))
+    leaves = [tensor.requires_grad_() for tensor in (x, residual, weight, bias)]
+    seed = torch.tensor([5], device="cuda")
+    out = residual_norm(*leaves, seed, 1e-12, dropout)[0]
+    out.backward(grad)
+
+    # The sum of ones and zeros is the mask.
+    _, mask, _, _ = residual_norm(torch.ones_like(x), torch.zeros_like(x), weight, bias, seed, 1e-12, dropout)
+    keep = mask.detach() > 0
+    assert abs((~keep).double().mean().item() - dropout) <= 5 * (dropout / keep.numel()) ** 0.5
+    exact = [tensor.detach().double().requires_grad_() for tensor in leaves]
+    total = exact[1] + exact[0] * keep / (1 - dropout)
+    expected = torch.nn.functional.layer_norm(total, (width,), exact[2], exact[3], 1e-12)
+    expected.backward(grad.double())
+    assert error(out, expected) < 0.01
+    for found, reference in zip(leaves, exact, strict=True):
+        assert found.grad.dtype == found.dtype
+        assert error(found.grad, reference.grad) < 0.01
+
+
+def test_residual_norm_repeats_itself():
+    from geneformer_pretrain.triton_norm import residual_norm
+
+    x, residual, grad = (torch.randn(3000, 256, device="cuda").bfloat16() for _ in range(3))
+    grads = []
+    for _ in range(2):
+        weight, bias = (torch.ones(256, device="cuda", requires_grad=True) for _ in range(2))
+        residual_norm(x, residual, weight, bias, torch.tensor([1], device="cuda"), 1e-12, 0.1)[0].backward(grad)
+        grads.append(torch.stack([weight.grad, bias.grad]))
     assert torch.equal(*grads)

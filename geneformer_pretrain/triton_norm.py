@@ -1,0 +1,179 @@
+"""LayerNorm(residual + dropout(x)), the end of both halves of a BERT layer, as Triton kernels.
+
+Each tensor is read and written once. The forward keeps the sum that is normalised, and its statistics; the dropout
+mask is computed again in the backward. There, each program sums the gradients of LayerNorm's weight and bias over
+its rows, and one more pass adds up what the programs found, in a fixed order.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .triton_hash import dropout_constants, is_dropped
+
+FORWARD = {256: (8, 4), 512: (4, 4), 1024: (2, 4), 2048: (1, 4), 4096: (1, 8)}
+BACKWARD = {256: (8, 4), 512: (4, 4), 1024: (4, 4), 2048: (2, 8), 4096: (1, 8)}
+"""Rows that a program works on at a time, and its warps, by the width rounded up to a power of two."""
+
+BACKWARD_PROGRAMS = 528
+"""Four for each multiprocessor of a Hopper GPU."""
+
+
+@triton.jit
+def _forward(
+    x, residual, weight, bias, seed, out, sums, mean, rstd, num_rows, eps, threshold, keep_scale,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < WIDTH
+    valid = (rows < num_rows)[:, None] & inside[None, :]
+    where = rows[:, None] * WIDTH + columns[None, :]
+    value = tl.load(x + where, mask=valid, other=0.0).to(tl.float32)
+    if DROPOUT:
+        value = tl.where(is_dropped(where, tl.load(seed), threshold), 0.0, value * keep_scale)
+    value += tl.load(residual + where, mask=valid, other=0.0).to(tl.float32)
+    kind = out.dtype.element_ty
+    total = value.to(kind)
+    tl.store(sums + where, total, mask=valid)
+    # Statistics belong to what the backward will read.
+    value = total.to(tl.float32)
+    average = tl.sum(value, 1) / WIDTH
+    deviation = tl.where(inside[None, :], value - average[:, None], 0.0)
+    scale = 1.0 / tl.sqrt(tl.sum(deviation * deviation, 1) / WIDTH + eps)
+    w = tl.load(weight + columns, mask=inside, other=0.0).to(kind).to(tl.float32)
+    b = tl.load(bias + columns, mask=inside, other=0.0).to(kind).to(tl.float32)
+    tl.store(out + where, (deviation * scale[:, None] * w[None, :] + b[None, :]).to(kind), mask=valid)
+    tl.store(mean + rows, average, mask=rows < num_rows)
+    tl.store(rstd + rows, scale, mask=rows < num_rows)
+
+
+@triton.jit
+def _backward(
+    grad_out, sums, mean, rstd, weight, seed, grad_x, grad_residual, partial, num_rows, threshold, keep_scale,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    columns = tl.arange(0, BLOCK)
+    inside = columns < WIDTH
+    kind = grad_x.dtype.element_ty
+    w = tl.load(weight + columns, mask=inside, other=0.0).to(kind).to(tl.float32)
+    grad_weight = tl.zeros([BLOCK], tl.float32)
+    grad_bias = tl.zeros([BLOCK], tl.float32)
+    for first in range(tl.program_id(0) * ROWS, num_rows, tl.num_programs(0) * ROWS):
+        rows = first + tl.arange(0, ROWS)
+        valid = (rows < num_rows)[:, None] & inside[None, :]
+        where = rows[:, None] * WIDTH + columns[None, :]
+        grad = tl.load(grad_out + where, mask=valid, other=0.0).to(tl.float32)
+        value = tl.load(sums + where, mask=valid, other=0.0).to(tl.float32)
+        average = tl.load(mean + rows, mask=rows < num_rows, other=0.0)
+        scale = tl.load(rstd + rows, mask=rows < num_rows, other=0.0)
+        normal = tl.where(valid, (value - average[:, None]) * scale[:, None], 0.0)
+        grad_weight += tl.sum(grad * normal, 0)
+        grad_bias += tl.sum(grad, 0)
+        grad *= w[None, :]
+        along_mean = tl.sum(grad, 1) / WIDTH
+        along_scale = tl.sum(grad * normal, 1) / WIDTH
+        grad = (grad - along_mean[:, None] - normal * along_scale[:, None]) * scale[:, None]
+        tl.store(grad_residual + where, grad.to(kind), mask=valid)
+        if DROPOUT:
+            grad = tl.where(is_dropped(where, tl.load(seed), threshold), 0.0, grad * keep_scale)
+        tl.store(grad_x + where, grad.to(kind), mask=valid)
+    row = partial + tl.program_id(0) * 2 * WIDTH + columns
+    tl.store(row, grad_weight, mask=inside)
+    tl.store(row + WIDTH, grad_bias, mask=inside)
+
+
+def _block(width: int) -> int:
+    return max(256, triton.next_power_of_2(width))
+
+
+@torch.library.custom_op("geneformer::residual_norm", mutates_args=())
+def residual_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, seed: Tensor, eps: float, dropout: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """LayerNorm(residual + dropout(x)); weight and bias are rounded to the dtype of x before they are used.
+
+    Parameters
+    ----------
+    x, residual
+        [T, H], contiguous, fewer than 2**31 elements, H at most 4,096.
+    weight, bias
+        LayerNorm's, [H].
+    seed
+        int64 [1] on the device; decides which elements are dropped.
+    eps, dropout
+        LayerNorm's epsilon; probability of dropping an element.
+
+    Returns
+    -------
+    The output [T, H], and for the backward the sum [T, H] and its means and reciprocal standard deviations, FP32 [T].
+
+    Raises
+    ------
+    ValueError
+        More elements than the kernels' 32-bit offsets can reach.
+    """
+    num_rows, width = x.shape
+    if x.numel() >= 2**31:
+        raise ValueError(f"{num_rows:,} tokens are too many for one micro-batch; lower model.micro_batch_size.")
+    out, sums = torch.empty_like(x), torch.empty_like(x)
+    mean, rstd = (torch.empty(num_rows, dtype=torch.float32, device=x.device) for _ in range(2))
+    block = _block(width)
+    rows, warps = FORWARD[block]
+    threshold, keep_scale = dropout_constants(dropout)
+    _forward[(triton.cdiv(num_rows, rows),)](
+        x, residual, weight, bias, seed, out, sums, mean, rstd, num_rows, eps, threshold, keep_scale,
+        WIDTH=width, BLOCK=block, ROWS=rows, DROPOUT=dropout > 0, num_warps=warps,
+    )  # fmt: skip
+    return out, sums, mean, rstd
+
+
+@residual_norm.register_fake
+def _(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, seed: Tensor, eps: float, dropout: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    mean, rstd = (x.new_empty(len(x), dtype=torch.float32) for _ in range(2))
+    return torch.empty_like(x), torch.empty_like(x), mean, rstd
+
+
+@torch.library.custom_op("geneformer::residual_norm_backward", mutates_args=())
+def residual_norm_backward(
+    grad_out: Tensor, sums: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, seed: Tensor, dropout: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x and residual, [T, H], and of weight and bias, FP32 [2, H]."""
+    num_rows, width = sums.shape
+    grad_x, grad_residual = torch.empty_like(sums), torch.empty_like(sums)
+    partial = torch.empty(BACKWARD_PROGRAMS, 2, width, dtype=torch.float32, device=sums.device)
+    block = _block(width)
+    rows, warps = BACKWARD[block]
+    threshold, keep_scale = dropout_constants(dropout)
+    _backward[(BACKWARD_PROGRAMS,)](
+        grad_out.contiguous(), sums, mean, rstd, weight, seed, grad_x, grad_residual, partial, num_rows, threshold,
+        keep_scale, WIDTH=width, BLOCK=block, ROWS=rows, DROPOUT=dropout > 0, num_warps=warps,
+    )  # fmt: skip
+    return grad_x, grad_residual, partial.sum(0)
+
+
+@residual_norm_backward.register_fake
+def _(
+    grad_out: Tensor, sums: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, seed: Tensor, dropout: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(sums), torch.empty_like(sums), sums.new_empty(2, sums.shape[1], dtype=torch.float32)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, _, weight, bias, seed, _, ctx.dropout = inputs
+    ctx.bias_dtype = bias.dtype
+    ctx.save_for_backward(*output[1:], weight, seed)
+
+
+def _backward_of_residual_norm(ctx: Any, grad_out: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
+    weight = ctx.saved_tensors[3]
+    grad_x, grad_residual, (grad_weight, grad_bias) = residual_norm_backward(grad_out, *ctx.saved_tensors, ctx.dropout)
+    return grad_x, grad_residual, grad_weight.to(weight.dtype), grad_bias.to(ctx.bias_dtype), None, None, None
+
+
+residual_norm.register_autograd(_backward_of_residual_norm, setup_context=_save_for_backward)

@@ -1,0 +1,69 @@
+"""Which kernels a run gets, on machines that are only pretended here."""
+
+import pytest
+import torch
+
+from geneformer_pretrain import kernels
+from geneformer_pretrain.config import ConfigError, load_config
+from modeling_bert_te import FlashAttention
+
+
+class Kernels:
+    """Stands for what needs Triton."""
+
+
+CHOICES = {"model.attention_kernel": kernels.choose_attention, "model.norm_kernel": kernels.choose_residual_norm}
+
+
+@pytest.fixture
+def choose(monkeypatch):
+    def choose(kernel, key="model.attention_kernel", capability=(9, 0), dtype=torch.bfloat16, device="cuda", **model):
+        monkeypatch.setattr(kernels, "TritonAttention", Kernels)
+        monkeypatch.setattr(kernels, "TritonResidualNorm", Kernels)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        overrides = [f"{key}={kernel}", *(f"model.{name}={value}" for name, value in model.items())]
+        return type(CHOICES[key](load_config("10m", overrides), torch.device(device), dtype))
+
+    return choose
+
+
+def test_auto_takes_triton_only_where_it_was_tuned(choose):
+    assert choose("auto") is Kernels
+    assert choose("auto", capability=(8, 0)) is FlashAttention
+    assert choose("auto", capability=(10, 0)) is FlashAttention
+    assert choose("auto", num_attention_heads=2) is FlashAttention  # heads of 128
+    assert choose("auto", dtype=torch.float32) is FlashAttention
+    assert choose("auto", device="cpu") is FlashAttention
+
+
+def test_auto_takes_the_norm_kernels_on_hopper(choose):
+    key = "model.norm_kernel"
+    assert choose("auto", key) is Kernels
+    assert choose("torch", key) is type(None)
+    assert choose("auto", key, capability=(8, 0)) is type(None)
+    assert choose("triton", key, capability=(8, 0)) is Kernels
+    assert choose("auto", key, dtype=torch.float32) is type(None)
+    assert choose("auto", key, device="cpu") is type(None)
+    assert choose("auto", key, hidden_size=8192, num_attention_heads=128) is type(None)
+
+
+def test_what_is_asked_for_is_taken(choose):
+    assert choose("torch") is FlashAttention
+    assert choose("triton", capability=(8, 0)) is Kernels
+    assert choose("triton", num_attention_heads=2) is Kernels
+
+
+@pytest.mark.parametrize(
+    ("key", "machine", "obstacle"),
+    [
+        ("model.attention_kernel", {"device": "cpu"}, "a GPU"),
+        ("model.attention_kernel", {"dtype": torch.float32}, "training.compute_dtype=bfloat16"),
+        ("model.attention_kernel", {"capability": (7, 5)}, "compute capability 8.0"),
+        ("model.attention_kernel", {"num_attention_heads": 1}, "head sizes 16, 32, 64 and 128, not 256"),
+        ("model.norm_kernel", {"device": "cpu"}, "a GPU"),
+        ("model.norm_kernel", {"hidden_size": 8192}, "model.hidden_size up to 4,096, not 8192"),
+    ],
+)
+def test_what_cannot_run_is_refused(choose, key, machine, obstacle):
+    with pytest.raises(ConfigError, match=f"{key}=triton .*{obstacle}.*set {key}=torch"):
+        choose("triton", key, **machine)
