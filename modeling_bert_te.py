@@ -449,7 +449,7 @@ class BertForMaskedLM(PreTrainedModel):
         if not use_te_layers:
             return loaded
         plain, *info = loaded if isinstance(loaded, tuple) else (loaded,)
-        model = cls(plain.config, use_te_layers=True).to(plain.dtype).eval()
+        model = cls(plain.config, use_te_layers=True).to(plain.device, plain.dtype).eval()
         weights = dict(plain.named_parameters())
         with torch.no_grad():
             for name, parameter in model.canonical_parameters():

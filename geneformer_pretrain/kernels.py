@@ -118,6 +118,8 @@ def choose_residual_norm(config: Config, device: torch.device, compute_dtype: to
     obstacles = machine_obstacles(device, compute_dtype)
     if config.model.hidden_size > 4096:
         obstacles.append(f"knows model.hidden_size up to 4,096, not {config.model.hidden_size}")
-    if takes_triton("model.norm_kernel", config.model.norm_kernel, obstacles, is_hopper(device)):
+    # Rows shorter than these are summed up faster by what the compiler makes.
+    tuned = is_hopper(device) and config.model.hidden_size >= 768
+    if takes_triton("model.norm_kernel", config.model.norm_kernel, obstacles, tuned):
         return TritonResidualNorm()
     return None

@@ -11,13 +11,13 @@ def layer_activations(config: Config, itemsize: int) -> int:
     """Bytes a token that one encoder layer keeps for the backward.
 
     PyTorch layers keep its input, query, key and value, the attention's output, both sums before LayerNorm, the
-    first half's output, each of width H, and the activation of width F; besides two dropout masks of one byte. In
-    FP8, what the matrix products of Transformer Engine keep is counted in one byte, and the activation twice.
+    first half's output, each of width H, and the activation of width F; dropout masks are computed again. In FP8, what
+    the matrix products of Transformer Engine keep is counted in one byte, and the activation twice.
     """
     h, f = config.model.hidden_size, config.model.intermediate_size
     if config.training.use_fp8:
-        return 17 * h + 3 * f
-    return (8 * itemsize + 2) * h + itemsize * f
+        return 15 * h + 3 * f
+    return itemsize * (8 * h + f)
 
 
 def estimate_peak(config: Config, world_size: int, num_parameters: int, itemsize: int) -> int:

@@ -261,10 +261,7 @@ class Trainer:
         for micro in range(self.accumulation):
             self.watchdog.beat(progress.step + 1, "waiting for data")
             started = time.perf_counter()
-            try:
-                batch = next(batches)
-            except (ValueError, RuntimeError) as error:  # A token, a plan or a cache that is not as it should be.
-                raise TrainingError(str(error)) from error
+            batch = next_batch(batches)
             waited += time.perf_counter() - started
             self.watchdog.beat(progress.step + 1, "forward and backward")
             with self.engine.micro_batch(micro == self.accumulation - 1):
@@ -395,10 +392,9 @@ class Trainer:
         for first in range(0, packs, self.world.size):
             self.watchdog.beat(self.progress.step, "validating")
             mine = first + self.world.rank
-            for batch in build_batches(builder, stream, [min(mine, packs - 1)]):
-                loss_sum, masked = self.forward(batch)
-                if mine < packs:
-                    totals += torch.stack([loss_sum.double(), masked.double()])
+            loss_sum, masked = self.forward(next_batch(build_batches(builder, stream, [min(mine, packs - 1)])))
+            if mine < packs:
+                totals += torch.stack([loss_sum.double(), masked.double()])
         self.engine.model.train()
         self.engine.end_evaluation()
         dist.all_reduce(totals)
@@ -438,6 +434,14 @@ class Trainer:
             self.say(f"Saving failed ({self.failed_saves} of {MAX_FAILED_SAVES} in a row): {error}")
             if final or self.failed_saves >= MAX_FAILED_SAVES:
                 raise
+
+
+def next_batch(batches: Iterator[Batch]) -> Batch:
+    """The next batch; a token, a plan or a cache that is not as it should be is a `TrainingError`."""
+    try:
+        return next(batches)
+    except (ValueError, RuntimeError) as error:
+        raise TrainingError(str(error)) from error
 
 
 def to_host(values: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:

@@ -23,6 +23,7 @@ from tests.tiny import (
     one_cpu_thread,  # noqa: F401 - an automatic fixture
     overrides,
     read_exit,
+    read_metrics,
     tiny_config,
     write_parquet,
 )
@@ -93,6 +94,21 @@ def test_a_token_outside_of_the_vocabulary_in_a_saved_folder(tmp_path: Path) -> 
     exit_json = read_exit(tmp_path / "run")
     assert (exit_json["reason"], exit_json["exit_code"], exit_json["rank"]) == ("error", 1, 0)
     assert "token 101" in exit_json["error"]
+
+
+def test_a_token_outside_of_the_vocabulary_in_held_out_cells(tmp_path: Path) -> None:
+    cells = make_cells(5)
+    cells[2][3] = 101
+    datasets.Dataset.from_dict({"input_ids": cells}).save_to_disk(tmp_path / "saved")
+    message = failure(overrides(tmp_path, f"data.validation_path={tmp_path / 'saved'}"))
+    assert "row 2: token 101 at position 3" in message
+
+
+def test_held_out_cells_of_which_no_token_is_masked(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "held_out.parquet", [[7]])
+    given = [f"data.validation_path={tmp_path / 'held_out.parquet'}", "training.mlm_probability=0.02"]
+    assert train.run(tiny_config(tmp_path, *given)) == 0
+    assert not [record for record in read_metrics(tmp_path / "run") if "validation_loss" in record]
 
 
 def test_damaged_checkpoints_and_changed_data_are_plain_messages(tmp_path: Path) -> None:

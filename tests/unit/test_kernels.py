@@ -36,14 +36,15 @@ def test_auto_takes_triton_only_where_it_was_tuned(choose):
     assert choose("auto", device="cpu") is FlashAttention
 
 
-def test_auto_takes_the_norm_kernels_on_hopper(choose):
-    key = "model.norm_kernel"
-    assert choose("auto", key) is Kernels
+def test_auto_takes_the_norm_kernels_on_hopper_for_wide_rows(choose):
+    key, wide = "model.norm_kernel", {"hidden_size": 768, "num_attention_heads": 12}
+    assert choose("auto", key, **wide) is Kernels
+    assert choose("auto", key) is type(None)
     assert choose("torch", key) is type(None)
-    assert choose("auto", key, capability=(8, 0)) is type(None)
+    assert choose("auto", key, capability=(8, 0), **wide) is type(None)
     assert choose("triton", key, capability=(8, 0)) is Kernels
-    assert choose("auto", key, dtype=torch.float32) is type(None)
-    assert choose("auto", key, device="cpu") is type(None)
+    assert choose("auto", key, dtype=torch.float32, **wide) is type(None)
+    assert choose("auto", key, device="cpu", **wide) is type(None)
     assert choose("auto", key, hidden_size=8192, num_attention_heads=128) is type(None)
 
 
