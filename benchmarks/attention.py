@@ -100,12 +100,11 @@ def main() -> None:
             continue
         name = KERNELS[args.sweep]
         in_use = getattr(triton_attention, name)
-        fixed = "BLOCK_N" if args.sweep == "keys" else "BLOCK_M"
-        free = "BLOCK_M" if args.sweep == "keys" else "BLOCK_N"
+        own, other = ("BLOCK_N", "BLOCK_M") if args.sweep == "keys" else ("BLOCK_M", "BLOCK_N")
         shapes = [
-            {fixed: triton_attention.TILE, free: block, "num_warps": warps, "num_stages": stages} | registers
-            for block, warps, stages in itertools.product((32, 64, 128), (4, 8), (2, 3))
-            for registers in ([{}, {"maxnreg": 128}] if warps == 8 else [{}])
+            {own: rows, other: block, "num_warps": rows // 16, "num_stages": stages} | registers
+            for rows, block, stages in itertools.product((64, 128), (32, 64, 128), (2, 3))
+            for registers in ({}, {"maxnreg": 128}, {"maxnreg": 168})
         ]
         for shape in [in_use, *shapes]:
             setattr(triton_attention, name, shape)

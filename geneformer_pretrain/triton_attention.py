@@ -103,10 +103,8 @@ def _block(tiles, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _forward_step(
-    q, k_pointer, v_pointer, columns, end, b_pointer, a, rotated, m, total, acc, scale, threshold,
-    stride, MASKED: tl.constexpr, DROPOUT: tl.constexpr,
-):  # fmt: skip
+def _load_keys(k_pointer, v_pointer, columns, end, stride, MASKED: tl.constexpr):
+    """Keys and values of some columns; zeros beyond the cell's end, which is looked at only if MASKED."""
     if MASKED:
         inside = (columns < end)[:, None]
         k = tl.load(k_pointer + columns[:, None] * stride, mask=inside, other=0.0)
@@ -114,6 +112,15 @@ def _forward_step(
     else:
         k = tl.load(k_pointer + columns[:, None] * stride)
         v = tl.load(v_pointer + columns[:, None] * stride)
+    return k, v
+
+
+@triton.jit
+def _forward_step(
+    q, k_pointer, v_pointer, columns, end, b_pointer, a, rotated, m, total, acc, scale, threshold,
+    stride, MASKED: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    k, v = _load_keys(k_pointer, v_pointer, columns, end, stride, MASKED)
     scores = tl.dot(q, k.T)
     if MASKED:
         scores = tl.where((columns < end)[None, :], scores, float("-inf"))
@@ -246,13 +253,7 @@ def _backward_queries_step(
     q, do, k_pointer, v_pointer, columns, end, b_pointer, a, rotated, row_lse, row_delta, grad_q, scale, threshold,
     stride, MASKED: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    if MASKED:
-        inside = (columns < end)[:, None]
-        k = tl.load(k_pointer + columns[:, None] * stride, mask=inside, other=0.0)
-        v = tl.load(v_pointer + columns[:, None] * stride, mask=inside, other=0.0)
-    else:
-        k = tl.load(k_pointer + columns[:, None] * stride)
-        v = tl.load(v_pointer + columns[:, None] * stride)
+    k, v = _load_keys(k_pointer, v_pointer, columns, end, stride, MASKED)
     scores = tl.dot(q, k.T)
     if MASKED:  # A score of zero could be far above those of the cell, and its weight infinite.
         scores = tl.where((columns < end)[None, :], scores, float("-inf"))
