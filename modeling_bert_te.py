@@ -89,10 +89,12 @@ class LinearReLU(torch.autograd.Function):
     """relu(x @ weight.T + bias) by one kernel where cuBLAS has it: [T, H], [F, H], [F] -> [T, F]."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        out = torch.ops.aten._addmm_activation(bias, x, weight.t())
-        ctx.save_for_backward(x, weight, out)
-        return out
+    def forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return torch.ops.aten._addmm_activation(bias, x, weight.t())
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:2], output)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
@@ -113,7 +115,8 @@ class Dropout(nn.Dropout):
         if not (torch.compiler.is_compiling() and self.training and 0 < self.p < 1):
             return super().forward(x)
         seed = torch.randint(2**31, (1,), device=x.device, dtype=torch.int32)
-        return torch.where(hashed(x.shape, seed) < round(self.p * 2**32) - 2**31, 0.0, x * (1 / (1 - self.p)))
+        threshold = min(round(self.p * 2**32), 2**32 - 1) - 2**31
+        return torch.where(hashed(x.shape, seed) < threshold, 0.0, x * (1 / (1 - self.p)))
 
 
 def hashed(shape: torch.Size, seed: Tensor) -> Tensor:
@@ -301,7 +304,6 @@ class BertLayer(nn.Module):
         self.intermediate = nn.ModuleDict({"dense": linear(config.hidden_size, config.intermediate_size)})
         self.output = BertResidualOutput(config, config.intermediate_size, linear)
         self.activation = ACT2FN[config.hidden_act]
-        self.fused_relu = config.hidden_act == "relu" and not use_te_layers
         self.use_te_layers = use_te_layers
         self.recompute = False
 
@@ -317,7 +319,9 @@ class BertLayer(nn.Module):
 
     def expand(self, x: Tensor) -> Tensor:
         dense = self.intermediate["dense"]
-        if self.fused_relu:
+        # What wraps or watches the layer, an adapter or a hook, has to be called; autocast knows linear layers alone.
+        plain = type(dense) is Linear and not dense._forward_hooks and not dense._forward_pre_hooks
+        if plain and type(self.activation) is nn.ReLU and not torch.is_autocast_enabled(x.device.type):
             return LinearReLU.apply(x, dense.weight.to(x.dtype), dense.bias.to(x.dtype))
         return self.activation(dense(x))
 

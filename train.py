@@ -35,12 +35,12 @@ def run(config: Config) -> int:
             # torchrun ends all other ranks as soon as one has left with a code other than 0.
             dist.barrier()
         except BaseException as error:
-            if trainer is not None and isinstance(error, Exception):
-                with suppress(CheckpointError):  # A save under way is worth finishing; the error is what to tell of.
-                    trainer.store.wait()
             # A mistake in the first start leaves no folder behind.
             if trainer is not None or is_used(folder):
                 write_exit(folder, "error", 1, rank=world.rank, error=f"{type(error).__name__}: {error}")
+            if trainer is not None and isinstance(error, Exception):
+                with suppress(Exception):  # A save under way is worth finishing; the error is what to tell of.
+                    trainer.store.wait()
             raise
     return code
 
@@ -59,4 +59,6 @@ def main(composed: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    if {"-m", "--multirun"} & set(sys.argv[1:]):
+        sys.exit("Error: --multirun is not supported; start one run a command, each with its own checkpoint_dir.")
     main()

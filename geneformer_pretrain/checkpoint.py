@@ -315,7 +315,8 @@ class CheckpointStore:
                 if name in saved and saved[name] != shards.info
             ]
             if problems:
-                raise ValueError(f"{folder} does not fit: " + "; ".join(problems))
+                more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+                raise ValueError(f"{folder} does not fit this model: " + "; ".join(problems[:5]) + more)
 
         self.ranks.together(check, CheckpointError)
         self.ranks.together(lambda: format.read(folder, wanted), CheckpointError)

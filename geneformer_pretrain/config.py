@@ -125,11 +125,16 @@ class ModelConfig:
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
             require(0 <= getattr(self, name) < 1, f"model.{name} is {getattr(self, name)}; it must lie in [0, 1).")
         for name in ("initializer_range", "layer_norm_eps"):
-            require(getattr(self, name) > 0, f"model.{name} is {getattr(self, name)}; it must be positive.")
+            value = getattr(self, name)
+            require(value > 0 and math.isfinite(value), f"model.{name} is {value}; it must be positive and finite.")
+        fitting = [n for n in range(1, self.hidden_size + 1) if self.hidden_size % n == 0]
+        remedy = f"numbers of heads that divide it: {', '.join(map(str, fitting))}"
+        if self.hidden_size % 64 == 0:
+            remedy = f"heads of 64 want {self.hidden_size // 64} heads"
         require(
             self.hidden_size % self.num_attention_heads == 0,
             f"model.hidden_size ({self.hidden_size}) is not divisible by model.num_attention_heads "
-            f"({self.num_attention_heads}); heads of 64 want {max(1, self.hidden_size // 64)} heads.",
+            f"({self.num_attention_heads}); {remedy}.",
         )
         require(
             self.seq_length <= self.max_position_embeddings,
@@ -253,7 +258,7 @@ class TrainingConfig:
             "recompute_every_n_layers",
         ]:
             value = getattr(self, name)
-            require(value >= 0 and math.isfinite(value), f"training.{name} is {value}; it must not be negative.")
+            require(0 <= value < math.inf, f"training.{name} is {value}; it must be a finite number, not negative.")
         require(
             self.warmup_steps is None or self.warmup_steps >= 0,
             f"training.warmup_steps is {self.warmup_steps}; it must not be negative.",
@@ -272,6 +277,10 @@ class TrainingConfig:
             self.shard_group_size is None or (self.shard_group_size > 0 and (self.use_nvfsdp or self.use_fsdp2)),
             f"training.shard_group_size is {self.shard_group_size}; it takes a positive number of ranks, and an engine "
             "that shards: training.use_fsdp2=True or training.use_nvfsdp=True.",
+        )
+        require(
+            self.hang_timeout_seconds <= 1e6,
+            f"training.hang_timeout_seconds is {self.hang_timeout_seconds}; it must be at most 1e6 (0: no watchdog).",
         )
         require(bool(self.checkpoint_dir), "training.checkpoint_dir is empty; name a folder.")
 
@@ -303,6 +312,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require(bool(self.path), "data.path is empty; name a parquet file, folder or glob, or a save_to_disk folder.")
+        require(bool(self.cache_dir), "data.cache_dir is empty; name a folder.")
         require(
             0 <= self.mask_token_id < self.num_special_tokens,
             f"data.mask_token_id ({self.mask_token_id}) must be below data.num_special_tokens "
@@ -333,8 +343,13 @@ class Config:
             f"({self.data.num_special_tokens}).",
         )
         require(
+            self.model.pad_token_id != self.data.mask_token_id,
+            f"model.pad_token_id and data.mask_token_id are both {self.data.mask_token_id}; give them different ids.",
+        )
+        require(
             not self.data.packing or self.model.token_budget % 128 == 0,
-            f"model.micro_batch_size * model.seq_length is {self.model.token_budget}; packing needs a multiple of 128.",
+            f"model.micro_batch_size * model.seq_length is {self.model.token_budget}; packing needs a multiple "
+            "of 128. Change one of the two.",
         )
         require(
             not self.training.use_fp8 or self.model.use_te_layers,

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
-from .config import Config
+from .config import Config, ConfigError
 
 log = logging.getLogger(__name__)
 
@@ -121,27 +121,41 @@ class JsonLines:
 
 
 def cut_back(path: Path, step: int) -> None:
-    """Drop the records after `step` from a JSON-lines file, and a last line torn by a crash."""
+    """Drop the records after `step` from a JSON-lines file, and a last line torn by a crash.
+
+    Raises
+    ------
+    ConfigError
+        A line that is not a record; names it.
+    """
     if not path.exists():
         return
     kept = []
-    lines = path.read_text().splitlines(keepends=True)
+    lines = path.read_bytes().splitlines(keepends=True)
     for number, line in enumerate(lines, 1):
-        if not line.endswith("\n") and number == len(lines):
+        if not line.endswith(b"\n") and number == len(lines):
             break
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error}); mend or move the file away.") from error
-        if record["step"] <= step:
+            is_kept = json.loads(line)["step"] <= step
+        except (ValueError, TypeError, KeyError) as error:
+            raise ConfigError(
+                f"{path}, line {number}: not a record of a step ({error!r}); mend or move the file away."
+            ) from error
+        if is_kept:
             kept.append(line)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(kept))
+    temporary.write_bytes(b"".join(kept))
     temporary.replace(path)
 
 
 def start_wandb(config: Config, folder: Path) -> Any:
-    """Start a Weights & Biases run: offline unless a key is set or the configuration says otherwise."""
+    """Start a Weights & Biases run: offline unless a key is set or the configuration says otherwise.
+
+    Raises
+    ------
+    ConfigError
+        Arguments that wandb refuses.
+    """
     import wandb  # imported only when tracking is on: it is slow to load
 
     arguments = dict(config.training.wandb_init_args or {})
@@ -149,4 +163,9 @@ def start_wandb(config: Config, folder: Path) -> Any:
     arguments.setdefault("mode", os.environ.get("WANDB_MODE", default_mode))
     arguments.setdefault("dir", str(folder))
     arguments.setdefault("config", asdict(config))
-    return wandb.init(**arguments)
+    try:
+        return wandb.init(**arguments)
+    except (TypeError, ValueError, wandb.Error) as error:
+        raise ConfigError(
+            f"training.wandb_init_args: wandb refuses them: {error}; correct them, or set them to null."
+        ) from error

@@ -77,14 +77,19 @@ def is_used(folder: Path) -> bool:
 def _open_locked(path: Path) -> int:
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        is_held = False
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                holder = os.pread(descriptor, 4096, 0)
-                os.close(descriptor)
-                raise FolderInUseError(_describe(path.parent, holder)) from None
-            log.warning("no locks on this file system (%s): take care to start only one run in %s", error, path.parent)
+            is_held = error.errno in (errno.EWOULDBLOCK, errno.EACCES)
+            if not is_held:
+                log.warning(
+                    "no locks on this file system (%s): take care to start only one run in %s", error, path.parent
+                )
+        if is_held:
+            holder = os.pread(descriptor, 4096, 0)
+            os.close(descriptor)
+            raise FolderInUseError(_describe(path.parent, holder))
         # The holder before may have removed the file after it was opened here; then others lock a new one.
         with suppress(FileNotFoundError):
             if os.path.samestat(os.stat(path), os.fstat(descriptor)):

@@ -47,6 +47,23 @@ class DataIdentity:
             )
 
 
+def require_same_model(now: dict[str, Any], saved: dict[str, Any], where: str) -> None:
+    """Raise ConfigError that lists what makes this model another function of the same weights.
+
+    Shapes are compared when tensors are loaded. Dropout may change between a run and its resumption.
+    """
+    changes = [
+        f"model.{name}: {saved[name]!r} in the checkpoint, {value!r} now"
+        for name, value in now.items()
+        if name in saved and not name.endswith("_dropout_prob") and name != "initializer_range" and saved[name] != value
+    ]
+    if changes:
+        raise ConfigError(
+            f"The model of this run differs from that of {where}:\n  " + "\n  ".join(changes) + "\n"
+            "Give back the earlier values, or name another training.checkpoint_dir."
+        )
+
+
 @dataclass
 class Progress:
     """How far the run has got.

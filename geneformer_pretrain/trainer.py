@@ -18,17 +18,18 @@ from torch import Tensor
 from .checkpoint import CheckpointSaveError, CheckpointStore, move_aside, read_manifest
 from .config import Config, ConfigError
 from .data.loader import Batch, PackedBatch, build_batches
+from .data.plan import PackStream
 from .data.source import open_training_data, open_validation_data
 from .distributed import World
 from .export import export_model
 from .memory import estimate_peak
 from .metrics import MetricsLog
 from .optimizer import build_optimizer, learning_rate, update
-from .parallel import build_engine
+from .parallel import architecture, build_engine
 from .precision import check_machine, compute_dtype, forward_context, fp8_state
 from .ranks import Ranks
 from .run_record import CellLog, config_as_yaml, identity_of_rank, write_run_record
-from .state import Progress, accumulation_steps, named_tensors, spread_optimizer_step
+from .state import Progress, accumulation_steps, named_tensors, require_same_model, spread_optimizer_step
 from .stopping import StopSignals
 from .watchdog import Watchdog
 
@@ -101,6 +102,7 @@ class Trainer:
         self.validation_data = open_validation_data(self.data, world.is_main)
         if self.validation_data is not None:
             ranks.agree_on({"held-out corpus": self.validation_data.corpus.fingerprint}, ConfigError)
+            ranks.together(self.check_validation_packs, ConfigError)
         compiled = on_gpu and config.data.packing if training.compile is None else training.compile
         self.compute_dtype = compute_dtype(training.compute_dtype, world.device)
         self.engine = build_engine(config, world, self.compute_dtype, compiled)
@@ -122,6 +124,7 @@ class Trainer:
         self.unconfirmed_save = False
         self.skipped_in_a_row = 0
         self.stop_agreed = False
+        self.warned_of_no_mask = False
         self.watchdog = Watchdog(training.hang_timeout_seconds, self.folder, world)
         self.clock = time.perf_counter()
 
@@ -132,6 +135,7 @@ class Trainer:
             return
         state = read_manifest(path)["state"]
         progress = Progress(**state["progress"])
+        require_same_model(architecture(self.config.model), state.get("model", {}), str(path))
         if self.config.training.accept_changed_data and asdict(self.data.identity) != state["data"]:
             self.say("The data changed: going on from the start of a new epoch.")
             progress.epoch, progress.epoch_first_pack = progress.epoch + 1, progress.next_pack
@@ -339,6 +343,9 @@ class Trainer:
         loss_sum, masked, tokens, cells, stop, norm = pending.totals.tolist()
         seconds, self.clock = finished - self.clock, finished
         loss = loss_sum / masked if masked else float("nan")
+        if not masked and not self.warned_of_no_mask:
+            self.warned_of_no_mask = True
+            self.say(f"No token of step {pending.step} is masked: there is nothing to learn from it.")
         skipped = not norm < float("inf")
         progress, training = self.progress, self.config.training
         progress.tokens += int(tokens)
@@ -371,8 +378,24 @@ class Trainer:
         if self.skipped_in_a_row >= training.max_skipped_steps:
             raise TrainingError(
                 f"{self.skipped_in_a_row} updates in a row had gradients that are not finite (the last at step "
-                f"{pending.step}). This rank's packs and cells of that step: {pending.packs}"
+                f"{pending.step}). Lower training.learning_rate, lengthen training.warmup_steps, or look at the data. "
+                f"This rank's packs and cells of that step: {pending.packs}"
             )
+
+    def check_validation_packs(self) -> None:
+        """Build this rank's packs of the held-out corpus once: a bad token should not wait for the last step."""
+        assert self.validation_data is not None
+        stream, builder = self.validation_data.stream(), self.validation_data.builder()
+        packs = range(self.world.rank, self.validation_packs(stream), self.world.size)
+        try:
+            for _ in build_batches(builder, stream, packs):
+                pass
+        except (ValueError, RuntimeError) as error:
+            raise ConfigError(f"data.validation_path: {error}") from error
+
+    def validation_packs(self, stream: PackStream) -> int:
+        """Packs of the held-out corpus that a validation reads."""
+        return min(self.config.data.validation_packs, stream.plan(0).num_packs)
 
     @torch.no_grad()
     def validate(self) -> float | None:
@@ -386,7 +409,7 @@ class Trainer:
         if self.validation_data is None:
             return None
         stream, builder = self.validation_data.stream(), self.validation_data.builder()
-        packs = min(self.config.data.validation_packs, stream.plan(0).num_packs)
+        packs = self.validation_packs(stream)
         totals = torch.zeros(2, dtype=torch.float64, device=self.world.device)
         self.engine.model.eval()
         for first in range(0, packs, self.world.size):
@@ -399,14 +422,21 @@ class Trainer:
         self.engine.end_evaluation()
         dist.all_reduce(totals)
         loss_sum, masked = totals.tolist()
-        return loss_sum / masked if masked else None
+        if not masked:
+            self.say("No token of the held-out cells is masked: there is no validation loss.")
+            return None
+        return loss_sum / masked
 
     def save(self, final: bool) -> None:
         """Save a checkpoint; a failed save is survived, unless it is the last one or one too many."""
         progress = self.progress
         self.watchdog.beat(progress.step, "saving")
         vars(progress).update(self.stream.state_at(progress.next_pack))
-        state = {"progress": asdict(progress), "data": asdict(self.data.identity)}
+        state = {
+            "progress": asdict(progress),
+            "data": asdict(self.data.identity),
+            "model": architecture(self.config.model),
+        }
         blocking = final or not self.config.training.async_save
         unconfirmed, self.unconfirmed_save = self.unconfirmed_save, not blocking
         with self._surviving(final=False):

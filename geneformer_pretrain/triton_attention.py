@@ -341,14 +341,17 @@ def packed_attention(qkv: Tensor, tiles: Tensor, seed: Tensor, dropout: float) -
     Raises
     ------
     ValueError
-        More elements than the kernels' 32-bit offsets can reach.
+        More elements than the kernels' 32-bit offsets can reach, or not contiguous.
     """
+    if not qkv.is_contiguous():
+        raise ValueError("qkv is not contiguous.")
     if qkv.numel() >= 2**31:
         raise ValueError(f"{len(qkv):,} tokens are too many for one micro-batch; lower model.micro_batch_size.")
     num_tokens, _, num_heads, d = qkv.shape
     num_rows = TILE * len(tiles)
     out = torch.empty(num_tokens, num_heads, d, dtype=qkv.dtype, device=qkv.device)
-    lse = torch.empty(num_heads, num_rows, dtype=torch.float32, device=qkv.device)
+    # Zeros: blocks that lie wholly beyond a cell are left out, and the backward may read their rows in larger blocks.
+    lse = torch.zeros(num_heads, num_rows, dtype=torch.float32, device=qkv.device)
     keys = torch.empty(1 + num_heads if dropout else 0, num_rows, dtype=torch.int32, device=qkv.device)
     if dropout:
         _make_keys[(triton.cdiv(num_rows, 1024), len(keys))](keys, seed, num_rows, BLOCK=1024)

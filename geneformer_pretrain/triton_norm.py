@@ -102,7 +102,7 @@ def residual_norm(
     Parameters
     ----------
     x, residual
-        [T, H], contiguous, fewer than 2**31 elements, H at most 4,096.
+        [T, H], fewer than 2**31 elements, H at most 4,096.
     weight, bias
         LayerNorm's, [H].
     seed
@@ -122,6 +122,7 @@ def residual_norm(
     num_rows, width = x.shape
     if x.numel() >= 2**31:
         raise ValueError(f"{num_rows:,} tokens are too many for one micro-batch; lower model.micro_batch_size.")
+    x, residual = x.contiguous(), residual.contiguous()
     out, sums = torch.empty_like(x), torch.empty_like(x)
     mean, rstd = (torch.empty(num_rows, dtype=torch.float32, device=x.device) for _ in range(2))
     block = _block(width)
@@ -139,7 +140,7 @@ def _(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, seed: Tensor, eps: float, dropout: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     mean, rstd = (x.new_empty(len(x), dtype=torch.float32) for _ in range(2))
-    return torch.empty_like(x), torch.empty_like(x), mean, rstd
+    return x.new_empty(x.shape), x.new_empty(x.shape), mean, rstd
 
 
 @torch.library.custom_op("geneformer::residual_norm_backward", mutates_args=())

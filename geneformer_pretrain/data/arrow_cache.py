@@ -181,11 +181,11 @@ def _inspect(path: Path) -> _ParquetSource:
             schema, metadata = file.schema_arrow, file.metadata
     except (pa.ArrowException, OSError) as error:
         raise ValueError(
-            f"{path}: cannot be read as parquet ({error}); replace the file or take it out of data.path"
+            f"{path}: cannot be read as parquet ({error}); replace the file or take it out of the corpus"
         ) from error
     require_column(schema, path)
     if metadata.num_rows == 0:
-        raise ValueError(f"{path}: the file has no rows; take it out of data.path")
+        raise ValueError(f"{path}: the file has no rows; take it out of the corpus")
     first = metadata.row_group(0)
     column = next(i for i in range(first.num_columns) if first.column(i).path_in_schema.split(".")[0] == COLUMN)
     groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]

@@ -85,13 +85,12 @@ class Corpus:
         return self._batches[batch].column.slice(row, 1).flatten().to_numpy().astype(np.int64)
 
     def describe_cell(self, index: int) -> str:
-        """Return where a cell comes from, such as ``cells.parquet, row 17``, rows counted from 0."""
+        """Return where a cell comes from, such as ``data/cells.parquet, row 17``, rows counted from 0."""
         self._require_cell(index)
         ends = np.cumsum([source.rows for source in self._sources])
         number = int(np.searchsorted(ends, index, side="right"))
         source = self._sources[number]
-        folder = os.path.commonpath([os.path.dirname(other.path) for other in self._sources])
-        return f"{os.path.relpath(source.path, folder)}, row {index - int(ends[number]) + source.rows}"
+        return f"{source.path}, row {index - int(ends[number]) + source.rows}"
 
     def _require_cell(self, index: int) -> None:
         if not 0 <= index < self.num_cells:
@@ -134,7 +133,7 @@ def open_corpus(
         return _open_saved_folder(location)
     if (location / "dataset_dict.json").is_file():
         splits = sorted(child.name for child in location.iterdir() if (child / "state.json").is_file())
-        raise ValueError(f"{location}: holds several datasets; set data.path to one of its folders {splits}")
+        raise ValueError(f"{location}: holds several datasets; name one of its folders {splits}")
     files = _find_parquet(location)
     return _open_parquet(files, Path(cache_dir).expanduser(), vocab_size, show_progress)
 
@@ -147,14 +146,14 @@ def _find_parquet(location: Path) -> list[Path]:
         if not files:
             raise FileNotFoundError(
                 f"{location}: holds neither *.parquet files nor a dataset saved with save_to_disk; for "
-                f"parquet files in folders below it, set data.path to {location}/**/*.parquet"
+                f"parquet files in folders below it, give {location}/**/*.parquet"
             )
         return files
     if not glob.has_magic(str(location)):
-        raise FileNotFoundError(f"{location}: no such file or folder; correct data.path")
+        raise FileNotFoundError(f"{location}: no such file or folder; correct the path")
     files = [Path(name) for name in sorted(glob.glob(str(location), recursive=True)) if os.path.isfile(name)]
     if not files:
-        raise FileNotFoundError(f"{location}: the pattern matches no file; correct data.path")
+        raise FileNotFoundError(f"{location}: the pattern matches no file; correct the path")
     return files
 
 
@@ -199,7 +198,7 @@ def _open_saved_folder(folder: Path) -> Corpus:
             )
     sources = tuple(SourceFile(str(stream.path), stream.num_rows) for stream in streams)
     if not any(source.rows for source in sources):
-        raise ValueError(f"{folder}: the dataset has no rows; correct data.path")
+        raise ValueError(f"{folder}: the dataset has no rows; correct the path")
     files = [[name, len(stream.region), stream.num_rows] for name, stream in zip(names, streams, strict=True)]
     return _assemble(streams, sources, json.dumps([identity, files]))
 
@@ -207,8 +206,11 @@ def _open_saved_folder(folder: Path) -> Corpus:
 def _allow_open_files(number: int, folder: Path) -> None:
     """Raise this process's own limit of open files: each mapped file takes one."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = number + OTHER_OPEN_FILES
-    if hard != resource.RLIM_INFINITY and wanted > hard:
+    needed = len(os.listdir("/proc/self/fd")) + number
+    wanted = needed + OTHER_OPEN_FILES
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if needed > wanted:
         raise ValueError(
             f"{folder}: {number} files, and this system allows a process {hard} open ones (ulimit -Hn); "
             "save the dataset in fewer files: save_to_disk(..., num_shards=N)"

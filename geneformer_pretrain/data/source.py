@@ -93,7 +93,7 @@ class DataSource:
 def open_training_data(config: Config, is_main: bool, pin_memory: bool) -> DataSource:
     """Open `data.path` and derive the constant shape of a micro-batch from its lengths."""
     vocabulary = None if config.data.vocab_path is None else check_vocabulary(config)
-    corpus = _open(config.data.path, config, is_main)
+    corpus = _open("data.path", config.data.path, config, is_main)
     shape = PackShape.create(
         corpus.lengths,
         micro_batch_size=config.model.micro_batch_size,
@@ -108,14 +108,18 @@ def open_training_data(config: Config, is_main: bool, pin_memory: bool) -> DataS
 def open_validation_data(training: DataSource, is_main: bool) -> DataSource | None:
     """Open `data.validation_path`, to be read in the shape of the training data."""
     path = training.config.data.validation_path
-    return None if path is None else replace(training, corpus=_open(path, training.config, is_main))
+    return (
+        None
+        if path is None
+        else replace(training, corpus=_open("data.validation_path", path, training.config, is_main))
+    )
 
 
-def _open(path: str, config: Config, is_main: bool) -> Corpus:
+def _open(key: str, path: str, config: Config, is_main: bool) -> Corpus:
     try:
         return open_corpus(path, config.data.cache_dir, vocab_size=config.model.vocab_size, show_progress=is_main)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    except (ValueError, FileNotFoundError) as error:
+        raise ConfigError(f"{key}: {error}") from error
 
 
 def check_vocabulary(config: Config) -> str:
@@ -131,7 +135,10 @@ def check_vocabulary(config: Config) -> str:
     if not path.is_file():
         raise ConfigError(f"data.vocab_path: no file {path}; name a vocabulary or set data.vocab_path=null.")
     content = path.read_bytes()
-    tokens = content.decode().splitlines()
+    try:
+        tokens = content.decode().splitlines()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"data.vocab_path: {path} is not a text file in UTF-8 ({error}).") from error
     if len(tokens) != config.model.vocab_size:
         raise ConfigError(f"{path} has {len(tokens)} tokens; model.vocab_size is {config.model.vocab_size}.")
     if len(set(tokens)) < len(tokens):

@@ -69,8 +69,8 @@ def failure(arguments: Sequence[str]) -> str:
         (["model.hidden_act=rellu"], "model.hidden_act", "relu"),
         (["model.hidden_size=33"], "model.hidden_size (33)", "model.num_attention_heads (2)"),
         (["data.vocab_path=none.txt"], "data.vocab_path", "data.vocab_path=null"),
-        (["data.path=none.parquet"], "none.parquet", "correct data.path"),
-        (["data.validation_path=none.parquet"], "none.parquet", "no such file or folder"),
+        (["data.path=none.parquet"], "data.path: none.parquet", "correct the path"),
+        (["data.validation_path=none.parquet"], "data.validation_path: none.parquet", "no such file or folder"),
         (["model.vocab_size=100"], "cells.parquet, row ", "set model.vocab_size to at least 101"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
@@ -101,7 +101,8 @@ def test_a_token_outside_of_the_vocabulary_in_held_out_cells(tmp_path: Path) -> 
     cells[2][3] = 101
     datasets.Dataset.from_dict({"input_ids": cells}).save_to_disk(tmp_path / "saved")
     message = failure(overrides(tmp_path, f"data.validation_path={tmp_path / 'saved'}"))
-    assert "row 2: token 101 at position 3" in message
+    assert "data.validation_path: " in message
+    assert f"{tmp_path}/saved/data-00000-of-00001.arrow, row 2: token 101 at position 3" in message
 
 
 def test_held_out_cells_of_which_no_token_is_masked(tmp_path: Path) -> None:
@@ -118,6 +119,30 @@ def test_damaged_checkpoints_and_changed_data_are_plain_messages(tmp_path: Path)
     message = failure(overrides(tmp_path, "training.num_train_steps=4"))
     assert "step_2" in message
     assert not (tmp_path / "run/step_4").exists()
+
+
+def test_another_model_of_the_same_shapes_is_refused(tmp_path: Path) -> None:
+    assert train.run(tiny_config(tmp_path)) == 0
+    exported = (tmp_path / "run/final_model/config.json").read_bytes()
+    message = failure(overrides(tmp_path, "model.num_attention_heads=4", "model.hidden_act=gelu"))
+    assert "model.num_attention_heads: 2 in the checkpoint, 4 now" in message
+    assert "model.hidden_act: 'relu' in the checkpoint, 'gelu' now" in message
+    assert (tmp_path / "run/final_model/config.json").read_bytes() == exported
+    # Dropout belongs to training, not to the function of the weights.
+    assert train.run(tiny_config(tmp_path, "model.hidden_dropout_prob=0.3")) == 0
+
+
+def test_a_model_of_another_size_is_a_short_message(tmp_path: Path) -> None:
+    assert train.run(tiny_config(tmp_path)) == 0
+    message = failure(overrides(tmp_path, "model.hidden_size=64"))
+    assert "model.hidden_size: 32 in the checkpoint, 64 now" in message
+    assert len(message) < 500
+
+
+def test_multirun_is_refused(tmp_path: Path) -> None:
+    done = python("train.py", "--multirun", *overrides(tmp_path), "training.seed=1,2")
+    assert done.returncode == 1
+    assert "--multirun is not supported" in done.stderr
 
 
 def test_errors_of_the_system_are_plain_messages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -168,10 +168,10 @@ def test_folder_and_glob_take_files_in_name_order(tmp_path: Path, cache: Path) -
     assert_holds(open_corpus(str(tmp_path / "in/[ab].parquet"), cache), cells["a"] + cells["b"])
     corpus = open_corpus(tmp_path / "in/**/*.parquet", cache)
     assert_holds(corpus, cells["a"] + cells["b"] + cells["sub/c"])
-    assert corpus.describe_cell(0) == "a.parquet, row 0"
-    assert corpus.describe_cell(20) == "a.parquet, row 20"
-    assert corpus.describe_cell(21) == "b.parquet, row 0"
-    assert corpus.describe_cell(corpus.num_cells - 1) == "sub/c.parquet, row 21"
+    assert corpus.describe_cell(0) == f"{tmp_path}/in/a.parquet, row 0"
+    assert corpus.describe_cell(20) == f"{tmp_path}/in/a.parquet, row 20"
+    assert corpus.describe_cell(21) == f"{tmp_path}/in/b.parquet, row 0"
+    assert corpus.describe_cell(corpus.num_cells - 1) == f"{tmp_path}/in/sub/c.parquet, row 21"
     for outside in (-1, corpus.num_cells):
         with pytest.raises(IndexError, match=f"cell {outside} "):
             corpus.describe_cell(outside)
@@ -486,9 +486,9 @@ def test_saved_folder_is_read_in_place(tmp_path: Path, cache: Path, kind: str) -
     corpus = open_corpus(folder, cache)
     assert_holds(corpus, cells)
     assert corpus.token_dtype == np.dtype(kind)
-    assert corpus.describe_cell(0) == "data-00000-of-00003.arrow, row 0"
-    assert corpus.describe_cell(834) == "data-00001-of-00003.arrow, row 0"
-    assert corpus.describe_cell(2499) == "data-00002-of-00003.arrow, row 832"
+    assert corpus.describe_cell(0) == f"{tmp_path}/saved/data-00000-of-00003.arrow, row 0"
+    assert corpus.describe_cell(834) == f"{tmp_path}/saved/data-00001-of-00003.arrow, row 0"
+    assert corpus.describe_cell(2499) == f"{tmp_path}/saved/data-00002-of-00003.arrow, row 832"
     assert not cache.exists()
 
 
@@ -507,7 +507,7 @@ def test_sliced_and_empty_record_batches(tmp_path: Path, cache: Path, kind: pa.D
     corpus = open_corpus(write_streams(tmp_path / "saved", shards), cache)
     assert_holds(corpus, cells)
     assert len(corpus.batch_values) == 3
-    assert corpus.describe_cell(7) == "data-2.arrow, row 0"
+    assert corpus.describe_cell(7) == f"{tmp_path}/saved/data-2.arrow, row 0"
     assert corpus.offset_dtype == (np.int64 if pa.types.is_large_list(kind) else np.int32)
 
 

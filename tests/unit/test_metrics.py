@@ -43,7 +43,7 @@ def test_cut_back_drops_later_steps_and_a_torn_line(tmp_path, tail):
 def test_cut_back_refuses_a_damaged_file(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: not JSON"):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: not a record of a step"):
         cut_back(path, 2)
     assert "nonsense" in path.read_text()
 

@@ -182,6 +182,40 @@ def test_dropout_follows_its_probabilities():
     assert_close(mean, attention(x, plan), atol=0.05, rtol=0.1)
 
 
+def test_what_wraps_or_watches_a_linear_layer_is_called():
+    """Adapters and hooks on the layer whose ReLU is fused with it elsewhere."""
+    ours, _ = make_pair()
+    batch = packed_arguments(*make_cells([5, 3]))
+    expected = ours(**batch).loss
+    seen = []
+    dense = ours.bert.encoder["layer"][1].intermediate["dense"]
+    handle = dense.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    assert_close(ours(**batch).loss, expected)
+    assert (seen[0] < 0).any()  # before the activation
+    handle.remove()
+
+    class Doubled(torch.nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base, self.weight, self.bias = base, base.weight, base.bias
+
+        def forward(self, x):
+            return 2 * self.base(x)
+
+    ours.bert.encoder["layer"][1].intermediate["dense"] = Doubled(dense)
+    assert not torch.allclose(ours(**batch).loss, expected)
+
+
+def test_autocast_reaches_every_matrix_product():
+    ours, _ = make_pair()
+    kinds = []
+    with torch.autocast("cpu", torch.bfloat16):
+        layer = ours.bert.encoder["layer"][0]
+        layer.activation.register_forward_hook(lambda module, inputs, output: kinds.append(output.dtype))
+        ours(**packed_arguments(*make_cells([5, 3])))
+    assert kinds == [torch.bfloat16]
+
+
 def lowbias32(x):
     """Wellons' hash, in Python's integers."""
     x = (x ^ (x >> 16)) * 0x7FEB352D % 2**32
