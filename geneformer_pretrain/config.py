@@ -127,15 +127,15 @@ class ModelConfig:
         for name in ("initializer_range", "layer_norm_eps"):
             value = getattr(self, name)
             require(value > 0 and math.isfinite(value), f"model.{name} is {value}; it must be positive and finite.")
-        fitting = [n for n in range(1, self.hidden_size + 1) if self.hidden_size % n == 0]
-        remedy = f"numbers of heads that divide it: {', '.join(map(str, fitting))}"
-        if self.hidden_size % 64 == 0:
-            remedy = f"heads of 64 want {self.hidden_size // 64} heads"
-        require(
-            self.hidden_size % self.num_attention_heads == 0,
-            f"model.hidden_size ({self.hidden_size}) is not divisible by model.num_attention_heads "
-            f"({self.num_attention_heads}); {remedy}.",
-        )
+        if self.hidden_size % self.num_attention_heads:
+            fitting = [str(n) for n in range(1, self.hidden_size + 1) if self.hidden_size % n == 0]
+            remedy = f"numbers of heads that divide it: {', '.join(fitting)}"
+            if self.hidden_size % 64 == 0:
+                remedy = f"heads of 64 want {self.hidden_size // 64} heads"
+            raise ConfigError(
+                f"model.hidden_size ({self.hidden_size}) is not divisible by model.num_attention_heads "
+                f"({self.num_attention_heads}); {remedy}."
+            )
         require(
             self.seq_length <= self.max_position_embeddings,
             f"model.seq_length ({self.seq_length}) exceeds model.max_position_embeddings "

@@ -14,7 +14,7 @@ import xxhash
 from omegaconf import OmegaConf
 
 from .config import Config
-from .data.loader import BatchInfo
+from .data.batch import BatchInfo
 from .distributed import World
 from .metrics import JsonLines, cut_back
 

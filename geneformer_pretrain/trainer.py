@@ -17,9 +17,9 @@ from torch import Tensor
 
 from .checkpoint import CheckpointSaveError, CheckpointStore, move_aside, read_manifest
 from .config import Config, ConfigError
-from .data.loader import Batch, PackedBatch, build_batches
-from .data.plan import PackStream
+from .data.batch import Batch, PackedBatch, build_batches
 from .data.source import open_training_data, open_validation_data
+from .data.stream import PackStream
 from .distributed import World
 from .export import export_model
 from .memory import estimate_peak

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, library
 
 from .triton_hash import dropout_constants, mix
 
@@ -318,7 +318,7 @@ BACKWARD_QUERIES = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages":
 """Chosen on an H200 at head size 64. Registers are limited so that 16 warps, or 12 for keys, share a multiprocessor."""
 
 
-@torch.library.custom_op("geneformer::packed_attention", mutates_args=())
+@library.custom_op("geneformer::packed_attention", mutates_args=())
 def packed_attention(qkv: Tensor, tiles: Tensor, seed: Tensor, dropout: float) -> tuple[Tensor, Tensor, Tensor]:
     """Self-attention within each cell of a pack.
 
@@ -374,7 +374,7 @@ def _(qkv: Tensor, tiles: Tensor, seed: Tensor, dropout: float) -> tuple[Tensor,
     )
 
 
-@torch.library.custom_op("geneformer::packed_attention_backward", mutates_args=())
+@library.custom_op("geneformer::packed_attention_backward", mutates_args=())
 def packed_attention_backward(
     grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, keys: Tensor, tiles: Tensor, dropout: float
 ) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, library
 
 from .triton_hash import dropout_constants, is_dropped
 
@@ -93,7 +93,7 @@ def _block(width: int) -> int:
     return max(256, triton.next_power_of_2(width))
 
 
-@torch.library.custom_op("geneformer::residual_norm", mutates_args=())
+@library.custom_op("geneformer::residual_norm", mutates_args=())
 def residual_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, seed: Tensor, eps: float, dropout: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -143,7 +143,7 @@ def _(
     return x.new_empty(x.shape), x.new_empty(x.shape), mean, rstd
 
 
-@torch.library.custom_op("geneformer::residual_norm_backward", mutates_args=())
+@library.custom_op("geneformer::residual_norm_backward", mutates_args=())
 def residual_norm_backward(
     grad_out: Tensor, sums: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, seed: Tensor, dropout: float
 ) -> tuple[Tensor, Tensor, Tensor]:

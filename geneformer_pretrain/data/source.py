@@ -7,9 +7,11 @@ from typing import Any
 import xxhash
 
 from geneformer_pretrain.config import Config, ConfigError
+from geneformer_pretrain.data.batch import BatchBuilder
 from geneformer_pretrain.data.corpus import Corpus, open_corpus
-from geneformer_pretrain.data.loader import BatchBuilder, Loader
-from geneformer_pretrain.data.plan import PLANNER_VERSION, PackShape, PackStream
+from geneformer_pretrain.data.loader import Loader
+from geneformer_pretrain.data.plan import PLANNER_VERSION, PackShape
+from geneformer_pretrain.data.stream import PackStream
 from geneformer_pretrain.state import DataIdentity, Progress
 
 

@@ -25,7 +25,7 @@ import train
 from geneformer_pretrain import checkpoint
 from geneformer_pretrain.checkpoint import CheckpointError, CheckpointSaveError
 from geneformer_pretrain.config import Config, ConfigError, load_config
-from geneformer_pretrain.data.loader import Batch
+from geneformer_pretrain.data.batch import Batch
 from geneformer_pretrain.data.masking import MaskRule, mask_cell
 from geneformer_pretrain.distributed import World, distributed_world
 from geneformer_pretrain.trainer import PendingStep, Trainer, TrainingError

@@ -16,7 +16,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from geneformer_pretrain import watchdog
-from geneformer_pretrain.data.loader import BatchBuilder
+from geneformer_pretrain.data.batch import BatchBuilder
 
 watchdog.INTERVAL, watchdog.CONFIRM_SECONDS, watchdog.REPORT_SECONDS = 0.2, 1.0, 3.0
 kind, *numbers = sys.argv[1].split(":")

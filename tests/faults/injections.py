@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from geneformer_pretrain import checkpoint, trainer
-from geneformer_pretrain.data.loader import Batch
+from geneformer_pretrain.data.batch import Batch
 from geneformer_pretrain.trainer import Trainer
 
 

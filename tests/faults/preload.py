@@ -6,7 +6,7 @@ from pathlib import Path
 import geneformer_pretrain.parallel  # noqa: F401
 import tests.faults.injections
 import tests.faults.launcher  # noqa: F401
-from geneformer_pretrain.data.loader import build_batches
+from geneformer_pretrain.data.batch import build_batches
 from geneformer_pretrain.data.source import open_training_data
 from tests.tiny import tiny_config
 

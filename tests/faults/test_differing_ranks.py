@@ -28,6 +28,9 @@ def run_with_differing_ranks(difference: str, tmp_path: Path, start: Callable[..
         case "corpus":
             process = start([*given, "data.path=cells.parquet", "data.cache_dir=cache"], 2, folders=homes)
             return process, run, "corpus is '"
+        case "held-out corpus":
+            process = start([*given, "data.validation_path=cells.parquet"], 2, folders=homes)
+            return process, run, "held-out corpus is '"
         case "seed":
             process = start(given, 2, more=[(), ("training.seed=7",)])
             return process, run, "training.seed is 0 on rank 0, 7 on rank 1"
@@ -38,7 +41,7 @@ def run_with_differing_ranks(difference: str, tmp_path: Path, start: Callable[..
             return start(given, 2, partial(other_version, package=difference)), run, "'0.0.1' on rank 1"
 
 
-SHORT, FULL = ("folder", "seed"), ("model", "corpus", "torch", "source code")
+SHORT, FULL = ("folder", "seed", "held-out corpus"), ("model", "corpus", "torch", "source code")
 
 
 @pytest.mark.parametrize("difference", [*SHORT, *(pytest.param(each, marks=pytest.mark.slow) for each in FULL)])

@@ -17,7 +17,7 @@ import train
 from geneformer_pretrain import trainer
 from geneformer_pretrain.checkpoint import CheckpointStore
 from geneformer_pretrain.config import CONFIG_DIR
-from geneformer_pretrain.data import plan
+from geneformer_pretrain.data import stream
 from tests.tiny import (
     make_cells,
     one_cpu_thread,  # noqa: F401 - an automatic fixture
@@ -158,27 +158,53 @@ def test_errors_of_the_system_are_plain_messages(tmp_path: Path, monkeypatch: py
     assert "No space left on device" in read_exit(tmp_path / "run")["error"]
 
 
-def test_a_save_under_way_outlives_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    commit, step = CheckpointStore._commit, trainer.Trainer.train_step
-
-    def slow_commit(*args: Any) -> None:
-        time.sleep(1.0)
-        commit(*args)
+@pytest.fixture
+def fails_after_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Overrides of a run that ends with an error right after a save in the background has begun."""
+    step = trainer.Trainer.train_step
 
     def fail_late(self: trainer.Trainer, batches: Any) -> Any:
         if self.progress.step == 3:
             raise trainer.TrainingError("out of luck")
         return step(self, batches)
 
-    monkeypatch.setattr(CheckpointStore, "_commit", slow_commit)
     monkeypatch.setattr(trainer.Trainer, "train_step", fail_late)
-    message = failure(overrides(tmp_path, "training.num_train_steps=9", "training.save_every_n_steps=3"))
-    assert "out of luck" in message
+    return overrides(tmp_path, "training.num_train_steps=9", "training.save_every_n_steps=3")
+
+
+def test_a_save_under_way_outlives_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_after_a_save: list[str]
+) -> None:
+    commit = CheckpointStore._commit
+
+    def slow_commit(*args: Any) -> None:
+        time.sleep(1.0)
+        commit(*args)
+
+    monkeypatch.setattr(CheckpointStore, "_commit", slow_commit)
+    assert "out of luck" in failure(fails_after_a_save)
     assert (tmp_path / "run/step_3/manifest.json").exists()
 
 
+def test_an_error_is_told_even_if_the_save_under_way_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_after_a_save: list[str]
+) -> None:
+    """Another rank that is gone shows there as an error of its own, at once or after a long time."""
+    told_before: list[bool] = []
+
+    def lose_connection(*_: Any) -> None:
+        time.sleep(1.0)
+        told_before.append((tmp_path / "run/exit.json").exists())
+        raise RuntimeError("connection closed by peer")
+
+    monkeypatch.setattr(CheckpointStore, "_write", lose_connection)
+    assert "out of luck" in failure(fails_after_a_save)
+    assert "out of luck" in read_exit(tmp_path / "run")["error"]
+    assert told_before == [True]
+
+
 def test_a_damaged_plan_is_a_plain_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "MIN_CELLS_ON_DISK", 1)
+    monkeypatch.setattr(stream, "MIN_CELLS_ON_DISK", 1)
     assert train.run(tiny_config(tmp_path)) == 0
     (file,) = (tmp_path / "cache/plans").rglob("0.cells.npy")
     file.write_bytes(b"")

@@ -12,16 +12,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from geneformer_pretrain.data.loader import (
+from geneformer_pretrain.data.batch import (
     BatchBuilder,
-    Loader,
     PackedBatch,
     PaddedBatch,
     build_batches,
     split,
 )
+from geneformer_pretrain.data.loader import Loader
 from geneformer_pretrain.data.masking import MaskRule, mask_cell
-from geneformer_pretrain.data.plan import PackShape, PackStream
+from geneformer_pretrain.data.plan import PackShape
+from geneformer_pretrain.data.stream import PackStream
 
 MASKING = {
     "seed": 7,

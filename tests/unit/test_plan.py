@@ -15,14 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from geneformer_pretrain.data import plan as planning
+from geneformer_pretrain.data import stream as streaming
 from geneformer_pretrain.data.plan import (
     PackShape,
-    PackStream,
     default_max_cells,
     masked_capacity,
     pack_cells,
     permutation,
 )
+from geneformer_pretrain.data.stream import PackStream
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -225,7 +226,7 @@ def test_resuming_never_plans_earlier_epochs(monkeypatch):
         planned.append(epoch)
         return permutation(num_cells, seed, epoch, block)
 
-    monkeypatch.setattr(planning, "permutation", record)
+    monkeypatch.setattr(streaming, "permutation", record)
     stream_of(lengths, **state).locate(100)
     assert planned == [state["epoch"]]
     assert state["epoch"] > 5
@@ -234,7 +235,7 @@ def test_resuming_never_plans_earlier_epochs(monkeypatch):
 
 
 def test_memory_holds_two_epochs_of_a_large_corpus(monkeypatch):
-    monkeypatch.setattr(planning, "MAX_CELLS_IN_MEMORY", 0)
+    monkeypatch.setattr(streaming, "MAX_CELLS_IN_MEMORY", 0)
     stream = stream_of(np.full(100, 30, np.int32))
     reference = located(stream_of(np.full(100, 30, np.int32)), range(60))
     assert located(stream, range(60)) == reference
@@ -253,7 +254,7 @@ def test_truncation_is_counted_and_empty_cells_are_refused():
 
 @pytest.fixture
 def disk(monkeypatch, tmp_path):
-    monkeypatch.setattr(planning, "MIN_CELLS_ON_DISK", 0)
+    monkeypatch.setattr(streaming, "MIN_CELLS_ON_DISK", 0)
     return tmp_path / "plans"
 
 
@@ -272,7 +273,7 @@ def test_plans_on_disk_are_mapped_not_made_again(disk, monkeypatch):
     lengths = np.full(100, 30, np.int32)
     first = located(stream_of(lengths, plan_dir=disk), range(5))
     with monkeypatch.context() as patch:
-        patch.setattr(planning, "permutation", None)
+        patch.setattr(streaming, "permutation", None)
         stream = stream_of(lengths, plan_dir=disk)
         assert located(stream, range(5)) == first
         assert isinstance(stream.plan(0).cells, np.memmap)
@@ -298,13 +299,13 @@ def test_processes_share_one_plan(disk):
     """Several processes start at once; one plans, all give the same packs."""
     script = (
         "import sys, numpy as np\n"
-        "from geneformer_pretrain.data import plan\n"
-        "plan.MIN_CELLS_ON_DISK = 0\n"
+        "from geneformer_pretrain.data import plan, stream as streaming\n"
+        "streaming.MIN_CELLS_ON_DISK = 0\n"
         "made = []\n"
-        "make = plan.PackStream._make\n"
-        "plan.PackStream._make = lambda self, epoch: (made.append(epoch), make(self, epoch))[1]\n"
+        "make = streaming.PackStream._make\n"
+        "streaming.PackStream._make = lambda self, epoch: (made.append(epoch), make(self, epoch))[1]\n"
         "shape = plan.PackShape(256, 64, 12, 128)\n"
-        "stream = plan.PackStream(np.full(20_000, 30, np.int32), 'f', 7, shape, True, sys.argv[1])\n"
+        "stream = streaming.PackStream(np.full(20_000, 30, np.int32), 'f', 7, shape, True, sys.argv[1])\n"
         "print(len(made), [stream.locate(p)[1].tolist() for p in (0, 50)], len(made))\n"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
