@@ -3,6 +3,12 @@
 The algorithm is FlashAttention-2 (Dao, 2023): softmax in one pass over the keys, weights recomputed in the
 backward. What is specific here:
 
+- Softmax needs no running maximum: a row's weights are relative to that of its own key, and FP32 has room for the
+  rest. A row that runs out of room, which takes scores 69 nats above that of the own key, is computed once more the
+  usual way.
+- Hopper's copy engine (TMA) moves blocks of tokens to shared memory: what it spares in registers and instructions of
+  address arithmetic decides how many programs share a multiprocessor. Rows beyond a cell's end are then those of the
+  next cell; their weights are made zero.
 - Work is cut into tiles of each cell's own rows, so no block is spent on the difference between a cell and
   the longest cell. The list of tiles is made on the device, once for all layers.
 - Query, key and value are read from one [T, 3, A, D] tensor, and their gradients are written into one: the
@@ -23,8 +29,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor, library
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .triton_hash import dropout_constants, mix
+
+MAX_TOTAL = tl.constexpr(2.0**100)
+"""Sum of a row's weights up to which neither it nor what it weighs can overflow FP32."""
 
 TILE = 128
 """Rows of a tile; a program takes one, or an equal part of one."""
@@ -103,83 +113,80 @@ def _block(tiles, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _load_keys(k_pointer, v_pointer, columns, end, stride, MASKED: tl.constexpr):
-    """Keys and values of some columns; zeros beyond the cell's end, which is looked at only if MASKED."""
-    if MASKED:
-        inside = (columns < end)[:, None]
-        k = tl.load(k_pointer + columns[:, None] * stride, mask=inside, other=0.0)
-        v = tl.load(v_pointer + columns[:, None] * stride, mask=inside, other=0.0)
-    else:
-        k = tl.load(k_pointer + columns[:, None] * stride)
-        v = tl.load(v_pointer + columns[:, None] * stride)
-    return k, v
-
-
-@triton.jit
 def _forward_step(
-    q, k_pointer, v_pointer, columns, end, b_pointer, a, rotated, m, total, acc, scale, threshold,
-    stride, MASKED: tl.constexpr, DROPOUT: tl.constexpr,
+    q, kv_rows, column, first, end, key_column, b_pointer, a, rotated, m, total, acc, scale, threshold,
+    WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr, ONLINE: tl.constexpr,
 ):  # fmt: skip
-    k, v = _load_keys(k_pointer, v_pointer, columns, end, stride, MASKED)
+    k = kv_rows.load([first, WIDTH + column])
     scores = tl.dot(q, k.T)
     if MASKED:
-        scores = tl.where((columns < end)[None, :], scores, float("-inf"))
-    m_new = tl.maximum(m, tl.max(scores, 1) * scale)
-    weights = tl.exp2(scores * scale - m_new[:, None])
-    shrink = tl.exp2(m - m_new)
-    total = total * shrink + tl.sum(weights, 1)
+        scores = tl.where((first + tl.arange(0, BLOCK_N) < end)[None, :], scores, float("-inf"))
+    if ONLINE:
+        m_new = tl.maximum(m, tl.max(scores, 1) * scale)
+        shrink = tl.exp2(m - m_new)
+        m, total, acc = m_new, total * shrink, acc * shrink[:, None]
+    weights = tl.exp2(scores * scale - m[:, None])
+    total += tl.sum(weights, 1)
     if DROPOUT:
-        b = tl.load(b_pointer + tl.arange(0, columns.shape[0]))
+        b = tl.load(b_pointer + key_column + tl.arange(0, BLOCK_N))
         weights = _drop(weights, a[:, None], rotated[:, None], b[None, :], threshold)
-    acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None])
-    return m_new, total, acc
+    v = kv_rows.load([first, 2 * WIDTH + column])
+    acc = tl.dot(weights.to(v.dtype), v, acc)
+    return m, total, acc
 
 
 @triton.jit
 def _forward(
-    qkv, out, lse, tiles, keys, scale, threshold, keep_scale, num_rows,
+    q_rows, kv_rows, out, lse, tiles, keys, scale, threshold, keep_scale, num_rows,
     NUM_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """Output, and the logarithm of the softmax's denominator, for a tile of queries against all keys of its cell.
 
-    Rows beyond the cell are zeros; their denominators are finite, and that is all the backward needs of them.
+    Rows beyond the cell are not written; their denominators are infinite, which makes weights of zero in the backward.
     """
     tl.static_assert(128 % BLOCK_N == 0)
     start, end, first, padded = _block(tiles, BLOCK_M)
     if first >= end:
         return
     head = tl.program_id(1)
-    stride: tl.constexpr = 3 * NUM_HEADS * D
+    width: tl.constexpr = NUM_HEADS * D
+    column = head * D
     rows = first + tl.arange(0, BLOCK_M)
     table_rows = head * num_rows + tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    d = tl.arange(0, D)
-    valid = (rows < end)[:, None]
-    base = qkv + head * D + d[None, :]
-    q = tl.load(base + rows[:, None] * stride, mask=valid, other=0.0)
+    q = q_rows.load([first, column])
     a = rows
     if DROPOUT:
         a = tl.load(keys + num_rows + table_rows)
     rotated = _rotate(a)
-    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    # A row's weights are relative to that of its own key, which is among them.
+    own = q_rows.load([first, width + column])
+    m = tl.sum(q.to(tl.float32) * own.to(tl.float32), 1) * scale
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, D], tl.float32)
-    k_pointer, v_pointer = base + NUM_HEADS * D, base + 2 * NUM_HEADS * D
     whole = (end - start) // BLOCK_N * BLOCK_N
     for offset in tl.range(0, whole, BLOCK_N):
-        columns = start + offset + tl.arange(0, BLOCK_N)
         m, total, acc = _forward_step(
-            q, k_pointer, v_pointer, columns, end, keys + padded + offset, a, rotated, m, total, acc, scale, threshold,
-            stride, False, DROPOUT,
+            q, kv_rows, column, start + offset, end, padded + offset, keys, a, rotated, m, total, acc, scale, threshold,
+            width, BLOCK_N, False, DROPOUT, False,
         )  # fmt: skip
     if whole < end - start:
-        columns = start + whole + tl.arange(0, BLOCK_N)
         m, total, acc = _forward_step(
-            q, k_pointer, v_pointer, columns, end, keys + padded + whole, a, rotated, m, total, acc, scale, threshold,
-            stride, True, DROPOUT,
+            q, kv_rows, column, start + whole, end, padded + whole, keys, a, rotated, m, total, acc, scale, threshold,
+            width, BLOCK_N, True, DROPOUT, False,
         )  # fmt: skip
+    if tl.max(total) > MAX_TOTAL:  # Again, with a running maximum.
+        m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        acc = tl.zeros([BLOCK_M, D], tl.float32)
+        for offset in tl.range(0, end - start, BLOCK_N, num_stages=1):
+            m, total, acc = _forward_step(
+                q, kv_rows, column, start + offset, end, padded + offset, keys, a, rotated, m, total, acc, scale,
+                threshold, width, BLOCK_N, True, DROPOUT, True,
+            )  # fmt: skip
     acc = acc * (keep_scale / total)[:, None]
-    tl.store(out + (rows[:, None] * NUM_HEADS + head) * D + d[None, :], acc.to(out.dtype.element_ty), mask=valid)
-    tl.store(lse + table_rows, m + tl.log2(total))
+    where = out + (rows[:, None] * NUM_HEADS + head) * D + tl.arange(0, D)[None, :]
+    tl.store(where, acc.to(out.dtype.element_ty), mask=(rows < end)[:, None])
+    tl.store(lse + table_rows, tl.where(rows < end, m + tl.log2(total), float("inf")))
 
 
 @triton.jit
@@ -202,66 +209,65 @@ def _row_dot(
 
 @triton.jit
 def _backward_keys(
-    qkv, grad_out, lse, delta, grad_qkv, tiles, keys, scale, grad_scale, threshold, keep_scale, num_rows,
+    q_rows, kv_rows, do_rows, lse, delta, grad_qkv, tiles, keys, scale, grad_scale, threshold, keep_scale, num_rows,
     NUM_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """Gradients of keys and values: a tile of keys against all queries of its cell.
 
-    Rows beyond the cell are loaded as zeros: they add nothing.
+    Rows beyond the cell have weights of zero: they add nothing.
     """
     tl.static_assert(128 % BLOCK_M == 0)
     start, end, first, padded = _block(tiles, BLOCK_N)
     if first >= end:
         return
     head = tl.program_id(1)
-    stride: tl.constexpr = 3 * NUM_HEADS * D
+    width: tl.constexpr = NUM_HEADS * D
+    column = head * D
     columns = first + tl.arange(0, BLOCK_N)
-    d = tl.arange(0, D)
-    valid = (columns < end)[:, None]
-    base = qkv + head * D + d[None, :]
-    k = tl.load(base + NUM_HEADS * D + columns[:, None] * stride, mask=valid, other=0.0)
-    v = tl.load(base + 2 * NUM_HEADS * D + columns[:, None] * stride, mask=valid, other=0.0)
+    k = kv_rows.load([first, width + column])
+    v = kv_rows.load([first, 2 * width + column])
     if DROPOUT:
         b = tl.load(keys + tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N))
     grad_k = tl.zeros([BLOCK_N, D], tl.float32)
     grad_v = tl.zeros([BLOCK_N, D], tl.float32)
     table_row = head * num_rows + padded
+    lse, delta, a_pointer = lse + table_row, delta + table_row, keys + num_rows + table_row
+    in_block = tl.arange(0, BLOCK_M)
     for offset in tl.range(0, end - start, BLOCK_M):
-        rows = start + offset + tl.arange(0, BLOCK_M)
-        inside = (rows < end)[:, None]
-        q = tl.load(base + rows[:, None] * stride, mask=inside, other=0.0)
-        do = tl.load(grad_out + (rows[:, None] * NUM_HEADS + head) * D + d[None, :], mask=inside, other=0.0)
-        row_lse = tl.load(lse + table_row + offset + tl.arange(0, BLOCK_M))
-        row_delta = tl.load(delta + table_row + offset + tl.arange(0, BLOCK_M))
-        weights = tl.exp2(tl.dot(k, q.T) * scale - row_lse[None, :])
+        q = q_rows.load([start + offset, column])
+        do = do_rows.load([start + offset, column])
+        scores = tl.dot(k, q.T)
         grad_weights = tl.dot(v, do.T)
+        weights = tl.exp2(scores * scale - tl.load(lse + offset + in_block)[None, :])
         dropped = weights
         if DROPOUT:
-            a = tl.load(keys + num_rows + table_row + offset + tl.arange(0, BLOCK_M))
+            a = tl.load(a_pointer + offset + in_block)
             dropped = _drop(weights, a[None, :], _rotate(a)[None, :], b[:, None], threshold)
+        grad_scores = dropped * grad_weights - weights * tl.load(delta + offset + in_block)[None, :]
         grad_v = tl.dot(dropped.to(do.dtype), do, grad_v)
-        grad_scores = dropped * grad_weights - weights * row_delta[None, :]
         grad_k = tl.dot(grad_scores.to(q.dtype), q, grad_k)
-    where = grad_qkv + columns[:, None] * stride + head * D + d[None, :]
+    where = grad_qkv + columns[:, None] * (3 * width) + column + tl.arange(0, D)[None, :]
+    valid = (columns < end)[:, None]
     kind = grad_qkv.dtype.element_ty
-    tl.store(where + NUM_HEADS * D, (grad_k * grad_scale).to(kind), mask=valid)
-    tl.store(where + 2 * NUM_HEADS * D, (grad_v * keep_scale).to(kind), mask=valid)
+    tl.store(where + width, (grad_k * grad_scale).to(kind), mask=valid)
+    tl.store(where + 2 * width, (grad_v * keep_scale).to(kind), mask=valid)
 
 
 @triton.jit
 def _backward_queries_step(
-    q, do, k_pointer, v_pointer, columns, end, b_pointer, a, rotated, row_lse, row_delta, grad_q, scale, threshold,
-    stride, MASKED: tl.constexpr, DROPOUT: tl.constexpr,
+    q, do, kv_rows, column, first, end, key_column, b_pointer, a, rotated, row_lse, row_delta, grad_q, scale, threshold,
+    WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    k, v = _load_keys(k_pointer, v_pointer, columns, end, stride, MASKED)
+    k = kv_rows.load([first, WIDTH + column])
+    v = kv_rows.load([first, 2 * WIDTH + column])
     scores = tl.dot(q, k.T)
-    if MASKED:  # A score of zero could be far above those of the cell, and its weight infinite.
-        scores = tl.where((columns < end)[None, :], scores, float("-inf"))
-    weights = tl.exp2(scores * scale - row_lse[:, None])
+    if MASKED:
+        scores = tl.where((first + tl.arange(0, BLOCK_N) < end)[None, :], scores, float("-inf"))
     grad_weights = tl.dot(do, v.T)
+    weights = tl.exp2(scores * scale - row_lse[:, None])
     dropped = weights
     if DROPOUT:
-        b = tl.load(b_pointer + tl.arange(0, columns.shape[0]))
+        b = tl.load(b_pointer + key_column + tl.arange(0, BLOCK_N))
         dropped = _drop(weights, a[:, None], rotated[:, None], b[None, :], threshold)
     grad_scores = dropped * grad_weights - weights * row_delta[:, None]
     return tl.dot(grad_scores.to(k.dtype), k, grad_q)
@@ -269,7 +275,7 @@ def _backward_queries_step(
 
 @triton.jit
 def _backward_queries(
-    qkv, grad_out, lse, delta, grad_qkv, tiles, keys, scale, grad_scale, threshold, keep_scale, num_rows,
+    q_rows, kv_rows, do_rows, lse, delta, grad_qkv, tiles, keys, scale, grad_scale, threshold, keep_scale, num_rows,
     NUM_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """Gradient of queries: a tile of queries against all keys of its cell."""
@@ -278,14 +284,12 @@ def _backward_queries(
     if first >= end:
         return
     head = tl.program_id(1)
-    stride: tl.constexpr = 3 * NUM_HEADS * D
+    width: tl.constexpr = NUM_HEADS * D
+    column = head * D
     rows = first + tl.arange(0, BLOCK_M)
     table_rows = head * num_rows + tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    d = tl.arange(0, D)
-    valid = (rows < end)[:, None]
-    base = qkv + head * D + d[None, :]
-    q = tl.load(base + rows[:, None] * stride, mask=valid, other=0.0)
-    do = tl.load(grad_out + (rows[:, None] * NUM_HEADS + head) * D + d[None, :], mask=valid, other=0.0)
+    q = q_rows.load([first, column])
+    do = do_rows.load([first, column])
     row_lse = tl.load(lse + table_rows)
     row_delta = tl.load(delta + table_rows)
     a = rows
@@ -293,29 +297,34 @@ def _backward_queries(
         a = tl.load(keys + num_rows + table_rows)
     rotated = _rotate(a)
     grad_q = tl.zeros([BLOCK_M, D], tl.float32)
-    k_pointer, v_pointer = base + NUM_HEADS * D, base + 2 * NUM_HEADS * D
     whole = (end - start) // BLOCK_N * BLOCK_N
     for offset in tl.range(0, whole, BLOCK_N):
-        columns = start + offset + tl.arange(0, BLOCK_N)
         grad_q = _backward_queries_step(
-            q, do, k_pointer, v_pointer, columns, end, keys + padded + offset, a, rotated, row_lse, row_delta, grad_q,
-            scale, threshold, stride, False, DROPOUT,
+            q, do, kv_rows, column, start + offset, end, padded + offset, keys, a, rotated, row_lse, row_delta, grad_q,
+            scale, threshold, width, BLOCK_N, False, DROPOUT,
         )  # fmt: skip
     if whole < end - start:
-        columns = start + whole + tl.arange(0, BLOCK_N)
         grad_q = _backward_queries_step(
-            q, do, k_pointer, v_pointer, columns, end, keys + padded + whole, a, rotated, row_lse, row_delta, grad_q,
-            scale, threshold, stride, True, DROPOUT,
+            q, do, kv_rows, column, start + whole, end, padded + whole, keys, a, rotated, row_lse, row_delta, grad_q,
+            scale, threshold, width, BLOCK_N, True, DROPOUT,
         )  # fmt: skip
-    where = grad_qkv + rows[:, None] * stride + head * D + d[None, :]
-    tl.store(where, (grad_q * grad_scale).to(grad_qkv.dtype.element_ty), mask=valid)
+    where = grad_qkv + rows[:, None] * (3 * width) + column + tl.arange(0, D)[None, :]
+    tl.store(where, (grad_q * grad_scale).to(grad_qkv.dtype.element_ty), mask=(rows < end)[:, None])
 
 
 LOG2_E = 1.4426950408889634
 FORWARD = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2, "maxnreg": 128}
-BACKWARD_KEYS = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3, "maxnreg": 168}
-BACKWARD_QUERIES = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3, "maxnreg": 128}
-"""Chosen on an H200 at head size 64. Registers are limited so that 16 warps, or 12 for keys, share a multiprocessor."""
+BACKWARD_KEYS = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2, "maxnreg": 168}
+BACKWARD_QUERIES = {"BLOCK_M": 64, "BLOCK_N": 128, "num_warps": 4, "num_stages": 2}
+"""Chosen on an H200 at head size 64. Limits on registers let 16 warps, or 12 for keys, share a multiprocessor."""
+
+
+def row_blocks(x: Tensor, rows: int) -> TensorDescriptor:
+    """A contiguous [T, ..., D] seen as a matrix with a row for each token, from which kernels read [rows, D] blocks.
+
+    Hopper's copy engine reads them, without a thread's registers and instructions; rows beyond T are zeros.
+    """
+    return TensorDescriptor.from_tensor(x.view(len(x), -1), [rows, x.shape[-1]])
 
 
 @library.custom_op("geneformer::packed_attention", mutates_args=())
@@ -350,14 +359,15 @@ def packed_attention(qkv: Tensor, tiles: Tensor, seed: Tensor, dropout: float) -
     num_tokens, _, num_heads, d = qkv.shape
     num_rows = TILE * len(tiles)
     out = torch.empty(num_tokens, num_heads, d, dtype=qkv.dtype, device=qkv.device)
-    # Zeros: blocks that lie wholly beyond a cell are left out, and the backward may read their rows in larger blocks.
-    lse = torch.zeros(num_heads, num_rows, dtype=torch.float32, device=qkv.device)
+    # Infinite as for rows beyond a cell: blocks that lie wholly there are left out, and the backward may read them.
+    lse = torch.full((num_heads, num_rows), float("inf"), dtype=torch.float32, device=qkv.device)
     keys = torch.empty(1 + num_heads if dropout else 0, num_rows, dtype=torch.int32, device=qkv.device)
     if dropout:
         _make_keys[(triton.cdiv(num_rows, 1024), len(keys))](keys, seed, num_rows, BLOCK=1024)
     threshold, keep_scale = dropout_constants(dropout)
     _forward[(num_rows // FORWARD["BLOCK_M"], num_heads)](
-        qkv, out, lse, tiles, keys, LOG2_E / d**0.5, threshold, keep_scale, num_rows,
+        row_blocks(qkv, FORWARD["BLOCK_M"]), row_blocks(qkv, FORWARD["BLOCK_N"]), out, lse, tiles, keys,
+        LOG2_E / d**0.5, threshold, keep_scale, num_rows,
         NUM_HEADS=num_heads, D=d, DROPOUT=dropout > 0, **FORWARD,
     )  # fmt: skip
     return out, lse, keys
@@ -393,8 +403,10 @@ def packed_attention_backward(
         (_backward_queries, BACKWARD_QUERIES, BACKWARD_QUERIES["BLOCK_M"]),
     ):
         kernel[(num_rows // rows, num_heads)](
-            qkv, grad_out, lse, delta, grad_qkv, tiles, keys, LOG2_E / d**0.5, keep_scale * d**-0.5, threshold,
-            keep_scale, num_rows, NUM_HEADS=num_heads, D=d, DROPOUT=dropout > 0, **shape,
+            row_blocks(qkv, shape["BLOCK_M"]), row_blocks(qkv, shape["BLOCK_N"]),
+            row_blocks(grad_out, shape["BLOCK_M"]), lse, delta, grad_qkv, tiles, keys,
+            LOG2_E / d**0.5, keep_scale * d**-0.5, threshold, keep_scale, num_rows,
+            NUM_HEADS=num_heads, D=d, DROPOUT=dropout > 0, **shape,
         )  # fmt: skip
     return grad_qkv
 
