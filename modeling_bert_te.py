@@ -25,7 +25,7 @@ import functools
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
@@ -76,6 +76,15 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+
+def is_plain(linear: nn.Module) -> TypeGuard[Linear]:
+    """Whether a linear layer may be computed from its parameters.
+
+    What wraps or watches it, an adapter or a hook, has to be called; autocast knows linear layers alone.
+    """
+    hooks = linear._forward_hooks or linear._forward_pre_hooks
+    return type(linear) is Linear and not hooks and not torch.is_autocast_enabled(linear.weight.device.type)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -142,11 +151,25 @@ class Attention(Protocol):
         """[T, 3, A, D] -> [T, A, D]; `dropout` is the probability of dropping an attention weight."""
 
 
-class ResidualNorm(Protocol):
-    """A way to compute LayerNorm(residual + dropout(x)); exchangeable, see `set_residual_norm`."""
+class FusedKernels(Protocol):
+    """Ways to compute what surrounds the matrix products; exchangeable, see `set_fused_kernels`."""
 
-    def __call__(self, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, dropout: float) -> Tensor:
-        """[T, H], [T, H], [H], [H] -> [T, H]; weight and bias are LayerNorm's, in any dtype."""
+    def residual_norm(
+        self, x: Tensor, b: Tensor | None, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, dropout: float
+    ) -> Tensor:
+        """LayerNorm(residual + dropout(x + b)): [T, H], [H] or None, [T, H] -> [T, H].
+
+        Weight and bias are LayerNorm's, [H]; they and b may have any dtype.
+        """
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> tuple[Tensor, Tensor]:
+        """Project x, by ReLU after it if asked for; and x: [T, H], [F, H], [F] of one dtype -> [T, F], [T, H].
+
+        The x returned is for the residual connection alone, so that its two gradients may be added in place.
+        """
+
+    def linear_cross_entropy(self, x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
+        """Sum of cross-entropies of x @ weight.T + bias: [K, H], [V, H], [V], labels [K] (or -100) -> FP32 scalar."""
 
 
 class FlashAttention:
@@ -255,17 +278,21 @@ class BertSelfAttention(nn.Module):
         self.num_heads = config.num_attention_heads
         self.dropout_prob = config.attention_probs_dropout_prob
         self.attention: Attention = FlashAttention()
+        self.fused: FusedKernels | None = None
 
-    def project(self, x: Tensor) -> Tensor:
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if self.use_te_layers:
-            return self.qkv(x)
+            return self.qkv(x), x
         projections = (self.query, self.key, self.value)
         weight = torch.cat([p.weight for p in projections]).to(x.dtype)
-        return F.linear(x, weight, torch.cat([p.bias for p in projections]).to(x.dtype))
+        bias = torch.cat([p.bias for p in projections]).to(x.dtype)
+        return (F.linear(x, weight, bias), x) if self.fused is None else self.fused.linear(x, weight, bias, relu=False)
 
-    def forward(self, x: Tensor, plan: Any) -> Tensor:
-        qkv = self.project(x).view(x.shape[0], 3, self.num_heads, -1)
-        return self.attention(qkv, plan, self.dropout_prob if self.training else 0.0).reshape(x.shape)
+    def forward(self, x: Tensor, plan: Any) -> tuple[Tensor, Tensor]:
+        """[T, H] -> the same, attended; and x, for the residual connection."""
+        qkv, residual = self.project(x)
+        qkv = qkv.view(x.shape[0], 3, self.num_heads, -1)
+        return self.attention(qkv, plan, self.dropout_prob if self.training else 0.0).reshape(x.shape), residual
 
 
 class BertResidualOutput(nn.Module):
@@ -276,17 +303,20 @@ class BertResidualOutput(nn.Module):
         self.dense = linear(in_features, config.hidden_size)
         self.LayerNorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = Dropout(config.hidden_dropout_prob)
-        self.residual_norm: ResidualNorm | None = None
+        self.fused: FusedKernels | None = None
 
-    def add_norm(self, x: Tensor, residual: Tensor) -> Tensor:
+    def add_norm(self, x: Tensor, residual: Tensor, b: Tensor | None = None) -> Tensor:
         norm = self.LayerNorm
-        if self.residual_norm is None:
+        if self.fused is None:
             return norm(residual + self.dropout(x))
         dropout = self.dropout.p if self.training else 0.0
-        return self.residual_norm(x, residual, norm.weight, norm.bias, norm.eps, dropout)
+        return self.fused.residual_norm(x, b, residual, norm.weight, norm.bias, norm.eps, dropout)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        return self.add_norm(self.dense(x), residual)
+        dense = self.dense
+        if self.fused is not None and is_plain(dense):
+            return self.add_norm(F.linear(x, dense.weight.to(x.dtype)), residual, dense.bias)
+        return self.add_norm(dense(x), residual)
 
 
 class BertLayer(nn.Module):
@@ -304,6 +334,7 @@ class BertLayer(nn.Module):
         self.intermediate = nn.ModuleDict({"dense": linear(config.hidden_size, config.intermediate_size)})
         self.output = BertResidualOutput(config, config.intermediate_size, linear)
         self.activation = ACT2FN[config.hidden_act]
+        self.fused: FusedKernels | None = None
         self.use_te_layers = use_te_layers
         self.recompute = False
 
@@ -314,16 +345,20 @@ class BertLayer(nn.Module):
         return checkpoint_function(self.use_te_layers)(self.compute, x, plan, use_reentrant=False)
 
     def compute(self, x: Tensor, plan: Any) -> Tensor:
-        x = self.attention["output"](self.attention["self"](x, plan), x)
-        return self.output(self.expand(x), x)
+        x = self.attention["output"](*self.attention["self"](x, plan))
+        return self.output(*self.expand(x))
 
-    def expand(self, x: Tensor) -> Tensor:
+    def expand(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[T, H] -> [T, F]; and x, for the residual connection."""
         dense = self.intermediate["dense"]
-        # What wraps or watches the layer, an adapter or a hook, has to be called; autocast knows linear layers alone.
-        plain = type(dense) is Linear and not dense._forward_hooks and not dense._forward_pre_hooks
-        if plain and type(self.activation) is nn.ReLU and not torch.is_autocast_enabled(x.device.type):
-            return LinearReLU.apply(x, dense.weight.to(x.dtype), dense.bias.to(x.dtype))
-        return self.activation(dense(x))
+        if not (is_plain(dense) and type(self.activation) is nn.ReLU):
+            return self.activation(dense(x)), x
+        weight, bias = dense.weight.to(x.dtype), dense.bias.to(x.dtype)
+        return (
+            (LinearReLU.apply(x, weight, bias), x)
+            if self.fused is None
+            else self.fused.linear(x, weight, bias, relu=True)
+        )
 
     def compile_in_place(self) -> None:
         """Compile the layer, or what lies between the matrix products of Transformer Engine."""
@@ -373,6 +408,7 @@ class BertPredictions(nn.Module):
         )
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
         self.activation = ACT2FN[config.hidden_act]
+        self.fused: FusedKernels | None = None
 
     def features(self, hidden: Tensor) -> Tensor:
         return self.transform["LayerNorm"](self.activation(self.transform["dense"](hidden)))
@@ -393,7 +429,10 @@ class BertPredictions(nn.Module):
         weight = F.pad(word_embeddings.to(x.dtype), (0, 0, 0, padding))
         bias = F.pad(self.bias.to(x.dtype), (0, padding), value=float("-inf"))
         labels = labels.long()
-        loss_sum = F.cross_entropy(F.linear(x, weight, bias).float(), labels, ignore_index=-100, reduction="sum")
+        if self.fused is not None:
+            loss_sum = self.fused.linear_cross_entropy(x, weight, bias, labels)
+        else:
+            loss_sum = F.cross_entropy(F.linear(x, weight, bias).float(), labels, ignore_index=-100, reduction="sum")
         return loss_sum, (labels != -100).sum()
 
 
@@ -481,11 +520,11 @@ class BertForMaskedLM(PreTrainedModel):
             if isinstance(module, BertModel | BertSelfAttention):
                 module.attention = attention
 
-    def set_residual_norm(self, residual_norm: ResidualNorm | None) -> None:
-        """Use another implementation of dropout, residual and LayerNorm in all layers; None for PyTorch's."""
+    def set_fused_kernels(self, fused: FusedKernels | None) -> None:
+        """Use other implementations of what surrounds the matrix products; None for PyTorch's operations."""
         for module in self.modules():
-            if isinstance(module, BertResidualOutput):
-                module.residual_norm = residual_norm
+            if isinstance(module, BertSelfAttention | BertLayer | BertResidualOutput | BertPredictions):
+                module.fused = fused
 
     def compile_ends(self) -> None:
         """Compile embeddings and loss head in place, for packed calls of constant shape; layers compile themselves.

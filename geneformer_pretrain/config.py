@@ -104,9 +104,10 @@ class ModelConfig:
     attention_kernel: Kernel
     """triton: this project's kernels for BF16 on GPUs. torch: FlashAttention in PyTorch, exact on the CPU. auto:
     the faster one."""
-    norm_kernel: Kernel
-    """Dropout, residual connection and LayerNorm at the end of both halves of a layer. triton: this project's kernels
-    for BF16 on GPUs. torch: PyTorch's operations, compiled on GPUs. auto: the faster one."""
+    fused_kernels: Kernel
+    """What surrounds the matrix products: dropout with residual connection and LayerNorm, the gradient of ReLU,
+    cross-entropy. triton: this project's kernels for BF16 on GPUs. torch: PyTorch's operations, compiled on GPUs. auto:
+    the faster one."""
 
     def __post_init__(self) -> None:
         require(self.model_type == "bert", f"model.model_type is {self.model_type!r}; only 'bert' is supported.")

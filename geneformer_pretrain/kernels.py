@@ -4,12 +4,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from modeling_bert_te import Attention, FlashAttention, ResidualNorm
+from modeling_bert_te import Attention, FlashAttention, FusedKernels
 
 from .config import Config, ConfigError, Kernel
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+MAX_WIDTH, MAX_VOCABULARY = 4096, 2**16
+"""Largest hidden size and vocabulary of the fused kernels: a row has to fit into the registers of one program."""
 
 
 class TritonAttention:
@@ -29,19 +33,34 @@ class TritonAttention:
         return self.kernels.packed_attention(qkv, plan, draw_seed(qkv.device), dropout)[0]
 
 
-class TritonResidualNorm:
-    """The Triton kernels of `triton_norm`."""
+class TritonFused:
+    """The Triton kernels of `triton_norm` and `triton_linear`."""
 
     def __init__(self) -> None:
-        from . import triton_norm
+        from . import triton_linear, triton_norm
 
-        self.kernels = triton_norm
+        self.norm, self.linears = triton_norm, triton_linear
 
-    def __call__(
-        self, x: "Tensor", residual: "Tensor", weight: "Tensor", bias: "Tensor", eps: float, dropout: float
+    def residual_norm(
+        self,
+        x: "Tensor",
+        b: "Tensor | None",
+        residual: "Tensor",
+        weight: "Tensor",
+        bias: "Tensor",
+        eps: float,
+        dropout: float,
     ) -> "Tensor":
-        """[T, H], [T, H], [H], [H] -> [T, H]; the seed is drawn as for attention."""
-        return self.kernels.residual_norm(x, residual, weight, bias, draw_seed(x.device), eps, dropout)[0]
+        """See `modeling_bert_te.FusedKernels`; the seed of dropout is drawn as for attention."""
+        return self.norm.residual_norm(x, b, residual, weight, bias, draw_seed(x.device), eps, dropout)[0]
+
+    def linear(self, x: "Tensor", weight: "Tensor", bias: "Tensor", relu: bool) -> "tuple[Tensor, Tensor]":
+        """See `modeling_bert_te.FusedKernels`."""
+        return self.linears.LinearBesideResidual.apply(x, weight, bias, relu)
+
+    def linear_cross_entropy(self, x: "Tensor", weight: "Tensor", bias: "Tensor", labels: "Tensor") -> "Tensor":
+        """See `modeling_bert_te.FusedKernels`."""
+        return self.linears.linear_cross_entropy(x, weight, bias, labels)
 
 
 def draw_seed(device: torch.device) -> "Tensor":
@@ -107,8 +126,8 @@ def choose_attention(config: Config, device: torch.device, compute_dtype: torch.
     return FlashAttention()
 
 
-def choose_residual_norm(config: Config, device: torch.device, compute_dtype: torch.dtype) -> ResidualNorm | None:
-    """What `model.norm_kernel` asks for, or what is expected to be faster; None for PyTorch's operations.
+def choose_fused(config: Config, device: torch.device, compute_dtype: torch.dtype) -> FusedKernels | None:
+    """What `model.fused_kernels` asks for, or what is expected to be faster; None for PyTorch's operations.
 
     Raises
     ------
@@ -116,10 +135,10 @@ def choose_residual_norm(config: Config, device: torch.device, compute_dtype: to
         Triton's kernels asked for where they do not run.
     """
     obstacles = machine_obstacles(device, compute_dtype)
-    if config.model.hidden_size > 4096:
-        obstacles.append(f"knows model.hidden_size up to 4,096, not {config.model.hidden_size}")
-    # Rows shorter than these are summed up faster by what the compiler makes.
-    tuned = is_hopper(device) and config.model.hidden_size >= 768
-    if takes_triton("model.norm_kernel", config.model.norm_kernel, obstacles, tuned):
-        return TritonResidualNorm()
+    for name, most in (("hidden_size", MAX_WIDTH), ("vocab_size", MAX_VOCABULARY)):
+        value = getattr(config.model, name)
+        if value > most:
+            obstacles.append(f"knows model.{name} up to {most:,}, not {value:,}")
+    if takes_triton("model.fused_kernels", config.model.fused_kernels, obstacles, is_hopper(device)):
+        return TritonFused()
     return None

@@ -18,7 +18,7 @@ from modeling_bert_te import BertConfig, BertForMaskedLM, BertLayer
 from .config import Config, ModelConfig, require
 from .distributed import World
 from .initialization import initialize_weights
-from .kernels import choose_attention, choose_residual_norm
+from .kernels import choose_attention, choose_fused
 from .optimizer import full_tensor
 
 NVFSDP_RELEASES = "0.6."
@@ -123,7 +123,7 @@ def build_engine(config: Config, world: World, compute_dtype: torch.dtype, compi
     model.config.num_hidden_layers = config.model.num_hidden_layers
     model.bert.embeddings.compute_dtype = compute_dtype
     model.set_attention(choose_attention(config, world.device, compute_dtype))
-    model.set_residual_norm(choose_residual_norm(config, world.device, compute_dtype))
+    model.set_fused_kernels(choose_fused(config, world.device, compute_dtype))
     if compile_blocks:
         model.compile_ends()
     model.train()

@@ -1,8 +1,8 @@
-"""LayerNorm(residual + dropout(x)), the end of both halves of a BERT layer, as Triton kernels.
+"""LayerNorm(residual + dropout(x + b)), the end of both halves of a BERT layer, as Triton kernels.
 
 Each tensor is read and written once. The forward keeps the sum that is normalised, and its statistics; the dropout
-mask is computed again in the backward. There, each program sums the gradients of LayerNorm's weight and bias over
-its rows, and one more pass adds up what the programs found, in a fixed order.
+mask is computed again in the backward. There, each program sums the gradients of LayerNorm's weight and bias and of b
+over its rows, and one more pass adds up what the programs found, in a fixed order.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor, library
 from .triton_hash import dropout_constants, is_dropped
 
 FORWARD = {256: (8, 4), 512: (4, 4), 1024: (4, 4), 2048: (1, 4), 4096: (1, 4)}
-BACKWARD = {256: (16, 4), 512: (4, 4), 1024: (1, 4), 2048: (1, 4), 4096: (1, 4)}
+BACKWARD = {256: (4, 4), 512: (4, 4), 1024: (1, 4), 2048: (1, 4), 4096: (1, 4)}
 """Rows that a program works on at a time, and its warps, by the width rounded up to a power of two.
 
 Chosen on an H200 for widths of 256, 768 and 2560.
@@ -27,19 +27,21 @@ BACKWARD_PROGRAMS = 1056
 
 @triton.jit
 def _forward(
-    x, residual, weight, bias, seed, out, sums, mean, rstd, num_rows, eps, threshold, keep_scale,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, DROPOUT: tl.constexpr,
+    x, b, residual, weight, bias, seed, out, sums, mean, rstd, num_rows, eps, threshold, keep_scale,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, HAS_B: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK)
     inside = columns < WIDTH
     valid = (rows < num_rows)[:, None] & inside[None, :]
     where = rows[:, None] * WIDTH + columns[None, :]
+    kind = out.dtype.element_ty
     value = tl.load(x + where, mask=valid, other=0.0).to(tl.float32)
+    if HAS_B:
+        value += tl.load(b + columns, mask=inside, other=0.0).to(kind).to(tl.float32)[None, :]
     if DROPOUT:
         value = tl.where(is_dropped(where, tl.load(seed), threshold), 0.0, value * keep_scale)
     value += tl.load(residual + where, mask=valid, other=0.0).to(tl.float32)
-    kind = out.dtype.element_ty
     total = value.to(kind)
     tl.store(sums + where, total, mask=valid)
     # Statistics belong to what the backward will read.
@@ -48,8 +50,8 @@ def _forward(
     deviation = tl.where(inside[None, :], value - average[:, None], 0.0)
     scale = 1.0 / tl.sqrt(tl.sum(deviation * deviation, 1) / WIDTH + eps)
     w = tl.load(weight + columns, mask=inside, other=0.0).to(kind).to(tl.float32)
-    b = tl.load(bias + columns, mask=inside, other=0.0).to(kind).to(tl.float32)
-    tl.store(out + where, (deviation * scale[:, None] * w[None, :] + b[None, :]).to(kind), mask=valid)
+    shift = tl.load(bias + columns, mask=inside, other=0.0).to(kind).to(tl.float32)
+    tl.store(out + where, (deviation * scale[:, None] * w[None, :] + shift[None, :]).to(kind), mask=valid)
     tl.store(mean + rows, average, mask=rows < num_rows)
     tl.store(rstd + rows, scale, mask=rows < num_rows)
 
@@ -57,14 +59,16 @@ def _forward(
 @triton.jit
 def _backward(
     grad_out, sums, mean, rstd, weight, seed, grad_x, grad_residual, partial, num_rows, threshold, keep_scale,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, DROPOUT: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, HAS_B: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     columns = tl.arange(0, BLOCK)
     inside = columns < WIDTH
     kind = grad_x.dtype.element_ty
     w = tl.load(weight + columns, mask=inside, other=0.0).to(kind).to(tl.float32)
-    grad_weight = tl.zeros([BLOCK], tl.float32)
-    grad_bias = tl.zeros([BLOCK], tl.float32)
+    # A sum for each row of a block: the rows are added up once, at the end.
+    grad_weight = tl.zeros([ROWS, BLOCK], tl.float32)
+    grad_bias = tl.zeros([ROWS, BLOCK], tl.float32)
+    grad_b = tl.zeros([ROWS, BLOCK], tl.float32)
     for first in range(tl.program_id(0) * ROWS, num_rows, tl.num_programs(0) * ROWS):
         rows = first + tl.arange(0, ROWS)
         valid = (rows < num_rows)[:, None] & inside[None, :]
@@ -74,8 +78,8 @@ def _backward(
         average = tl.load(mean + rows, mask=rows < num_rows, other=0.0)
         scale = tl.load(rstd + rows, mask=rows < num_rows, other=0.0)
         normal = tl.where(valid, (value - average[:, None]) * scale[:, None], 0.0)
-        grad_weight += tl.sum(grad * normal, 0)
-        grad_bias += tl.sum(grad, 0)
+        grad_weight += grad * normal
+        grad_bias += grad
         grad *= w[None, :]
         along_mean = tl.sum(grad, 1) / WIDTH
         along_scale = tl.sum(grad * normal, 1) / WIDTH
@@ -84,9 +88,13 @@ def _backward(
         if DROPOUT:
             grad = tl.where(is_dropped(where, tl.load(seed), threshold), 0.0, grad * keep_scale)
         tl.store(grad_x + where, grad.to(kind), mask=valid)
-    row = partial + tl.program_id(0) * 2 * WIDTH + columns
-    tl.store(row, grad_weight, mask=inside)
-    tl.store(row + WIDTH, grad_bias, mask=inside)
+        if HAS_B:
+            grad_b += tl.where(valid, grad, 0.0)
+    row = partial + tl.program_id(0) * (2 + HAS_B) * WIDTH + columns
+    tl.store(row, tl.sum(grad_weight, 0), mask=inside)
+    tl.store(row + WIDTH, tl.sum(grad_bias, 0), mask=inside)
+    if HAS_B:
+        tl.store(row + 2 * WIDTH, tl.sum(grad_b, 0), mask=inside)
 
 
 def _block(width: int) -> int:
@@ -95,14 +103,17 @@ def _block(width: int) -> int:
 
 @library.custom_op("geneformer::residual_norm", mutates_args=())
 def residual_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, seed: Tensor, eps: float, dropout: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """LayerNorm(residual + dropout(x)); weight and bias are rounded to the dtype of x before they are used.
+    x: Tensor, b: Tensor | None, residual: Tensor, weight: Tensor, bias: Tensor, seed: Tensor, eps: float,
+    dropout: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """LayerNorm(residual + dropout(x + b)); b, weight and bias are rounded to the dtype of x before they are used.
 
     Parameters
     ----------
     x, residual
         [T, H], fewer than 2**31 elements, H at most 4,096.
+    b
+        Bias of the linear layer that x comes from, [H], or None.
     weight, bias
         LayerNorm's, [H].
     seed
@@ -129,55 +140,60 @@ def residual_norm(
     rows, warps = FORWARD[block]
     threshold, keep_scale = dropout_constants(dropout)
     _forward[(triton.cdiv(num_rows, rows),)](
-        x, residual, weight, bias, seed, out, sums, mean, rstd, num_rows, eps, threshold, keep_scale,
-        WIDTH=width, BLOCK=block, ROWS=rows, DROPOUT=dropout > 0, num_warps=warps,
+        x, b, residual, weight, bias, seed, out, sums, mean, rstd, num_rows, eps, threshold, keep_scale,
+        WIDTH=width, BLOCK=block, ROWS=rows, HAS_B=b is not None, DROPOUT=dropout > 0, num_warps=warps,
     )  # fmt: skip
     return out, sums, mean, rstd
 
 
 @residual_norm.register_fake
 def _(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, seed: Tensor, eps: float, dropout: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, b: Tensor | None, residual: Tensor, weight: Tensor, bias: Tensor, seed: Tensor, eps: float,
+    dropout: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     mean, rstd = (x.new_empty(len(x), dtype=torch.float32) for _ in range(2))
     return x.new_empty(x.shape), x.new_empty(x.shape), mean, rstd
 
 
 @library.custom_op("geneformer::residual_norm_backward", mutates_args=())
 def residual_norm_backward(
-    grad_out: Tensor, sums: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, seed: Tensor, dropout: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x and residual, [T, H], and of weight and bias, FP32 [2, H]."""
+    grad_out: Tensor, sums: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, seed: Tensor, has_b: bool,
+    dropout: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x and residual, [T, H], and of weight, bias and, if there is one, b, FP32 [2 or 3, H]."""
     num_rows, width = sums.shape
     grad_x, grad_residual = torch.empty_like(sums), torch.empty_like(sums)
-    partial = torch.empty(BACKWARD_PROGRAMS, 2, width, dtype=torch.float32, device=sums.device)
+    partial = torch.empty(BACKWARD_PROGRAMS, 2 + has_b, width, dtype=torch.float32, device=sums.device)
     block = _block(width)
     rows, warps = BACKWARD[block]
     threshold, keep_scale = dropout_constants(dropout)
     _backward[(BACKWARD_PROGRAMS,)](
         grad_out.contiguous(), sums, mean, rstd, weight, seed, grad_x, grad_residual, partial, num_rows, threshold,
-        keep_scale, WIDTH=width, BLOCK=block, ROWS=rows, DROPOUT=dropout > 0, num_warps=warps,
+        keep_scale, WIDTH=width, BLOCK=block, ROWS=rows, HAS_B=has_b, DROPOUT=dropout > 0, num_warps=warps,
     )  # fmt: skip
     return grad_x, grad_residual, partial.sum(0)
 
 
 @residual_norm_backward.register_fake
 def _(
-    grad_out: Tensor, sums: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, seed: Tensor, dropout: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(sums), torch.empty_like(sums), sums.new_empty(2, sums.shape[1], dtype=torch.float32)
+    grad_out: Tensor, sums: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, seed: Tensor, has_b: bool,
+    dropout: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    sizes = (2 + has_b, sums.shape[1])
+    return torch.empty_like(sums), torch.empty_like(sums), sums.new_empty(sizes, dtype=torch.float32)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, _, weight, bias, seed, _, ctx.dropout = inputs
-    ctx.bias_dtype = bias.dtype
+    _, b, _, weight, bias, seed, _, ctx.dropout = inputs
+    ctx.dtypes = [weight.dtype, bias.dtype, *([] if b is None else [b.dtype])]
     ctx.save_for_backward(*output[1:], weight, seed)
 
 
 def _backward_of_residual_norm(ctx: Any, grad_out: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
-    weight = ctx.saved_tensors[3]
-    grad_x, grad_residual, (grad_weight, grad_bias) = residual_norm_backward(grad_out, *ctx.saved_tensors, ctx.dropout)
-    return grad_x, grad_residual, grad_weight.to(weight.dtype), grad_bias.to(ctx.bias_dtype), None, None, None
+    has_b = len(ctx.dtypes) == 3
+    grad_x, grad_residual, sums = residual_norm_backward(grad_out, *ctx.saved_tensors, has_b, ctx.dropout)
+    grad_weight, grad_bias, *grad_b = (grad.to(dtype) for grad, dtype in zip(sums, ctx.dtypes, strict=True))
+    return grad_x, grad_b[0] if has_b else None, grad_residual, grad_weight, grad_bias, None, None, None
 
 
 residual_norm.register_autograd(_backward_of_residual_norm, setup_context=_save_for_backward)

@@ -48,7 +48,7 @@ LENGTHS = [[1], [128], [129], [2048, 1, 127], [5, 300, 64, 1, 1, 700, 256], [100
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 @pytest.mark.parametrize(("heads", "size"), [(4, 64), (2, 32), (1, 128)])
-@pytest.mark.parametrize("scale", [1.0, 4.0, 30.0])  # at 30, rows run out of FP32's range without a running maximum
+@pytest.mark.parametrize("scale", [1.0, 4.0])
 def test_without_dropout(lengths, heads, size, scale):
     qkv, cu_seqlens = make(lengths, heads, size, scale)
     leaf, out = run(qkv, cu_seqlens)
@@ -107,6 +107,22 @@ def test_scores_far_below_zero(dropout):
         assert error(out, reference(qkv.double(), cu_seqlens)) < 0.01
 
 
+def test_rows_that_outgrow_their_own_key():
+    """Scores so far above that of the own key that FP32 has no room for the weights relative to it."""
+    qkv, cu_seqlens = make([200, 70], 2, 64)
+    qkv[::3, :2] *= 30
+    scores = qkv[:200, 0, 0].float() @ qkv[:200, 1, 0].float().T / 8
+    assert (scores.max(1).values - scores.diagonal()).max() > 100
+    leaf, out = run(qkv, cu_seqlens)
+    grad = torch.randn_like(out)
+    out.backward(grad)
+    exact = qkv.double().requires_grad_()
+    expected = reference(exact, cu_seqlens)
+    expected.backward(grad.double())
+    assert error(out, expected) < 0.01
+    assert error(leaf.grad, exact.grad) < 0.02
+
+
 def test_dropout_masks_look_random():
     dropout, length = 0.1, 1024
     qkv, cu_seqlens = make([length], 4, 64)
@@ -142,29 +158,34 @@ def test_gradients_are_deterministic():
 @pytest.mark.parametrize("width", [64, 256, 320, 768, 1100, 2560])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_residual_norm(rows, width, dropout, dtype):
+@pytest.mark.parametrize("with_b", [False, True])
+def test_residual_norm(rows, width, dropout, dtype, with_b):
     from geneformer_pretrain.triton_norm import residual_norm
 
     torch.manual_seed(rows + width)
     x, residual, grad = (torch.randn(rows, width, device="cuda").bfloat16() for _ in range(3))
-    weight, bias = (torch.randn(width, device="cuda").bfloat16().to(dtype) for _ in range(2))
-    leaves = [tensor.requires_grad_() for tensor in (x, residual, weight, bias)]
+    weight, bias, b = (torch.randn(width, device="cuda").bfloat16().to(dtype) for _ in range(3))
+    leaves = [x, b if with_b else torch.zeros_like(b), residual, weight, bias]
+    for tensor in leaves:
+        tensor.requires_grad_()
     seed = torch.tensor([5], device="cuda")
-    out = residual_norm(*leaves, seed, 1e-12, dropout)[0]
+    given = [x, b if with_b else None, *leaves[2:]]
+    out = residual_norm(*given, seed, 1e-12, dropout)[0]
     out.backward(grad)
 
     # The sum of ones and zeros is the mask.
-    _, mask, _, _ = residual_norm(torch.ones_like(x), torch.zeros_like(x), weight, bias, seed, 1e-12, dropout)
+    _, mask, _, _ = residual_norm(torch.ones_like(x), None, torch.zeros_like(x), weight, bias, seed, 1e-12, dropout)
     keep = mask.detach() > 0
     assert abs((~keep).double().mean().item() - dropout) <= 5 * (dropout / keep.numel()) ** 0.5
     exact = [tensor.detach().double().requires_grad_() for tensor in leaves]
-    total = exact[1] + exact[0] * keep / (1 - dropout)
-    expected = torch.nn.functional.layer_norm(total, (width,), exact[2], exact[3], 1e-12)
+    total = exact[2] + (exact[0] + exact[1]) * keep / (1 - dropout)
+    expected = torch.nn.functional.layer_norm(total, (width,), exact[3], exact[4], 1e-12)
     expected.backward(grad.double())
     assert error(out, expected) < 0.01
-    for found, reference in zip(leaves, exact, strict=True):
-        assert found.grad.dtype == found.dtype
-        assert error(found.grad, reference.grad) < 0.01
+    for given_one, found, reference in zip(given, leaves, exact, strict=True):
+        if given_one is not None:
+            assert found.grad.dtype == found.dtype
+            assert error(found.grad, reference.grad) < 0.01
 
 
 def test_residual_norm_repeats_itself():
@@ -173,7 +194,57 @@ def test_residual_norm_repeats_itself():
     x, residual, grad = (torch.randn(3000, 256, device="cuda").bfloat16() for _ in range(3))
     grads = []
     for _ in range(2):
-        weight, bias = (torch.ones(256, device="cuda", requires_grad=True) for _ in range(2))
-        residual_norm(x, residual, weight, bias, torch.tensor([1], device="cuda"), 1e-12, 0.1)[0].backward(grad)
-        grads.append(torch.stack([weight.grad, bias.grad]))
+        b, weight, bias = (torch.ones(256, device="cuda", requires_grad=True) for _ in range(3))
+        residual_norm(x, b, residual, weight, bias, torch.tensor([1], device="cuda"), 1e-12, 0.1)[0].backward(grad)
+        grads.append(torch.stack([weight.grad, bias.grad, b.grad]))
     assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize("rows", [1, 130, 3001])
+@pytest.mark.parametrize(("width", "inner"), [(512, 256), (3072, 768), (1000, 72)])
+@pytest.mark.parametrize("relu", [False, True])
+def test_linear_beside_residual(rows, width, inner, relu):
+    from geneformer_pretrain.triton_linear import LinearBesideResidual
+
+    x, weight, bias = (torch.randn(*size, device="cuda") for size in ((rows, inner), (width, inner), (width,)))
+    leaves = [tensor.bfloat16().requires_grad_() for tensor in (x, weight / inner**0.5, bias)]
+    grads = [torch.randn(rows, size, device="cuda").bfloat16() for size in (width, inner)]
+    out = LinearBesideResidual.apply(*leaves, relu)
+    torch.autograd.backward(out, [grad.clone() for grad in grads])
+    exact = [tensor.detach().double().requires_grad_() for tensor in leaves]
+    expected = torch.nn.functional.linear(*exact)
+    assert error(out[0], expected.relu() if relu else expected) < 0.01
+    assert torch.equal(out[1], leaves[0])
+    # The ReLU's gradient is that of the output found: signs of sums near zero are a matter of rounding.
+    passed = (out[0] > 0).double() if relu else 1.0
+    torch.autograd.backward([expected * passed, exact[0] * 1.0], [grad.double() for grad in grads])
+    for found, reference in zip(leaves, exact, strict=True):
+        assert error(found.grad, reference.grad) < 0.01
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 2), (257, 1000), (64, 25472), (3, 65536)])
+@pytest.mark.parametrize("spread", [1.0, 30.0])
+def test_linear_cross_entropy(rows, width, spread):
+    from geneformer_pretrain.triton_linear import linear_cross_entropy
+
+    torch.manual_seed(rows)
+    x, weight, bias = (torch.randn(*size, device="cuda") for size in ((rows, 64), (width, 64), (width,)))
+    leaves = [tensor.bfloat16().requires_grad_() for tensor in (x, weight * spread / 8, bias)]
+    with torch.no_grad():
+        leaves[2][width // 2 + 1 :] = float("-inf")  # what pads the vocabulary
+    labels = torch.randint(width // 2 + 1, (rows,), device="cuda")
+    labels[1::5] = -100
+    loss = linear_cross_entropy(*leaves, labels)
+    (0.37 * loss).backward()
+    with torch.no_grad():
+        assert torch.equal(linear_cross_entropy(*leaves, labels), loss)
+
+    # Logits are BF16, so the reference takes them from the same product.
+    logits = torch.nn.functional.linear(*leaves).detach().double().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+    (0.37 * expected).backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5, abs=1e-4)
+    x, weight, _ = (tensor.detach().double() for tensor in leaves)
+    for found, reference in zip(leaves, (logits.grad @ weight, logits.grad.T @ x, logits.grad.sum(0)), strict=True):
+        # A lone row may be predicted with certainty: no gradient.
+        assert (found.grad.double() - reference).norm() <= 0.02 * reference.norm() + 1e-4

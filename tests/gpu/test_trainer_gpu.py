@@ -72,7 +72,7 @@ def losses(folder):
 def test_deterministic_runs_and_resumptions_are_bitwise_equal(overrides, tmp_path, kernel, monkeypatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     common = [*overrides, "training.deterministic=true"]
-    common += [f"model.attention_kernel={kernel}", f"model.norm_kernel={kernel}"]
+    common += [f"model.attention_kernel={kernel}", f"model.fused_kernels={kernel}"]
     try:
         fit([*common, f"training.checkpoint_dir={tmp_path}/a"], 8)
         fit([*common, f"training.checkpoint_dir={tmp_path}/b"], 5)

@@ -12,14 +12,14 @@ class Kernels:
     """Stands for what needs Triton."""
 
 
-CHOICES = {"model.attention_kernel": kernels.choose_attention, "model.norm_kernel": kernels.choose_residual_norm}
+CHOICES = {"model.attention_kernel": kernels.choose_attention, "model.fused_kernels": kernels.choose_fused}
 
 
 @pytest.fixture
 def choose(monkeypatch):
     def choose(kernel, key="model.attention_kernel", capability=(9, 0), dtype=torch.bfloat16, device="cuda", **model):
         monkeypatch.setattr(kernels, "TritonAttention", Kernels)
-        monkeypatch.setattr(kernels, "TritonResidualNorm", Kernels)
+        monkeypatch.setattr(kernels, "TritonFused", Kernels)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         overrides = [f"{key}={kernel}", *(f"model.{name}={value}" for name, value in model.items())]
         return type(CHOICES[key](load_config("10m", overrides), torch.device(device), dtype))
@@ -36,16 +36,16 @@ def test_auto_takes_triton_only_where_it_was_tuned(choose):
     assert choose("auto", device="cpu") is FlashAttention
 
 
-def test_auto_takes_the_norm_kernels_on_hopper_for_wide_rows(choose):
-    key, wide = "model.norm_kernel", {"hidden_size": 768, "num_attention_heads": 12}
-    assert choose("auto", key, **wide) is Kernels
-    assert choose("auto", key) is type(None)
+def test_auto_takes_the_fused_kernels_on_hopper(choose):
+    key = "model.fused_kernels"
+    assert choose("auto", key) is Kernels
     assert choose("torch", key) is type(None)
-    assert choose("auto", key, capability=(8, 0), **wide) is type(None)
+    assert choose("auto", key, capability=(8, 0)) is type(None)
     assert choose("triton", key, capability=(8, 0)) is Kernels
-    assert choose("auto", key, dtype=torch.float32, **wide) is type(None)
-    assert choose("auto", key, device="cpu", **wide) is type(None)
+    assert choose("auto", key, dtype=torch.float32) is type(None)
+    assert choose("auto", key, device="cpu") is type(None)
     assert choose("auto", key, hidden_size=8192, num_attention_heads=128) is type(None)
+    assert choose("auto", key, vocab_size=100_000) is type(None)
 
 
 def test_what_is_asked_for_is_taken(choose):
@@ -61,8 +61,9 @@ def test_what_is_asked_for_is_taken(choose):
         ("model.attention_kernel", {"dtype": torch.float32}, "training.compute_dtype=bfloat16"),
         ("model.attention_kernel", {"capability": (7, 5)}, "compute capability 8.0"),
         ("model.attention_kernel", {"num_attention_heads": 1}, "head sizes 16, 32, 64 and 128, not 256"),
-        ("model.norm_kernel", {"device": "cpu"}, "a GPU"),
-        ("model.norm_kernel", {"hidden_size": 8192}, "model.hidden_size up to 4,096, not 8192"),
+        ("model.fused_kernels", {"device": "cpu"}, "a GPU"),
+        ("model.fused_kernels", {"hidden_size": 8192}, "model.hidden_size up to 4,096, not 8,192"),
+        ("model.fused_kernels", {"vocab_size": 100_000}, "model.vocab_size up to 65,536, not 100,000"),
     ],
 )
 def test_what_cannot_run_is_refused(choose, key, machine, obstacle):
