@@ -190,67 +190,21 @@ def _forward(
 
 
 @triton.jit
-def _backward_queries_step(
-    q, do, kv_rows, column, first, end, key_column, b_pointer, a, rotated, row_lse, row_delta, grad_q, scale, threshold,
-    WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr,
+def _row_dot(
+    out, grad_out, delta, tiles, factor, num_rows, NUM_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr
 ):  # fmt: skip
-    k = kv_rows.load([first, WIDTH + column])
-    v = kv_rows.load([first, 2 * WIDTH + column])
-    scores = tl.dot(q, k.T)
-    if MASKED:
-        scores = tl.where((first + tl.arange(0, BLOCK_N) < end)[None, :], scores, float("-inf"))
-    grad_weights = tl.dot(do, v.T)
-    weights = tl.exp2(scores * scale - row_lse[:, None])
-    dropped = weights
-    if DROPOUT:
-        b = tl.load(b_pointer + key_column + tl.arange(0, BLOCK_N))
-        dropped = _drop(weights, a[:, None], rotated[:, None], b[None, :], threshold)
-    grad_scores = dropped * grad_weights - weights * row_delta[:, None]
-    return tl.dot(grad_scores.to(k.dtype), k, grad_q)
-
-
-@triton.jit
-def _backward_queries(
-    q_rows, kv_rows, out_rows, do_rows, lse, delta, grad_qkv, tiles, keys, scale, grad_scale, threshold, keep_scale,
-    num_rows,
-    NUM_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr,
-):  # fmt: skip
-    """Gradient of queries: a tile of queries against all keys of its cell.
-
-    Writes delta too, FP32 [A, R], which both backward kernels need: the sum over D of out * grad_out, over keep_scale.
-    """
-    tl.static_assert(128 % BLOCK_N == 0)
-    start, end, first, padded = _block(tiles, BLOCK_M)
+    """Delta = factor times the sum over D of out * grad_out, FP32 [A, R]."""
+    _, end, first, _ = _block(tiles, BLOCK_M)
     if first >= end:
         return
     head = tl.program_id(1)
-    width: tl.constexpr = NUM_HEADS * D
-    column = head * D
     rows = first + tl.arange(0, BLOCK_M)
+    where = (rows[:, None] * NUM_HEADS + head) * D + tl.arange(0, D)[None, :]
+    valid = (rows < end)[:, None]
+    o = tl.load(out + where, mask=valid, other=0.0).to(tl.float32)
+    do = tl.load(grad_out + where, mask=valid, other=0.0).to(tl.float32)
     table_rows = head * num_rows + tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    q = q_rows.load([first, column])
-    do = do_rows.load([first, column])
-    row_lse = tl.load(lse + table_rows)
-    row_delta = tl.sum(out_rows.load([first, column]).to(tl.float32) * do.to(tl.float32), 1) / keep_scale
-    tl.store(delta + table_rows, row_delta)
-    a = rows
-    if DROPOUT:
-        a = tl.load(keys + num_rows + table_rows)
-    rotated = _rotate(a)
-    grad_q = tl.zeros([BLOCK_M, D], tl.float32)
-    whole = (end - start) // BLOCK_N * BLOCK_N
-    for offset in tl.range(0, whole, BLOCK_N):
-        grad_q = _backward_queries_step(
-            q, do, kv_rows, column, start + offset, end, padded + offset, keys, a, rotated, row_lse, row_delta, grad_q,
-            scale, threshold, width, BLOCK_N, False, DROPOUT,
-        )  # fmt: skip
-    if whole < end - start:
-        grad_q = _backward_queries_step(
-            q, do, kv_rows, column, start + whole, end, padded + whole, keys, a, rotated, row_lse, row_delta, grad_q,
-            scale, threshold, width, BLOCK_N, True, DROPOUT,
-        )  # fmt: skip
-    where = grad_qkv + rows[:, None] * (3 * width) + column + tl.arange(0, D)[None, :]
-    tl.store(where, (grad_q * grad_scale).to(grad_qkv.dtype.element_ty), mask=(rows < end)[:, None])
+    tl.store(delta + table_rows, tl.sum(o * do, 1) * factor)
 
 
 @triton.jit
@@ -299,10 +253,69 @@ def _backward_keys(
     tl.store(where + 2 * width, (grad_v * keep_scale).to(kind), mask=valid)
 
 
+@triton.jit
+def _backward_queries_step(
+    q, do, kv_rows, column, first, end, key_column, b_pointer, a, rotated, row_lse, row_delta, grad_q, scale, threshold,
+    WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    k = kv_rows.load([first, WIDTH + column])
+    v = kv_rows.load([first, 2 * WIDTH + column])
+    scores = tl.dot(q, k.T)
+    if MASKED:
+        scores = tl.where((first + tl.arange(0, BLOCK_N) < end)[None, :], scores, float("-inf"))
+    grad_weights = tl.dot(do, v.T)
+    weights = tl.exp2(scores * scale - row_lse[:, None])
+    dropped = weights
+    if DROPOUT:
+        b = tl.load(b_pointer + key_column + tl.arange(0, BLOCK_N))
+        dropped = _drop(weights, a[:, None], rotated[:, None], b[None, :], threshold)
+    grad_scores = dropped * grad_weights - weights * row_delta[:, None]
+    return tl.dot(grad_scores.to(k.dtype), k, grad_q)
+
+
+@triton.jit
+def _backward_queries(
+    q_rows, kv_rows, do_rows, lse, delta, grad_qkv, tiles, keys, scale, grad_scale, threshold, keep_scale, num_rows,
+    NUM_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """Gradient of queries: a tile of queries against all keys of its cell."""
+    tl.static_assert(128 % BLOCK_N == 0)
+    start, end, first, padded = _block(tiles, BLOCK_M)
+    if first >= end:
+        return
+    head = tl.program_id(1)
+    width: tl.constexpr = NUM_HEADS * D
+    column = head * D
+    rows = first + tl.arange(0, BLOCK_M)
+    table_rows = head * num_rows + tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    q = q_rows.load([first, column])
+    do = do_rows.load([first, column])
+    row_lse = tl.load(lse + table_rows)
+    row_delta = tl.load(delta + table_rows)
+    a = rows
+    if DROPOUT:
+        a = tl.load(keys + num_rows + table_rows)
+    rotated = _rotate(a)
+    grad_q = tl.zeros([BLOCK_M, D], tl.float32)
+    whole = (end - start) // BLOCK_N * BLOCK_N
+    for offset in tl.range(0, whole, BLOCK_N):
+        grad_q = _backward_queries_step(
+            q, do, kv_rows, column, start + offset, end, padded + offset, keys, a, rotated, row_lse, row_delta, grad_q,
+            scale, threshold, width, BLOCK_N, False, DROPOUT,
+        )  # fmt: skip
+    if whole < end - start:
+        grad_q = _backward_queries_step(
+            q, do, kv_rows, column, start + whole, end, padded + whole, keys, a, rotated, row_lse, row_delta, grad_q,
+            scale, threshold, width, BLOCK_N, True, DROPOUT,
+        )  # fmt: skip
+    where = grad_qkv + rows[:, None] * (3 * width) + column + tl.arange(0, D)[None, :]
+    tl.store(where, (grad_q * grad_scale).to(grad_qkv.dtype.element_ty), mask=(rows < end)[:, None])
+
+
 LOG2_E = 1.4426950408889634
 FORWARD = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2, "maxnreg": 128}
 BACKWARD_KEYS = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2, "maxnreg": 168}
-BACKWARD_QUERIES = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2, "maxnreg": 128}
+BACKWARD_QUERIES = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3, "maxnreg": 128}
 """Chosen on an H200 at head size 64. Limits on registers let 16 warps, or 12 for keys, share a multiprocessor."""
 
 
@@ -380,22 +393,21 @@ def packed_attention_backward(
     num_rows = TILE * len(tiles)
     grad_out = grad_out.contiguous()
     grad_qkv = torch.empty_like(qkv)
-    delta = torch.zeros_like(lse)  # blocks that lie wholly beyond a cell are left out
+    delta = torch.empty_like(lse)
     threshold, keep_scale = dropout_constants(dropout)
-    rest = (LOG2_E / d**0.5, keep_scale * d**-0.5, threshold, keep_scale, num_rows, num_heads, d)
-
-    def inputs(shape: dict[str, int], *row_tensors: Tensor) -> list[TensorDescriptor]:
-        rows = [row_blocks(x, shape["BLOCK_M"]) for x in row_tensors]
-        return [row_blocks(qkv, shape["BLOCK_M"]), row_blocks(qkv, shape["BLOCK_N"]), *rows]
-
-    _backward_queries[(num_rows // BACKWARD_QUERIES["BLOCK_M"], num_heads)](
-        *inputs(BACKWARD_QUERIES, out, grad_out), lse, delta, grad_qkv, tiles, keys, *rest,
-        DROPOUT=dropout > 0, **BACKWARD_QUERIES,
-    )  # fmt: skip
-    _backward_keys[(num_rows // BACKWARD_KEYS["BLOCK_N"], num_heads)](
-        *inputs(BACKWARD_KEYS, grad_out), lse, delta, grad_qkv, tiles, keys, *rest,
-        DROPOUT=dropout > 0, **BACKWARD_KEYS,
-    )  # fmt: skip
+    _row_dot[(len(tiles), num_heads)](
+        out, grad_out, delta, tiles, 1 / keep_scale, num_rows, NUM_HEADS=num_heads, D=d, BLOCK_M=TILE
+    )
+    for kernel, shape, rows in (
+        (_backward_keys, BACKWARD_KEYS, BACKWARD_KEYS["BLOCK_N"]),
+        (_backward_queries, BACKWARD_QUERIES, BACKWARD_QUERIES["BLOCK_M"]),
+    ):
+        kernel[(num_rows // rows, num_heads)](
+            row_blocks(qkv, shape["BLOCK_M"]), row_blocks(qkv, shape["BLOCK_N"]),
+            row_blocks(grad_out, shape["BLOCK_M"]), lse, delta, grad_qkv, tiles, keys,
+            LOG2_E / d**0.5, keep_scale * d**-0.5, threshold, keep_scale, num_rows,
+            NUM_HEADS=num_heads, D=d, DROPOUT=dropout > 0, **shape,
+        )  # fmt: skip
     return grad_qkv
 
 

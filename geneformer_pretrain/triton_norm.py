@@ -15,14 +15,17 @@ from torch import Tensor, library
 from .triton_hash import dropout_constants, is_dropped
 
 FORWARD = {256: (8, 4), 512: (4, 4), 1024: (4, 4), 2048: (1, 4), 4096: (1, 4)}
-BACKWARD = {256: (4, 4), 512: (4, 4), 1024: (1, 4), 2048: (1, 4), 4096: (1, 4)}
-"""Rows that a program works on at a time, and its warps, by the width rounded up to a power of two.
+"""Rows that a program works on at a time, and its warps, by the width rounded up to a power of two."""
 
-Chosen on an H200 for widths of 256, 768 and 2560.
+BACKWARD = {256: (2, 1, 16), 512: (1, 1, 16), 1024: (1, 1, 8), 2048: (1, 2, 8), 4096: (1, 2, 4)}
+"""The same, and the programs for each multiprocessor, which share the rows.
+
+Both were chosen on an H200 for widths of 256, 768 and 2560. With few warps a row is summed up without waiting for
+others.
 """
 
-BACKWARD_PROGRAMS = 1056
-"""Eight for each multiprocessor of a Hopper GPU."""
+MULTIPROCESSORS = 132
+"""Of a Hopper GPU."""
 
 
 @triton.jit
@@ -163,11 +166,11 @@ def residual_norm_backward(
     """Gradients of x and residual, [T, H], and of weight, bias and, if there is one, b, FP32 [2 or 3, H]."""
     num_rows, width = sums.shape
     grad_x, grad_residual = torch.empty_like(sums), torch.empty_like(sums)
-    partial = torch.empty(BACKWARD_PROGRAMS, 2 + has_b, width, dtype=torch.float32, device=sums.device)
     block = _block(width)
-    rows, warps = BACKWARD[block]
+    rows, warps, programs = BACKWARD[block]
+    partial = torch.empty(programs * MULTIPROCESSORS, 2 + has_b, width, dtype=torch.float32, device=sums.device)
     threshold, keep_scale = dropout_constants(dropout)
-    _backward[(BACKWARD_PROGRAMS,)](
+    _backward[(len(partial),)](
         grad_out.contiguous(), sums, mean, rstd, weight, seed, grad_x, grad_residual, partial, num_rows, threshold,
         keep_scale, WIDTH=width, BLOCK=block, ROWS=rows, HAS_B=has_b, DROPOUT=dropout > 0, num_warps=warps,
     )  # fmt: skip
