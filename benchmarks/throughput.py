@@ -202,16 +202,18 @@ def measure(args: argparse.Namespace, corpus: Path, lengths: np.ndarray) -> Iter
             labels = {"model": name, "variant": variant, "engine": engine, "nproc": nproc}  # noqa: B023
             return {**labels, **result, "tflops": tflops, "mfu": tflops / args.peak_tflops}
 
+        for variant, engine, nproc in itertools.product(args.variants, args.engines, args.nproc):
+            overrides = [*VARIANTS[variant], *ENGINES[engine], *args.overrides]
+            print(f"measuring {name} {variant} {engine} on {nproc} GPUs", file=sys.stderr)
+            yield row(run_ours(name, corpus, overrides, nproc, args), variant, engine, nproc)
         for kind in args.baseline:
             # A process of its own, so that its memory is gone when train.py starts.
+            print(f"measuring {name} of transformers, {kind}", file=sys.stderr)
             worker = [sys.executable, *sys.argv, "--baseline-worker", name, kind, str(corpus)]
             done = subprocess.run(worker, capture_output=True, text=True)
             if done.returncode:
                 raise RuntimeError(f"the {kind} baseline of {name} failed:\n{done.stderr[-4000:]}")
             yield row(json.loads(done.stdout.splitlines()[-1]), f"transformers {kind}", "baseline", 1)
-        for variant, engine, nproc in itertools.product(args.variants, args.engines, args.nproc):
-            overrides = [*VARIANTS[variant], *ENGINES[engine], *args.overrides]
-            yield row(run_ours(name, corpus, overrides, nproc, args), variant, engine, nproc)
 
 
 def main() -> None:

@@ -102,8 +102,8 @@ class ModelConfig:
     use_te_layers: bool
     """Encoder layers from Transformer Engine modules instead of PyTorch's: the same mathematics."""
     attention_kernel: Kernel
-    """triton: this project's kernels for BF16 on GPUs. torch: FlashAttention in PyTorch, exact on the CPU. auto:
-    the faster one."""
+    """triton: this project's kernels for BF16 on GPUs from Hopper on. torch: FlashAttention in PyTorch, exact on the
+    CPU. auto: the faster one."""
     fused_kernels: Kernel
     """What surrounds the matrix products: dropout with residual connection and LayerNorm, the gradient of ReLU,
     cross-entropy. triton: this project's kernels for BF16 on GPUs. torch: PyTorch's operations, compiled on GPUs. auto:

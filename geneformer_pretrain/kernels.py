@@ -90,15 +90,15 @@ def takes_triton(key: str, choice: Kernel, obstacles: list[str], tuned: bool) ->
     return choice is Kernel.triton or (choice is Kernel.auto and tuned and not obstacles)
 
 
-def machine_obstacles(device: torch.device, compute_dtype: torch.dtype) -> list[str]:
-    """What keeps Triton's kernels from running on this machine."""
+def machine_obstacles(device: torch.device, compute_dtype: torch.dtype, capability: tuple[int, int]) -> list[str]:
+    """What keeps Triton's kernels, which need this compute capability, from running on this machine."""
     if device.type != "cuda":
         return ["needs a GPU"]
     obstacles = []
     if compute_dtype != torch.bfloat16:
         obstacles.append("needs training.compute_dtype=bfloat16")
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        obstacles.append("needs compute capability 8.0")
+    if torch.cuda.get_device_capability(device) < capability:
+        obstacles.append(f"needs compute capability {capability[0]}.{capability[1]}")
     return obstacles
 
 
@@ -116,10 +116,10 @@ def choose_attention(config: Config, device: torch.device, compute_dtype: torch.
         Triton's kernels asked for where they do not run.
     """
     head_size = config.model.hidden_size // config.model.num_attention_heads
-    obstacles = machine_obstacles(device, compute_dtype)
+    obstacles = machine_obstacles(device, compute_dtype, (9, 0))  # without Hopper's copy engine they crawl
     if head_size not in (16, 32, 64, 128):
         obstacles.append(f"knows head sizes 16, 32, 64 and 128, not {head_size}")
-    # Elsewhere than on Hopper, and with heads of 128, the kernels run but spill registers.
+    # With heads of 128 the kernels run but spill registers.
     tuned = is_hopper(device) and head_size <= 64
     if takes_triton("model.attention_kernel", config.model.attention_kernel, obstacles, tuned):
         return TritonAttention()
@@ -134,7 +134,7 @@ def choose_fused(config: Config, device: torch.device, compute_dtype: torch.dtyp
     ConfigError
         Triton's kernels asked for where they do not run.
     """
-    obstacles = machine_obstacles(device, compute_dtype)
+    obstacles = machine_obstacles(device, compute_dtype, (8, 0))
     for name, most in (("hidden_size", MAX_WIDTH), ("vocab_size", MAX_VOCABULARY)):
         value = getattr(config.model, name)
         if value > most:

@@ -30,8 +30,8 @@ def test_throughput_measures_both_sides(tmp_path):
         *("--baseline", "plain", "--baseline-cells", 1, "--json", results, "--overrides", *shrunk),
     )
     assert done.returncode == 0, done.stderr
-    baseline, ours = json.loads(results.read_text())
-    assert (baseline["engine"], ours["engine"]) == ("baseline", "ddp")
+    ours, baseline = json.loads(results.read_text())
+    assert (ours["engine"], baseline["engine"]) == ("ddp", "baseline")
     assert ours["tokens_per_second"] > baseline["tokens_per_second"] > 0
     # Tokens a second and FLOPs a second differ by the FLOPs a token, the same for both.
     assert ours["tflops"] / ours["tokens_per_second"] == pytest.approx(

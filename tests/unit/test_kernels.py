@@ -50,7 +50,7 @@ def test_auto_takes_the_fused_kernels_on_hopper(choose):
 
 def test_what_is_asked_for_is_taken(choose):
     assert choose("torch") is FlashAttention
-    assert choose("triton", capability=(8, 0)) is Kernels
+    assert choose("triton", capability=(10, 0)) is Kernels
     assert choose("triton", num_attention_heads=2) is Kernels
 
 
@@ -59,9 +59,10 @@ def test_what_is_asked_for_is_taken(choose):
     [
         ("model.attention_kernel", {"device": "cpu"}, "a GPU"),
         ("model.attention_kernel", {"dtype": torch.float32}, "training.compute_dtype=bfloat16"),
-        ("model.attention_kernel", {"capability": (7, 5)}, "compute capability 8.0"),
+        ("model.attention_kernel", {"capability": (8, 0)}, "compute capability 9.0"),
         ("model.attention_kernel", {"num_attention_heads": 1}, "head sizes 16, 32, 64 and 128, not 256"),
         ("model.fused_kernels", {"device": "cpu"}, "a GPU"),
+        ("model.fused_kernels", {"capability": (7, 5)}, "compute capability 8.0"),
         ("model.fused_kernels", {"hidden_size": 8192}, "model.hidden_size up to 4,096, not 8,192"),
         ("model.fused_kernels", {"vocab_size": 100_000}, "model.vocab_size up to 65,536, not 100,000"),
     ],
