@@ -29,7 +29,7 @@ MULTIPROCESSORS = 132
 
 
 @triton.jit
-def _forward(
+def _norm_forward(
     x, b, residual, weight, bias, seed, out, sums, mean, rstd, num_rows, eps, threshold, keep_scale,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, HAS_B: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
@@ -60,7 +60,7 @@ def _forward(
 
 
 @triton.jit
-def _backward(
+def _norm_backward(
     grad_out, sums, mean, rstd, weight, seed, grad_x, grad_residual, partial, num_rows, threshold, keep_scale,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, HAS_B: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
@@ -142,7 +142,7 @@ def residual_norm(
     block = _block(width)
     rows, warps = FORWARD[block]
     threshold, keep_scale = dropout_constants(dropout)
-    _forward[(triton.cdiv(num_rows, rows),)](
+    _norm_forward[(triton.cdiv(num_rows, rows),)](
         x, b, residual, weight, bias, seed, out, sums, mean, rstd, num_rows, eps, threshold, keep_scale,
         WIDTH=width, BLOCK=block, ROWS=rows, HAS_B=b is not None, DROPOUT=dropout > 0, num_warps=warps,
     )  # fmt: skip
@@ -170,7 +170,7 @@ def residual_norm_backward(
     rows, warps, programs = BACKWARD[block]
     partial = torch.empty(programs * MULTIPROCESSORS, 2 + has_b, width, dtype=torch.float32, device=sums.device)
     threshold, keep_scale = dropout_constants(dropout)
-    _backward[(len(partial),)](
+    _norm_backward[(len(partial),)](
         grad_out.contiguous(), sums, mean, rstd, weight, seed, grad_x, grad_residual, partial, num_rows, threshold,
         keep_scale, WIDTH=width, BLOCK=block, ROWS=rows, HAS_B=has_b, DROPOUT=dropout > 0, num_warps=warps,
     )  # fmt: skip
