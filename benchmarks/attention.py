@@ -5,7 +5,8 @@
 
 TFLOP/s count the matrix products that the mathematics needs: two forward and four backward for each pair of tokens
 of a cell, not what a kernel computes again. A sweep times all Triton kernels together with one kernel's shape
-changed, beside the shape in use; shapes that do not compile or do not fit are named.
+changed, beside the shape in use; shapes that do not compile or do not fit are named. Kernels back to back on random
+data run into the GPU's power limit, those of a training step do not: let profile_step.py have the last word.
 """
 
 import argparse

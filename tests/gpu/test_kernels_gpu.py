@@ -27,6 +27,17 @@ def error(found, expected):
     return ((found.double() - expected).norm() / expected.norm()).item()
 
 
+def with_gradients(qkv, cu_seqlens, keep=None, dropout=0.0, seed=7):
+    """Output and gradient of the kernels, and those of the reference."""
+    leaf, out = run(qkv, cu_seqlens, dropout, seed)
+    grad = torch.randn_like(out)
+    out.backward(grad)
+    exact = qkv.double().requires_grad_()
+    expected = reference(exact, cu_seqlens, keep, dropout)
+    expected.backward(grad.double())
+    return (out, leaf.grad), (expected, exact.grad)
+
+
 def make(lengths, heads, size, scale=1.0, seed=0):
     torch.manual_seed(seed)
     cu_seqlens = torch.tensor([0, *lengths, 0, 0], device="cuda").cumsum(0).int()
@@ -51,17 +62,12 @@ LENGTHS = [[1], [128], [129], [2048, 1, 127], [5, 300, 64, 1, 1, 700, 256], [100
 @pytest.mark.parametrize("scale", [1.0, 4.0])
 def test_without_dropout(lengths, heads, size, scale):
     qkv, cu_seqlens = make(lengths, heads, size, scale)
-    leaf, out = run(qkv, cu_seqlens)
-    grad = torch.randn_like(out)
-    out.backward(grad)
-    exact = qkv.double().requires_grad_()
-    expected = reference(exact, cu_seqlens)
-    expected.backward(grad.double())
+    (out, grad), (expected, expected_grad) = with_gradients(qkv, cu_seqlens)
     assert error(out, expected) < 0.01
     if max(lengths) > 1:
-        assert error(leaf.grad, exact.grad) < 0.02
+        assert error(grad, expected_grad) < 0.02
     else:  # a single token attends to itself: no gradient for query and key
-        assert (leaf.grad[:, :2].abs() < 1e-3).all()
+        assert (grad[:, :2].abs() < 1e-3).all()
 
 
 def dropped(qkv, cu_seqlens, dropout, seed, cell=0):
@@ -84,14 +90,9 @@ def test_with_dropout_outputs_and_gradients_use_one_mask(lengths):
     dropout = 0.3
     qkv, cu_seqlens = make(lengths, 2, 64)
     keep = [dropped(qkv, cu_seqlens, dropout, 11, cell) for cell in range(len(lengths))]
-    leaf, out = run(qkv, cu_seqlens, dropout, seed=11)
-    grad = torch.randn_like(out)
-    out.backward(grad)
-    exact = qkv.double().requires_grad_()
-    expected = reference(exact, cu_seqlens, keep, dropout)
-    expected.backward(grad.double())
-    assert error(out, expected) < 0.01
-    assert error(leaf.grad, exact.grad) < 0.02
+    found, expected = with_gradients(qkv, cu_seqlens, keep, dropout, seed=11)
+    assert error(found[0], expected[0]) < 0.01
+    assert error(found[1], expected[1]) < 0.02
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
@@ -113,14 +114,9 @@ def test_rows_that_outgrow_their_own_key():
     qkv[::3, :2] *= 30
     scores = qkv[:200, 0, 0].float() @ qkv[:200, 1, 0].float().T / 8
     assert (scores.max(1).values - scores.diagonal()).max() > 100
-    leaf, out = run(qkv, cu_seqlens)
-    grad = torch.randn_like(out)
-    out.backward(grad)
-    exact = qkv.double().requires_grad_()
-    expected = reference(exact, cu_seqlens)
-    expected.backward(grad.double())
-    assert error(out, expected) < 0.01
-    assert error(leaf.grad, exact.grad) < 0.02
+    found, expected = with_gradients(qkv, cu_seqlens)
+    assert error(found[0], expected[0]) < 0.01
+    assert error(found[1], expected[1]) < 0.02
 
 
 def test_dropout_masks_look_random():
