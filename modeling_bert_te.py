@@ -286,10 +286,12 @@ class BertSelfAttention(nn.Module):
         projections = (self.query, self.key, self.value)
         weight = torch.cat([p.weight for p in projections]).to(x.dtype)
         bias = torch.cat([p.bias for p in projections]).to(x.dtype)
-        return (F.linear(x, weight, bias), x) if self.fused is None else self.fused.linear(x, weight, bias, relu=False)
+        if self.fused is not None:
+            return self.fused.linear(x, weight, bias, relu=False)
+        return F.linear(x, weight, bias), x
 
     def forward(self, x: Tensor, plan: Any) -> tuple[Tensor, Tensor]:
-        """[T, H] -> the same, attended; and x, for the residual connection."""
+        """[T, H] -> [T, H]; and x, for the residual connection."""
         qkv, residual = self.project(x)
         qkv = qkv.view(x.shape[0], 3, self.num_heads, -1)
         return self.attention(qkv, plan, self.dropout_prob if self.training else 0.0).reshape(x.shape), residual
@@ -354,11 +356,9 @@ class BertLayer(nn.Module):
         if not (is_plain(dense) and type(self.activation) is nn.ReLU):
             return self.activation(dense(x)), x
         weight, bias = dense.weight.to(x.dtype), dense.bias.to(x.dtype)
-        return (
-            (LinearReLU.apply(x, weight, bias), x)
-            if self.fused is None
-            else self.fused.linear(x, weight, bias, relu=True)
-        )
+        if self.fused is not None:
+            return self.fused.linear(x, weight, bias, relu=True)
+        return LinearReLU.apply(x, weight, bias), x
 
     def compile_in_place(self) -> None:
         """Compile the layer, or what lies between the matrix products of Transformer Engine."""
@@ -429,11 +429,11 @@ class BertPredictions(nn.Module):
         weight = F.pad(word_embeddings.to(x.dtype), (0, 0, 0, padding))
         bias = F.pad(self.bias.to(x.dtype), (0, padding), value=float("-inf"))
         labels = labels.long()
+        num_labels = (labels != -100).sum()
         if self.fused is not None:
-            loss_sum = self.fused.linear_cross_entropy(x, weight, bias, labels)
-        else:
-            loss_sum = F.cross_entropy(F.linear(x, weight, bias).float(), labels, ignore_index=-100, reduction="sum")
-        return loss_sum, (labels != -100).sum()
+            return self.fused.linear_cross_entropy(x, weight, bias, labels), num_labels
+        loss_sum = F.cross_entropy(F.linear(x, weight, bias).float(), labels, ignore_index=-100, reduction="sum")
+        return loss_sum, num_labels
 
 
 def canonical_name(name: str) -> str:
