@@ -3,8 +3,9 @@
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 
-from modeling_bert_te import Attention, FlashAttention, FusedKernels
+from modeling_bert_te import Attention, FlashAttention, FusedKernels, LinearReLU
 
 from .config import Config, ConfigError, Kernel
 
@@ -34,10 +35,19 @@ class TritonAttention:
 
 
 class TritonFused:
-    """The Triton kernels of `triton_norm` and `triton_linear`."""
+    """The Triton kernels of `triton_norm` and `triton_linear`.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    in_place
+        Whether linear layers may add gradients of residual connections in place. Not under sharding engines: the hooks
+        of FSDP2 hand views to layers, and compiling such a layer then fails.
+    """
+
+    def __init__(self, in_place: bool) -> None:
         from . import triton_linear, triton_norm
+
+        self.in_place = in_place
 
         self.norm, self.linears = triton_norm, triton_linear
 
@@ -56,6 +66,8 @@ class TritonFused:
 
     def linear(self, x: "Tensor", weight: "Tensor", bias: "Tensor", relu: bool) -> "tuple[Tensor, Tensor]":
         """See `modeling_bert_te.FusedKernels`."""
+        if not self.in_place:
+            return LinearReLU.apply(x, weight, bias) if relu else F.linear(x, weight, bias), x
         return self.linears.LinearBesideResidual.apply(x, weight, bias, relu)
 
     def linear_cross_entropy(self, x: "Tensor", weight: "Tensor", bias: "Tensor", labels: "Tensor") -> "Tensor":
@@ -140,5 +152,5 @@ def choose_fused(config: Config, device: torch.device, compute_dtype: torch.dtyp
         if value > most:
             obstacles.append(f"knows model.{name} up to {most:,}, not {value:,}")
     if takes_triton("model.fused_kernels", config.model.fused_kernels, obstacles, is_hopper(device)):
-        return TritonFused()
+        return TritonFused(in_place=not (config.training.use_fsdp2 or config.training.use_nvfsdp))
     return None

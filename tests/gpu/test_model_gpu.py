@@ -122,7 +122,7 @@ def test_bf16_matches_float32_stock(lengths, compile_blocks, kernel):
     ours = our_model(stock, compile_blocks)
     if kernel == "triton":
         ours.set_attention(TritonAttention())
-        ours.set_fused_kernels(TritonFused())
+        ours.set_fused_kernels(TritonFused(in_place=True))
     output = ours(**packed)
     output.loss.backward()
     assert_as_near_as_stock_bf16(output, gradients(ours), stock, padded)
