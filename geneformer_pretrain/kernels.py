@@ -40,8 +40,8 @@ class TritonFused:
     Parameters
     ----------
     in_place
-        Whether linear layers may add gradients of residual connections in place. Not under sharding engines: the hooks
-        of FSDP2 hand views to layers, and compiling such a layer then fails.
+        Whether linear layers may add gradients of residual connections in place. Not under sharding engines: what
+        FSDP2's hooks hand to layers are views, which the compiler then takes to be modified.
     """
 
     def __init__(self, in_place: bool) -> None:

@@ -8,7 +8,7 @@ backward. What is specific here:
   usual way.
 - Hopper's copy engine (TMA) moves blocks of tokens to shared memory: what it spares in registers and instructions of
   address arithmetic decides how many programs share a multiprocessor. Rows beyond a cell's end are then those of the
-  next cell; their weights are made zero.
+  next cell; their weights are zero, so they add nothing as long as they are finite.
 - Work is cut into tiles of each cell's own rows, so no block is spent on the difference between a cell and
   the longest cell. The list of tiles is made on the device, once for all layers.
 - Query, key and value are read from one [T, 3, A, D] tensor, and their gradients are written into one: the
