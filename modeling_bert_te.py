@@ -83,7 +83,7 @@ def is_plain(linear: nn.Module) -> TypeGuard[Linear]:
 
     What wraps or watches it, an adapter or a hook, has to be called; autocast knows linear layers alone.
     """
-    hooks = linear._forward_hooks or linear._forward_pre_hooks
+    hooks = linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
     return type(linear) is Linear and not hooks and not torch.is_autocast_enabled(linear.weight.device.type)
 
 
@@ -284,6 +284,8 @@ class BertSelfAttention(nn.Module):
         if self.use_te_layers:
             return self.qkv(x), x
         projections = (self.query, self.key, self.value)
+        if not all(is_plain(projection) for projection in projections):
+            return torch.cat([projection(x) for projection in projections], dim=-1), x
         weight = torch.cat([p.weight for p in projections]).to(x.dtype)
         bias = torch.cat([p.bias for p in projections]).to(x.dtype)
         if self.fused is not None:

@@ -184,18 +184,26 @@ def test_dropout_follows_its_probabilities():
 
 
 class PlainKernels:
-    """What surrounds the matrix products, written out."""
+    """What surrounds the matrix products, written out; counts its calls."""
+
+    def __init__(self):
+        self.calls = {"residual_norm": 0, "linear": 0, "linear_cross_entropy": 0}
 
     def residual_norm(self, x, b, residual, weight, bias, eps, dropout):
+        self.calls["residual_norm"] += 1
+        assert residual is self.residual  # what `linear` returned, not what it was given
         assert b is not None
         assert not dropout
         return F.layer_norm(residual + x + b, weight.shape, weight, bias, eps)
 
     def linear(self, x, weight, bias, relu):
+        self.calls["linear"] += 1
         out = F.linear(x, weight, bias)
-        return out.relu() if relu else out, x
+        self.residual = x.clone()
+        return out.relu() if relu else out, self.residual
 
     def linear_cross_entropy(self, x, weight, bias, labels):
+        self.calls["linear_cross_entropy"] += 1
         return F.cross_entropy(F.linear(x, weight, bias), labels, reduction="sum")
 
 
@@ -203,7 +211,8 @@ def test_fused_kernels_are_given_what_they_need():
     ours, _ = make_pair()
     batch = packed_arguments(*make_cells([5, 3]))
     results = []
-    for kernels in (None, PlainKernels()):
+    given = PlainKernels()
+    for kernels in (None, given):
         ours.set_fused_kernels(kernels)
         ours.zero_grad()
         loss = ours(**batch).loss
@@ -211,6 +220,23 @@ def test_fused_kernels_are_given_what_they_need():
         results.append([loss.detach(), *(p.grad for p in ours.parameters())])
     for plain, fused in zip(*results, strict=True):
         assert_close(fused, plain, atol=1e-6, rtol=1e-4)
+    layers = len(ours.bert.encoder["layer"])
+    assert given.calls == {"residual_norm": 2 * layers, "linear": 2 * layers, "linear_cross_entropy": 1}
+
+
+@pytest.mark.parametrize("name", ["attention.self.query", "attention.output.dense", "output.dense"])
+def test_hooks_are_called_on_every_linear_layer(name):
+    ours, _ = make_pair()
+    batch = packed_arguments(*make_cells([5, 3]))
+    expected = ours(**batch).loss
+    linear = ours.get_submodule(f"bert.encoder.layer.1.{name}")
+    seen = []
+    linear.register_forward_pre_hook(lambda module, inputs: seen.append("before"))
+    linear.register_full_backward_hook(lambda module, grads, outputs: seen.append("backward"))
+    loss = ours(**batch).loss
+    loss.backward()
+    assert_close(loss, expected)
+    assert seen == ["before", "backward"]
 
 
 def test_what_wraps_or_watches_a_linear_layer_is_called():
