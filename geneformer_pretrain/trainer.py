@@ -199,11 +199,11 @@ class Trainer:
         """
         training, progress = self.config.training, self.progress
         self.say(self.describe())
-        if self.world.is_main:
-            write_run_record(self.config, self.folder)
         if progress.step >= training.num_train_steps:
             self.say(f"This run is complete: {progress.step} of {training.num_train_steps} steps are done.")
         else:
+            if self.world.is_main:
+                write_run_record(self.config, self.folder)
             with ExitStack() as stack:
                 self._train(stack)
         self.store.wait()

@@ -471,12 +471,14 @@ def test_complete_run_says_so_and_exports_again(tmp_path: Path, capsys: pytest.C
     assert train.run(config) == 0
     model = tmp_path / "run/final_model/model.safetensors"
     weights, metrics = model.read_bytes(), (tmp_path / "run/metrics.jsonl").read_bytes()
+    record = (tmp_path / "run/config.yaml").read_bytes()
     shutil.rmtree(tmp_path / "run/final_model")
     capsys.readouterr()
-    assert train.run(config) == 0
+    assert train.run(tiny_config(tmp_path, "training.learning_rate=0.5")) == 0
     assert "This run is complete: 2 of 2 steps are done." in capsys.readouterr().out
     assert model.read_bytes() == weights
     assert (tmp_path / "run/metrics.jsonl").read_bytes() == metrics
+    assert (tmp_path / "run/config.yaml").read_bytes() == record  # of the steps that were made
     assert read_exit(tmp_path / "run") == {"reason": "completed", "exit_code": 0, "step": 2}
 
 
