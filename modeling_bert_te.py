@@ -84,7 +84,8 @@ def is_plain(linear: nn.Module) -> TypeGuard[Linear]:
     What wraps or watches it, an adapter or a hook, has to be called; autocast knows linear layers alone.
     """
     hooks = linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
-    return type(linear) is Linear and not hooks and not torch.is_autocast_enabled(linear.weight.device.type)
+    changed = hooks or "forward" in linear.__dict__
+    return type(linear) is Linear and not changed and not torch.is_autocast_enabled(linear.weight.device.type)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -162,7 +163,7 @@ class FusedKernels(Protocol):
         Weight and bias are LayerNorm's, [H]; they and b may have any dtype.
         """
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> tuple[Tensor, Tensor]:
+    def linear_beside_residual(self, x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> tuple[Tensor, Tensor]:
         """Project x, by ReLU after it if asked for; and x: [T, H], [F, H], [F] of one dtype -> [T, F], [T, H].
 
         The x returned is for the residual connection alone, so that its two gradients may be added in place.
@@ -289,7 +290,7 @@ class BertSelfAttention(nn.Module):
         weight = torch.cat([p.weight for p in projections]).to(x.dtype)
         bias = torch.cat([p.bias for p in projections]).to(x.dtype)
         if self.fused is not None:
-            return self.fused.linear(x, weight, bias, relu=False)
+            return self.fused.linear_beside_residual(x, weight, bias, relu=False)
         return F.linear(x, weight, bias), x
 
     def forward(self, x: Tensor, plan: Any) -> tuple[Tensor, Tensor]:
@@ -359,7 +360,7 @@ class BertLayer(nn.Module):
             return self.activation(dense(x)), x
         weight, bias = dense.weight.to(x.dtype), dense.bias.to(x.dtype)
         if self.fused is not None:
-            return self.fused.linear(x, weight, bias, relu=True)
+            return self.fused.linear_beside_residual(x, weight, bias, relu=True)
         return LinearReLU.apply(x, weight, bias), x
 
     def compile_in_place(self) -> None:

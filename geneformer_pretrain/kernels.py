@@ -1,83 +1,13 @@
 """Choice of the kernels that exist twice: for all machines in PyTorch, and for BF16 on GPUs in Triton."""
 
-from typing import TYPE_CHECKING
-
 import torch
-import torch.nn.functional as F
 
-from modeling_bert_te import Attention, FlashAttention, FusedKernels, LinearReLU
+from modeling_bert_te import Attention, FlashAttention, FusedKernels
 
 from .config import Config, ConfigError, Kernel
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-
 MAX_WIDTH, MAX_VOCABULARY = 4096, 2**16
 """Largest hidden size and vocabulary of the fused kernels: a row has to fit into the registers of one program."""
-
-
-class TritonAttention:
-    """The Triton kernels of `triton_attention`."""
-
-    def __init__(self) -> None:
-        from . import triton_attention  # Triton is not there on every platform
-
-        self.kernels = triton_attention
-
-    def plan(self, cu_seqlens: "Tensor", max_seqlen: int, num_tokens: int) -> "Tensor":
-        """The list of tiles."""
-        return self.kernels.tile_list(cu_seqlens, num_tokens)
-
-    def __call__(self, qkv: "Tensor", plan: "Tensor", dropout: float) -> "Tensor":
-        """[T, 3, A, D] -> [T, A, D]; the seed of dropout is drawn from the device's default generator."""
-        return self.kernels.packed_attention(qkv, plan, draw_seed(qkv.device), dropout)[0]
-
-
-class TritonFused:
-    """The Triton kernels of `triton_norm` and `triton_linear`.
-
-    Parameters
-    ----------
-    in_place
-        Whether linear layers may add gradients of residual connections in place. Not under sharding engines: what
-        FSDP2's hooks hand to layers are views, which the compiler then takes to be modified.
-    """
-
-    def __init__(self, in_place: bool) -> None:
-        from . import triton_linear, triton_norm
-
-        self.in_place = in_place
-
-        self.norm, self.linears = triton_norm, triton_linear
-
-    def residual_norm(
-        self,
-        x: "Tensor",
-        b: "Tensor | None",
-        residual: "Tensor",
-        weight: "Tensor",
-        bias: "Tensor",
-        eps: float,
-        dropout: float,
-    ) -> "Tensor":
-        """See `modeling_bert_te.FusedKernels`; the seed of dropout is drawn as for attention."""
-        return self.norm.residual_norm(x, b, residual, weight, bias, draw_seed(x.device), eps, dropout)[0]
-
-    def linear(self, x: "Tensor", weight: "Tensor", bias: "Tensor", relu: bool) -> "tuple[Tensor, Tensor]":
-        """See `modeling_bert_te.FusedKernels`."""
-        if not self.in_place:
-            return LinearReLU.apply(x, weight, bias) if relu else F.linear(x, weight, bias), x
-        return self.linears.LinearBesideResidual.apply(x, weight, bias, relu)
-
-    def linear_cross_entropy(self, x: "Tensor", weight: "Tensor", bias: "Tensor", labels: "Tensor") -> "Tensor":
-        """See `modeling_bert_te.FusedKernels`."""
-        return self.linears.linear_cross_entropy(x, weight, bias, labels)
-
-
-def draw_seed(device: torch.device) -> "Tensor":
-    """A seed for a kernel, from the device's default generator: int64 [1]."""
-    return torch.randint(2**31, (1,), device=device)
 
 
 def takes_triton(key: str, choice: Kernel, obstacles: list[str], tuned: bool) -> bool:
@@ -134,6 +64,8 @@ def choose_attention(config: Config, device: torch.device, compute_dtype: torch.
     # With heads of 128 the kernels run but spill registers.
     tuned = is_hopper(device) and head_size <= 64
     if takes_triton("model.attention_kernel", config.model.attention_kernel, obstacles, tuned):
+        from .triton_kernels import TritonAttention
+
         return TritonAttention()
     return FlashAttention()
 
@@ -152,5 +84,7 @@ def choose_fused(config: Config, device: torch.device, compute_dtype: torch.dtyp
         if value > most:
             obstacles.append(f"knows model.{name} up to {most:,}, not {value:,}")
     if takes_triton("model.fused_kernels", config.model.fused_kernels, obstacles, is_hopper(device)):
-        return TritonFused(in_place=not (config.training.use_fsdp2 or config.training.use_nvfsdp))
+        from .triton_kernels import TritonFused
+
+        return TritonFused()
     return None

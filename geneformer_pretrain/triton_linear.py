@@ -12,12 +12,20 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor, library
+from torch.autograd.function import once_differentiable
+
+from .triton_norm import MULTIPROCESSORS
 
 RELU_ROWS, RELU_COLUMNS = 8, 512
 """Block of a program of ReLU's backward."""
 
-RELU_PROGRAMS = 1056
-"""Eight for each multiprocessor of a Hopper GPU."""
+RELU_PROGRAMS = 8 * MULTIPROCESSORS
+
+
+def require_contiguous(x: Tensor) -> None:
+    """Raise ValueError for a tensor that a kernel would read in the wrong order."""
+    if not x.is_contiguous():
+        raise ValueError(f"A tensor of shape {tuple(x.shape)} and strides {x.stride()} is not contiguous.")
 
 
 @triton.jit
@@ -40,7 +48,14 @@ def _relu_backward(
 
 @library.custom_op("geneformer::relu_backward", mutates_args=())
 def relu_backward(grad_out: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradient before a ReLU, from that after it and the ReLU's output, [T, F] each; and its sum over T, FP32 [F]."""
+    """Gradient before a ReLU, from that after it and the ReLU's output, [T, F] each; and its sum over T, FP32 [F].
+
+    Raises
+    ------
+    ValueError
+        The output is not contiguous.
+    """
+    require_contiguous(out)
     num_rows, width = out.shape
     grad = torch.empty_like(out)
     blocks = triton.cdiv(width, RELU_COLUMNS)
@@ -81,13 +96,16 @@ class LinearBesideResidual(torch.autograd.Function):
         return out, x.view_as(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor, grad_residual: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, *out = ctx.saved_tensors
         if out:
             grad, grad_bias = relu_backward(grad, *out)
         else:
             grad_bias = grad.sum(0)
-        add_product_(grad_residual, grad, weight)
+        # Not the gradient itself: the compiler traces with the forward's outputs in place of gradients, and would take
+        # x, which FSDP2 hands over as a view, to be modified.
+        add_product_(grad_residual.data, grad, weight)
         return grad_residual, grad.t() @ x, grad_bias.to(grad.dtype), None
 
 
@@ -99,13 +117,14 @@ def _cross_entropy(logits, labels, losses, WIDTH: tl.constexpr, BLOCK: tl.conste
     inside = columns < WIDTH
     pointers = logits + row.to(tl.int64) * WIDTH + columns
     label = tl.load(labels + row)
-    if label < 0:
+    if label == -100:
         tl.store(losses + row, 0.0)
         if GRADIENT:
             tl.store(pointers, tl.zeros([BLOCK], logits.dtype.element_ty), mask=inside)
         return
     # The label's logit is read before the barriers of the reductions, so before any gradient takes its place.
-    of_label = tl.load(logits + row.to(tl.int64) * WIDTH + label).to(tl.float32)
+    known = (label >= 0) & (label < WIDTH)
+    of_label = tl.load(logits + row.to(tl.int64) * WIDTH + label, mask=known, other=float("nan")).to(tl.float32)
     x = tl.load(pointers, mask=inside, other=float("-inf"))
     log2_e: tl.constexpr = 1.4426950408889634
     top = tl.max(x, 0).to(tl.float32) * log2_e
@@ -119,7 +138,7 @@ def _cross_entropy(logits, labels, losses, WIDTH: tl.constexpr, BLOCK: tl.conste
 
 @library.custom_op("geneformer::cross_entropy_", mutates_args=("logits",))
 def cross_entropy_(logits: Tensor, labels: Tensor, with_gradient: bool) -> Tensor:
-    """Cross-entropy of each row, FP32 [K]; zero where the label is negative.
+    """Cross-entropy of each row, FP32 [K]; zero where the label is -100, NaN where it is no column.
 
     Parameters
     ----------
@@ -127,7 +146,13 @@ def cross_entropy_(logits: Tensor, labels: Tensor, with_gradient: bool) -> Tenso
         [K, V], contiguous, V at most 65,536; the gradient of the rows' sum takes their place if it is asked for.
     labels
         Integers [K].
+
+    Raises
+    ------
+    ValueError
+        The logits are not contiguous.
     """
+    require_contiguous(logits)
     num_rows, width = logits.shape
     losses = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
     _cross_entropy[(num_rows,)](
@@ -153,6 +178,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         return losses.sum()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, grad = ctx.saved_tensors
         grads = grad @ weight, grad.t() @ x, grad.sum(0)
@@ -160,14 +186,14 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
-    """Sum of cross-entropies of x @ weight.T + bias over the rows whose label is not negative, FP32 scalar.
+    """Sum of cross-entropies of x @ weight.T + bias over the rows whose label is not -100, FP32 scalar.
 
     Parameters
     ----------
     x, weight, bias
         [K, H], [V, H], [V], all of one dtype, V at most 65,536.
     labels
-        Integers [K].
+        Integers [K]; one that is neither -100 nor a column makes the sum NaN.
     """
     if torch.is_grad_enabled():
         return LinearCrossEntropy.apply(x, weight, bias, labels)

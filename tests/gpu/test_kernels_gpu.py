@@ -108,13 +108,15 @@ def test_scores_far_below_zero(dropout):
         assert error(out, reference(qkv.double(), cu_seqlens)) < 0.01
 
 
-def test_rows_that_outgrow_their_own_key():
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_rows_that_outgrow_their_own_key(dropout):
     """Scores so far above that of the own key that FP32 has no room for the weights relative to it."""
     qkv, cu_seqlens = make([200, 70], 2, 64)
     qkv[::3, :2] *= 30
     scores = qkv[:200, 0, 0].float() @ qkv[:200, 1, 0].float().T / 8
     assert (scores.max(1).values - scores.diagonal()).max() > 100
-    found, expected = with_gradients(qkv, cu_seqlens)
+    keep = [dropped(qkv, cu_seqlens, dropout, 11, cell) for cell in (0, 1)]
+    found, expected = with_gradients(qkv, cu_seqlens, keep, dropout, seed=11)
     assert error(found[0], expected[0]) < 0.01
     assert error(found[1], expected[1]) < 0.02
 
@@ -218,6 +220,14 @@ def test_linear_beside_residual(rows, width, inner, relu):
         assert error(found.grad, reference.grad) < 0.01
 
 
+def test_labels_that_are_no_column_make_the_loss_nan():
+    from geneformer_pretrain.triton_linear import cross_entropy_
+
+    losses = cross_entropy_(torch.zeros(4, 16, device="cuda"), torch.tensor([3, -100, 16, -5], device="cuda"), True)
+    assert losses.isnan().tolist() == [False, False, True, True]
+    assert losses[1] == 0
+
+
 @pytest.mark.parametrize(("rows", "width"), [(1, 2), (257, 1000), (64, 25472), (3, 65536)])
 @pytest.mark.parametrize("spread", [1.0, 30.0])
 def test_linear_cross_entropy(rows, width, spread):
@@ -244,3 +254,29 @@ def test_linear_cross_entropy(rows, width, spread):
     for found, reference in zip(leaves, (logits.grad @ weight, logits.grad.T @ x, logits.grad.sum(0)), strict=True):
         # A lone row may be predicted with certainty: no gradient.
         assert (found.grad.double() - reference).norm() <= 0.02 * reference.norm() + 1e-4
+
+
+def test_operators_are_what_the_compiler_is_told():
+    from geneformer_pretrain import triton_attention, triton_linear, triton_norm
+
+    def half(*size):
+        return torch.randn(*size, device="cuda", dtype=torch.bfloat16)
+
+    qkv, cu_seqlens = make([100, 30], 2, 64)
+    qkv.requires_grad_()
+    tiles, seed = triton_attention.tile_list(cu_seqlens, len(qkv)), torch.tensor([3], device="cuda")
+    attended = triton_attention.packed_attention(qkv, tiles, seed, 0.1)
+    x, residual = (half(130, 64).requires_grad_() for _ in range(2))
+    w, b, bias = (torch.randn(64, device="cuda", requires_grad=True) for _ in range(3))
+    normed = triton_norm.residual_norm(x, b, residual, w, bias, seed, 1e-12, 0.1)
+    x, qkv_alone, *saved = (tensor.detach() for tensor in (x, qkv, *attended, *normed))
+    for operator, arguments in (
+        (triton_attention.packed_attention, (qkv, tiles, seed, 0.1)),
+        (triton_attention.packed_attention_backward, (saved[0], qkv_alone, *saved[:3], tiles, 0.1)),
+        (triton_norm.residual_norm, (residual, b, residual, w, bias, seed, 1e-12, 0.1)),
+        (triton_norm.residual_norm_backward, (x, *saved[4:], w.detach(), seed, True, 0.1)),
+        (triton_linear.relu_backward, (x, half(130, 64).relu())),
+        (triton_linear.add_product_, (half(130, 64), x, half(64, 64))),
+        (triton_linear.cross_entropy_, (half(4, 128), torch.tensor([1, 2, -100, 4], device="cuda"), True)),
+    ):
+        torch.library.opcheck(operator, arguments)

@@ -7,7 +7,7 @@ import torch
 import transformers
 from torch.testing import assert_close
 
-from geneformer_pretrain.kernels import TritonAttention, TritonFused
+from geneformer_pretrain.triton_kernels import TritonAttention, TritonFused
 from modeling_bert_te import BertConfig, BertForMaskedLM
 
 # Warnings of compilers and of Transformer Engine are not ours to mend.
@@ -122,7 +122,7 @@ def test_bf16_matches_float32_stock(lengths, compile_blocks, kernel):
     ours = our_model(stock, compile_blocks)
     if kernel == "triton":
         ours.set_attention(TritonAttention())
-        ours.set_fused_kernels(TritonFused(in_place=True))
+        ours.set_fused_kernels(TritonFused())
     output = ours(**packed)
     output.loss.backward()
     assert_as_near_as_stock_bf16(output, gradients(ours), stock, padded)

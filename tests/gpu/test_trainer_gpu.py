@@ -35,10 +35,11 @@ def overrides(tmp_path):
     ]
 
 
-def test_steps_neither_synchronise_nor_recompile(overrides):
+@pytest.mark.parametrize("engine", [[], ["training.use_fsdp2=true"]], ids=["ddp", "fsdp2"])
+def test_steps_neither_synchronise_nor_recompile(overrides, engine):
     torch._dynamo.reset()
     with distributed_world() as world:
-        trainer = Trainer(load_config("10m", overrides), world)
+        trainer = Trainer(load_config("10m", [*overrides, *engine]), world)
         trainer.signals, trainer.cell_log = StopSignals(), None
         with trainer.data.loader(trainer.stream, trainer.progress, 0, 1) as loader:
             for _ in range(3):

@@ -1,5 +1,8 @@
 """Which kernels a run gets, on machines that are only pretended here."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -11,9 +14,6 @@ from modeling_bert_te import FlashAttention
 class Kernels:
     """Stands for what needs Triton."""
 
-    def __init__(self, in_place=None):
-        self.in_place = in_place
-
 
 CHOICES = {"model.attention_kernel": kernels.choose_attention, "model.fused_kernels": kernels.choose_fused}
 
@@ -21,8 +21,8 @@ CHOICES = {"model.attention_kernel": kernels.choose_attention, "model.fused_kern
 @pytest.fixture
 def choose(monkeypatch):
     def choose(kernel, key="model.attention_kernel", capability=(9, 0), dtype=torch.bfloat16, device="cuda", **model):
-        monkeypatch.setattr(kernels, "TritonAttention", Kernels)
-        monkeypatch.setattr(kernels, "TritonFused", Kernels)
+        pretended = SimpleNamespace(TritonAttention=Kernels, TritonFused=Kernels)
+        monkeypatch.setitem(sys.modules, "geneformer_pretrain.triton_kernels", pretended)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         overrides = [f"{key}={kernel}", *(f"model.{name}={value}" for name, value in model.items())]
         return type(CHOICES[key](load_config("10m", overrides), torch.device(device), dtype))
@@ -49,13 +49,6 @@ def test_auto_takes_the_fused_kernels_on_hopper(choose):
     assert choose("auto", key, device="cpu") is type(None)
     assert choose("auto", key, hidden_size=8192, num_attention_heads=128) is type(None)
     assert choose("auto", key, vocab_size=100_000) is type(None)
-
-
-@pytest.mark.parametrize(("engine", "in_place"), [("use_fsdp2", False), ("use_nvfsdp", False), (None, True)])
-def test_gradients_are_added_in_place_unless_an_engine_shards(choose, engine, in_place):
-    choose("auto")
-    config = load_config("10m", [f"training.{engine}=true"] if engine else [])
-    assert kernels.choose_fused(config, torch.device("cuda"), torch.bfloat16).in_place is in_place
 
 
 def test_what_is_asked_for_is_taken(choose):

@@ -187,7 +187,7 @@ class PlainKernels:
     """What surrounds the matrix products, written out; counts its calls."""
 
     def __init__(self):
-        self.calls = {"residual_norm": 0, "linear": 0, "linear_cross_entropy": 0}
+        self.calls = {"residual_norm": 0, "linear_beside_residual": 0, "linear_cross_entropy": 0}
 
     def residual_norm(self, x, b, residual, weight, bias, eps, dropout):
         self.calls["residual_norm"] += 1
@@ -196,8 +196,8 @@ class PlainKernels:
         assert not dropout
         return F.layer_norm(residual + x + b, weight.shape, weight, bias, eps)
 
-    def linear(self, x, weight, bias, relu):
-        self.calls["linear"] += 1
+    def linear_beside_residual(self, x, weight, bias, relu):
+        self.calls["linear_beside_residual"] += 1
         out = F.linear(x, weight, bias)
         self.residual = x.clone()
         return out.relu() if relu else out, self.residual
@@ -221,7 +221,7 @@ def test_fused_kernels_are_given_what_they_need():
     for plain, fused in zip(*results, strict=True):
         assert_close(fused, plain, atol=1e-6, rtol=1e-4)
     layers = len(ours.bert.encoder["layer"])
-    assert given.calls == {"residual_norm": 2 * layers, "linear": 2 * layers, "linear_cross_entropy": 1}
+    assert given.calls == {"residual_norm": 2 * layers, "linear_beside_residual": 2 * layers, "linear_cross_entropy": 1}
 
 
 @pytest.mark.parametrize("name", ["attention.self.query", "attention.output.dense", "output.dense"])
@@ -250,6 +250,11 @@ def test_what_wraps_or_watches_a_linear_layer_is_called():
     assert_close(ours(**batch).loss, expected)
     assert (seen[0] < 0).any()  # before the activation
     handle.remove()
+
+    unchanged, dense.forward = dense.forward, lambda x: 2 * unchanged(x)
+    doubled = ours(**batch).loss
+    assert (doubled - expected).abs() > 1e-4
+    del dense.forward
 
     class Doubled(torch.nn.Module):
         def __init__(self, base):
