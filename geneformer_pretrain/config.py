@@ -195,6 +195,9 @@ class TrainingConfig:
     """auto is bfloat16 on CUDA and float32 on the CPU."""
     compile: bool | None
     """torch.compile; null compiles on CUDA where packing keeps shapes constant."""
+    cuda_graphs: bool | None
+    """Launch all kernels of a micro-batch at once, which spares the host: a quarter more speed for 10m. Needs one
+    process, compiled PyTorch layers and no recomputing; null: where that is so."""
     deterministic: bool
     """Deterministic kernels: runs repeat bitwise on the same hardware, somewhat slower."""
     use_fp8: bool

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .checkpoint import CheckpointSaveError, CheckpointStore, move_aside, read_manifest
 from .config import Config, ConfigError
+from .cuda_graphs import MicroBatchGraphs, takes_cuda_graphs
 from .data.batch import Batch, PackedBatch, build_batches
 from .data.source import open_training_data, open_validation_data
 from .data.stream import PackStream
@@ -116,6 +117,9 @@ class Trainer:
         self.progress = Progress(packs_per_step=training.gradient_accumulation_steps * world.size)
         self._resume()
         self.accumulation = accumulation_steps(self.progress.packs_per_step, world.size)
+        self.graphs: MicroBatchGraphs | None = None
+        if takes_cuda_graphs(config, world, compiled):
+            self.graphs = MicroBatchGraphs(self.loss_of_packed, self.engine.model.parameters(), self.accumulation > 1)
         self.stream = self.data.stream(self.progress.epoch, self.progress.epoch_first_pack)
 
         self.pending: PendingStep | None = None
@@ -268,10 +272,8 @@ class Trainer:
             batch = next_batch(batches)
             waited += time.perf_counter() - started
             self.watchdog.beat(progress.step + 1, "forward and backward")
-            with self.engine.micro_batch(micro == self.accumulation - 1):
-                micro_loss, micro_masked = self.forward(batch)
-                micro_loss.backward()
-            loss_sum += micro_loss.detach()
+            micro_loss, micro_masked = self.forward_backward(batch, micro == self.accumulation - 1)
+            loss_sum += micro_loss
             masked += micro_masked
             tokens, cells, epoch = tokens + batch.num_tokens, cells + batch.num_cells, batch.epoch
             packs.append((batch.pack, batch.cells.tolist()))
@@ -297,6 +299,16 @@ class Trainer:
         host, ready = to_host(torch.cat([totals, norm.double()[None]]))
         return PendingStep(progress.step, rate, host, ready, time.perf_counter(), packs, epoch, waited)
 
+    def forward_backward(self, batch: Batch, is_last: bool) -> tuple[Tensor, Tensor]:
+        """Add the gradients of one micro-batch, maybe the last of its step; return what `forward` does."""
+        if self.graphs is not None:
+            assert isinstance(batch, PackedBatch)
+            return self.graphs.run(batch, dropout_seed(self.config.training.seed, batch.pack))
+        with self.engine.micro_batch(is_last):
+            loss_sum, masked = self.forward(batch)
+            loss_sum.backward()
+        return loss_sum.detach(), masked
+
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Sum of cross-entropies and number of masked tokens of one micro-batch.
 
@@ -306,26 +318,30 @@ class Trainer:
         batch = batch.to(self.world.device, non_blocking=True)
         with self.forward_context():
             if isinstance(batch, PackedBatch):
-                parts = batch.parts
-                # Compiled code wants constant shapes; elsewhere unused room for masked tokens would only cost time.
-                used = len(parts.labels) if self.constant_shapes else batch.num_masked
-                # A tuple, because module hooks of sharding engines look for tensors in nothing else.
-                _, loss_sum, num_labels = self.engine.module(
-                    input_ids=parts.input_ids,
-                    position_ids=parts.position_ids,
-                    cu_seqlens=parts.cu_seqlens,
-                    max_seqlen=batch.max_seqlen,
-                    masked_index=parts.masked_index[:used],
-                    labels=parts.labels[:used],
-                    return_dict=False,
-                )
-                return loss_sum, num_labels
+                return self.loss_of_packed(batch)
             (logits,) = self.engine.module(
                 input_ids=batch.input_ids, attention_mask=batch.attention_mask, return_dict=False
             )
         masked = (batch.labels != -100).sum()
         # Not output.loss * masked: the mean over no masked token at all is not a number.
         return F.cross_entropy(logits.flatten(0, 1).float(), batch.labels.flatten(), reduction="sum"), masked
+
+    def loss_of_packed(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        """Sum of cross-entropies and number of masked tokens of a packed micro-batch on the device."""
+        parts = batch.parts
+        # Compiled code wants constant shapes; elsewhere unused room for masked tokens would only cost time.
+        used = len(parts.labels) if self.constant_shapes else batch.num_masked
+        # A tuple, because module hooks of sharding engines look for tensors in nothing else.
+        _, loss_sum, num_labels = self.engine.module(
+            input_ids=parts.input_ids,
+            position_ids=parts.position_ids,
+            cu_seqlens=parts.cu_seqlens,
+            max_seqlen=batch.max_seqlen,
+            masked_index=parts.masked_index[:used],
+            labels=parts.labels[:used],
+            return_dict=False,
+        )
+        return loss_sum, num_labels
 
     def finish_pending(self) -> None:
         """Read the totals of the step before the one that is running now, and report them.

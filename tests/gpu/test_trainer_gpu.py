@@ -35,11 +35,18 @@ def overrides(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("engine", [[], ["training.use_fsdp2=true"]], ids=["ddp", "fsdp2"])
+ENGINES = {
+    "graphs": "training.cuda_graphs=true",
+    "ddp": "training.cuda_graphs=false",
+    "fsdp2": "training.use_fsdp2=true",
+}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_steps_neither_synchronise_nor_recompile(overrides, engine):
     torch._dynamo.reset()
     with distributed_world() as world:
-        trainer = Trainer(load_config("10m", [*overrides, *engine]), world)
+        trainer = Trainer(load_config("10m", [*overrides, ENGINES[engine]]), world)
         trainer.signals, trainer.cell_log = StopSignals(), None
         with trainer.data.loader(trainer.stream, trainer.progress, 0, 1) as loader:
             for _ in range(3):
@@ -84,6 +91,23 @@ def test_deterministic_runs_and_resumptions_are_bitwise_equal(overrides, tmp_pat
     a, b = (load_file(tmp_path / name / "final_model" / "model.safetensors") for name in "ab")
     for name, value in a.items():
         assert torch.equal(value, b[name]), name
+
+
+def test_cuda_graphs_change_no_bit(overrides, tmp_path, monkeypatch):
+    """With dropout, several micro-batches a step, and validation in between."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    dropout = ["model.hidden_dropout_prob=0.1", "model.attention_probs_dropout_prob=0.1"]
+    held_out = [f"data.validation_path={tmp_path}/cells.parquet", "training.validate_every_n_steps=3"]
+    common = [*overrides, *dropout, *held_out, "training.gradient_accumulation_steps=3", "data.validation_packs=2"]
+    try:
+        for graphs in ("true", "false"):
+            folder = f"training.checkpoint_dir={tmp_path}/{graphs}"
+            fit([*common, folder, f"training.cuda_graphs={graphs}", "training.deterministic=true"], 7)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for key in ("loss", "grad_norm", "masked_tokens", "validation_loss"):
+        values = [[r.get(key) for r in records(tmp_path / graphs)] for graphs in ("true", "false")]
+        assert values[0] == values[1], key
 
 
 TE = ["model.use_te_layers=true"]
