@@ -202,8 +202,9 @@ class Trainer:
         if progress.step >= training.num_train_steps:
             self.say(f"This run is complete: {progress.step} of {training.num_train_steps} steps are done.")
         else:
-            if self.world.is_main:
-                write_run_record(self.config, self.folder)
+            changes = write_run_record(self.config, self.folder, progress.step) if self.world.is_main else []
+            if changes:
+                self.say("\n  ".join(["Changed since the last start:", *changes]))
             with ExitStack() as stack:
                 self._train(stack)
         self.store.wait()

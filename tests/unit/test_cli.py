@@ -213,6 +213,15 @@ def test_a_damaged_plan_is_a_plain_message(tmp_path: Path, monkeypatch: pytest.M
     assert "delete the folder" in message
 
 
+def test_going_on_with_another_configuration_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.run(tiny_config(tmp_path, "training.learning_rate=1e-3")) == 0
+    assert "Changed since" not in capsys.readouterr().out
+    assert train.run(tiny_config(tmp_path, "training.learning_rate=5e-4", "training.num_train_steps=3")) == 0
+    told = "training.learning_rate: 0.001 -> 0.0005\n  training.num_train_steps: 2 -> 3\n"
+    assert f"Changed since the last start:\n  {told}" in capsys.readouterr().out
+    assert "learning_rate: 0.001" in (tmp_path / "run/config_until_step_2.yaml").read_text()
+
+
 def test_a_bug_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only errors that a user can mend are shortened."""
 
