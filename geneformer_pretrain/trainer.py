@@ -266,7 +266,7 @@ class Trainer:
         for micro in range(self.accumulation):
             self.watchdog.beat(progress.step + 1, "waiting for data")
             started = time.perf_counter()
-            batch = next_batch(batches)
+            batch = next_batch(batches, "data.path")
             waited += time.perf_counter() - started
             self.watchdog.beat(progress.step + 1, "forward and backward")
             with self.engine.micro_batch(micro == self.accumulation - 1):
@@ -416,7 +416,8 @@ class Trainer:
         for first in range(0, packs, self.world.size):
             self.watchdog.beat(self.progress.step, "validating")
             mine = first + self.world.rank
-            loss_sum, masked = self.forward(next_batch(build_batches(builder, stream, [min(mine, packs - 1)])))
+            batches = build_batches(builder, stream, [min(mine, packs - 1)])
+            loss_sum, masked = self.forward(next_batch(batches, "data.validation_path"))
             if mine < packs:
                 totals += torch.stack([loss_sum.double(), masked.double()])
         self.engine.model.train()
@@ -467,11 +468,13 @@ class Trainer:
                 raise
 
 
-def next_batch(batches: Iterator[Batch]) -> Batch:
-    """The next batch; a token, a plan or a cache that is not as it should be is a `TrainingError`."""
+def next_batch(batches: Iterator[Batch], key: str) -> Batch:
+    """The next batch of the corpus that `key` names; a token, a plan or a cache that is damaged is a `TrainingError`."""
     try:
         return next(batches)
-    except (ValueError, RuntimeError) as error:
+    except ValueError as error:
+        raise TrainingError(f"{key}: {error}") from error
+    except RuntimeError as error:
         raise TrainingError(str(error)) from error
 
 

@@ -89,6 +89,7 @@ def test_a_token_outside_of_the_vocabulary_in_a_saved_folder(tmp_path: Path) -> 
     datasets.Dataset.from_dict({"input_ids": cells}).save_to_disk(tmp_path / "saved")
     given = overrides(tmp_path, f"data.path={tmp_path / 'saved'}", "training.num_train_steps=50")
     message = failure(given)
+    assert message.startswith(f"Error: data.path: {tmp_path / 'saved'}")
     assert "row 17: token 101 at position 3" in message
     assert "model.vocab_size" in message
     exit_json = read_exit(tmp_path / "run")
