@@ -6,6 +6,7 @@ missing value is an error there, an impossible combination one in `__post_init__
 """
 
 import math
+import os
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from pathlib import Path
@@ -17,6 +18,14 @@ from omegaconf.errors import OmegaConfBaseException
 from transformers.activations import ACT2FN
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "hydra_config"
+
+PATH_KEYS = (
+    "training.checkpoint_dir",
+    "data.path",
+    "data.validation_path",
+    "data.cache_dir",
+    "data.vocab_path",
+)
 
 
 class ConfigError(ValueError):
@@ -333,6 +342,11 @@ class Config:
     data: DataConfig
 
     def __post_init__(self) -> None:
+        for key in PATH_KEYS:
+            group, name = key.split(".")
+            values = vars(getattr(self, group))
+            if values[name] is not None:
+                values[name] = os.path.expanduser(values[name])
         require(
             self.data.num_special_tokens < self.model.vocab_size,
             f"data.num_special_tokens ({self.data.num_special_tokens}) leaves no gene in model.vocab_size "

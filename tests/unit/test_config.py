@@ -1,7 +1,7 @@
 """Every configuration composes, trains and exports; every mistake is named with its remedy."""
 
 import re
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pytest
@@ -27,6 +27,7 @@ from tests.tiny import (
 )
 from train import run
 
+PATH = re.compile(r"(^|_)(path|dir)$")
 NAMES = ("l0_sanity", "10m", "106m", "4b")
 
 
@@ -145,6 +146,15 @@ def test_mistakes_are_named(override, message):
 def test_impossible_combinations(overrides, message):
     with pytest.raises(ConfigError, match=message):
         load_config("l0_sanity", overrides)
+
+
+def test_a_tilde_is_the_home_folder_in_every_path(monkeypatch):
+    monkeypatch.setenv("HOME", "/home_of_mine")
+    paths = [f"{group}.{name}" for group, keys in asdict(load_config()).items() for name in keys if PATH.search(name)]
+    assert len(paths) == 5
+    config = asdict(load_config(overrides=[f"{key}='~/x'" for key in paths]))
+    assert {config[key.split(".")[0]][key.split(".")[1]] for key in paths} == {"/home_of_mine/x"}
+    assert load_config().data.validation_path is None
 
 
 def on_gpu(monkeypatch, capability, te=True):
