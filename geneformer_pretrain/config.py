@@ -367,6 +367,11 @@ class Config:
             "of 128. Change one of the two.",
         )
         require(
+            not self.training.validate_every_n_steps or self.data.validation_path is not None,
+            f"training.validate_every_n_steps is {self.training.validate_every_n_steps}, and there is no held-out "
+            "corpus to validate on: set data.validation_path, or training.validate_every_n_steps=0.",
+        )
+        require(
             not self.training.use_fp8 or self.model.use_te_layers,
             "training.use_fp8=True needs model.use_te_layers=True: FP8 runs through Transformer Engine.",
         )

@@ -24,7 +24,7 @@ from .distributed import World
 from .export import export_model
 from .memory import estimate_peak
 from .metrics import MetricsLog
-from .optimizer import build_optimizer, learning_rate, update
+from .optimizer import build_optimizer, learning_rate, update, warmup_steps
 from .parallel import architecture, build_engine
 from .precision import check_machine, compute_dtype, forward_context, fp8_state
 from .ranks import Ranks
@@ -183,6 +183,13 @@ class Trainer:
         if self.world.device.type == "cuda":
             peak = estimate_peak(self.config, self.world.size, count, self.compute_dtype.itemsize)
             lines.append(f"memory      about {peak / 2**30:.1f} GiB a GPU, by estimate")
+        warmup, steps = warmup_steps(self.config.training), self.config.training.num_train_steps
+        if warmup > steps:
+            highest = learning_rate(steps - 1, self.config.training)
+            lines.append(
+                f"warm-up     its {warmup:,} steps are longer than the run of {steps:,}: the learning rate gets no "
+                f"higher than {highest:.1e}. Set training.warmup_steps=null for a tenth of the run"
+            )
         if self.stream.num_truncated:
             lines.append(
                 f"truncated   {self.stream.num_truncated:,} cells are longer than model.seq_length="
@@ -469,7 +476,7 @@ class Trainer:
 
 
 def next_batch(batches: Iterator[Batch], key: str) -> Batch:
-    """The next batch of the corpus that `key` names; a token, a plan or a cache that is damaged is a `TrainingError`."""
+    """The next batch of the corpus that `key` names; a damaged token, plan or cache is a `TrainingError`."""
     try:
         return next(batches)
     except ValueError as error:

@@ -223,6 +223,17 @@ def test_going_on_with_another_configuration_is_told(tmp_path: Path, capsys: pyt
     assert "learning_rate: 0.001" in (tmp_path / "run/config_until_step_2.yaml").read_text()
 
 
+def test_a_warm_up_longer_than_the_run_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["training.warmup_steps=100", "training.learning_rate=1e-3"]
+    assert train.run(tiny_config(tmp_path, *given)) == 0
+    assert "100 steps are longer than the run of 2: the learning rate gets no higher than 2.0e-05" in (
+        capsys.readouterr().out
+    )
+    assert [record["learning_rate"] for record in read_metrics(tmp_path / "run")] == pytest.approx([1e-5, 2e-5])
+    assert train.run(tiny_config(tmp_path, "training.warmup_steps=3", "training.num_train_steps=3")) == 0
+    assert "warm-up" not in capsys.readouterr().out
+
+
 def test_a_bug_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only errors that a user can mend are shortened."""
 

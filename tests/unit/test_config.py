@@ -140,6 +140,7 @@ def test_mistakes_are_named(override, message):
             ["training.use_nvfsdp=true", "training.use_fsdp2=true"],
             "training.use_nvfsdp and training.use_fsdp2",
         ),
+        (["training.validate_every_n_steps=5"], r"validate_every_n_steps is 5.*set data\.validation_path.*steps=0"),
         (["training.compile=true", "data.packing=false"], "training.compile=True needs data.packing=True"),
     ],
 )
