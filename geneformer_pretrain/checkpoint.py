@@ -189,7 +189,10 @@ class CheckpointStore:
                     self._tidy()
                 except OSError as left:
                     log.error("could not clean up after a failed save: %s", left)
-            raise CheckpointSaveError(f"saving {final} failed: {error}") from None
+            raise CheckpointSaveError(
+                f"saving {final} failed: {error}. Earlier checkpoints are untouched; see that training.checkpoint_dir "
+                "has free space and may be written to."
+            ) from None
         if self.ranks.rank == 0:
             try:
                 self._prune(final)

@@ -4,7 +4,7 @@ import hashlib
 import os
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -22,6 +22,7 @@ from .data.source import open_training_data, open_validation_data
 from .data.stream import PackStream
 from .distributed import World
 from .export import export_model
+from .folders import writing_to
 from .memory import estimate_peak
 from .metrics import MetricsLog
 from .optimizer import build_optimizer, learning_rate, update, warmup_steps
@@ -209,7 +210,8 @@ class Trainer:
         if progress.step >= training.num_train_steps:
             self.say(f"This run is complete: {progress.step} of {training.num_train_steps} steps are done.")
         else:
-            changes = write_run_record(self.config, self.folder, progress.step) if self.world.is_main else []
+            with self._writing():
+                changes = write_run_record(self.config, self.folder, progress.step) if self.world.is_main else []
             if changes:
                 self.say("\n  ".join(["Changed since the last start:", *changes]))
             with ExitStack() as stack:
@@ -219,7 +221,8 @@ class Trainer:
             self.say(f"Stopped by a signal after step {progress.step}; start again to go on from there.")
             return False
         self.say("Exporting the model.")
-        export_model(self.engine, self.config.model, self.folder / "final_model", self.world.is_main)
+        with self._writing():
+            export_model(self.engine, self.config.model, self.folder / "final_model", self.world.is_main)
         self.say(self.summary())
         return True
 
@@ -241,10 +244,11 @@ class Trainer:
         training, progress, world = self.config.training, self.progress, self.world
         self.signals = stack.enter_context(StopSignals())
         loader = stack.enter_context(self.data.loader(self.stream, progress, world.rank, world.size))
-        self.metrics = stack.enter_context(MetricsLog(self.folder, progress.step, self.config, world.is_main))
-        self.cell_log = (
-            stack.enter_context(CellLog(self.folder, world, progress.step)) if training.log_cell_ids else None
-        )
+        with self._writing():
+            self.metrics = stack.enter_context(MetricsLog(self.folder, progress.step, self.config, world.is_main))
+            self.cell_log = (
+                stack.enter_context(CellLog(self.folder, world, progress.step)) if training.log_cell_ids else None
+            )
         stack.enter_context(self.watchdog)
         self.clock = time.perf_counter()
         while progress.step < training.num_train_steps:
@@ -259,6 +263,9 @@ class Trainer:
                 self.save(final=is_last or self.stop_agreed)
             if self.stop_agreed:
                 return
+
+    def _writing(self) -> AbstractContextManager[None]:
+        return writing_to(self.folder, "training.checkpoint_dir")
 
     def _due(self, interval: int, is_last: bool) -> bool:
         return is_last or (interval > 0 and self.progress.step % interval == 0)

@@ -147,16 +147,30 @@ def test_multirun_is_refused(tmp_path: Path) -> None:
 
 
 def test_errors_of_the_system_are_plain_messages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "file").touch()
-    assert "file" in failure(overrides(tmp_path, f"data.cache_dir={tmp_path / 'file'}"))
-    assert "File exists" in failure(overrides(tmp_path, f"training.checkpoint_dir={tmp_path / 'file'}"))
+    file = tmp_path / "file"
+    file.touch()
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache/plans").touch()
+    remedy = "It must be a folder with free space that you may write to: mend that, or name another one."
+    message = failure(overrides(tmp_path, f"data.cache_dir={file}"))
+    assert message.startswith(f"Error: data.cache_dir: cannot write to {file}/")
+    assert message.endswith(f" (Not a directory). {remedy}")
+    message = failure(overrides(tmp_path, f"training.checkpoint_dir={file}"))
+    cause = f"training.checkpoint_dir: cannot write to {file} (File exists). {remedy}"
+    assert message.endswith(f"OSError: {cause}")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stream, "MIN_CELLS_ON_DISK", 1)
+        assert "data.cache_dir: cannot write to" in failure(overrides(tmp_path))
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "final_model")
 
     monkeypatch.setattr(trainer, "export_model", full)
-    assert "No space left on device: 'final_model'" in failure(overrides(tmp_path))
-    assert "No space left on device" in read_exit(tmp_path / "run")["error"]
+    message = failure(overrides(tmp_path))
+    cause = "training.checkpoint_dir: cannot write to final_model (No space left on device)"
+    assert message == f"Error: {cause}. {remedy}"
+    assert cause in read_exit(tmp_path / "run")["error"]
 
 
 @pytest.fixture
