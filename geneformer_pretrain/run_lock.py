@@ -20,6 +20,9 @@ log = logging.getLogger(__name__)
 
 LOCK_FILE = ".lock"
 
+EXIT_FILE, EARLIER_EXIT_FILE = "exit.json", ".earlier_exit.json"
+"""What the last start ended with; out of sight while there is another one, which may still move it aside."""
+
 
 class FolderInUseError(RuntimeError):
     """Another run holds the checkpoint folder."""
@@ -59,9 +62,11 @@ def _start_in(folder: Path) -> Iterator[None]:
         with writing_to(folder, "training.checkpoint_dir"):
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, json.dumps(holder).encode(), 0)
-            (folder / "exit.json").unlink(missing_ok=True)
+            with suppress(FileNotFoundError):
+                (folder / EXIT_FILE).replace(folder / EARLIER_EXIT_FILE)
         yield
     finally:
+        (folder / EARLIER_EXIT_FILE).unlink(missing_ok=True)
         path.unlink(missing_ok=True)
         if made:
             with suppress(OSError):  # It is not empty.

@@ -207,7 +207,12 @@ class Trainer:
         """
         training, progress = self.config.training, self.progress
         self.say(self.describe())
-        if progress.step >= training.num_train_steps:
+        if progress.step > training.num_train_steps:
+            self.say(
+                f"This run has {progress.step} steps, more than training.num_train_steps={training.num_train_steps}: "
+                "there is nothing left to train."
+            )
+        elif progress.step == training.num_train_steps:
             self.say(f"This run is complete: {progress.step} of {training.num_train_steps} steps are done.")
         else:
             with self._writing():
