@@ -196,15 +196,21 @@ def test_nvfsdp_needs_cuda():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda tokens: tokens[:-1], r"vocab\.txt has 100 tokens; model\.vocab_size is 101"),
-        (lambda tokens: [*tokens[:-1], tokens[7]], "vocab.txt lists the token 'gene_7' more than once"),
+        (
+            lambda tokens: tokens[:-1],
+            r"vocab\.txt has 100 tokens, model\.vocab_size is 101; .* set model\.vocab_size=100 if",
+        ),
+        (
+            lambda tokens: [*tokens[:-1], tokens[7]],
+            r"vocab\.txt lists the token 'gene_7' in line 8 and in line 101; put",
+        ),
         (
             lambda tokens: tokens[::-1],
-            r"line 1: 'gene_100' where model\.pad_token_id expects <pad>",
+            r"line 1: 'gene_100' where model\.pad_token_id=0 expects <pad>; set model\.pad_token_id=100, or",
         ),
         (
             lambda tokens: [tokens[0], "x", *tokens[2:]],
-            r"line 2: 'x' where data\.mask_token_id expects <mask>",
+            r"line 2: 'x' where data\.mask_token_id=1 expects <mask>; name another file",
         ),
     ],
 )
@@ -215,7 +221,7 @@ def test_bad_vocabulary_files(tmp_path, change, message):
     config = tiny_config(tmp_path, f"data.vocab_path={path}")
     assert len(check_vocabulary(config)) == 32
     path.write_text("\n".join(change(tokens)) + "\n")
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=f"^data.vocab_path: .*{message}"):
         check_vocabulary(config)
 
 
