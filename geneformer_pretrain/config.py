@@ -8,13 +8,14 @@ missing value is an error there, an impossible combination one in `__post_init__
 import math
 import os
 from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from transformers.activations import ACT2FN
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "hydra_config"
@@ -381,6 +382,43 @@ class Config:
         )
 
 
+def unknown_key(key: str) -> ConfigError:
+    """The error for a key that does not exist, with the one whose name is most like it."""
+    known = {name.rpartition(".")[2]: name for name in all_keys()} | {
+        group.name: group.name for group in fields(Config)
+    }
+    meant = [known[name] for name in get_close_matches(key.rpartition(".")[2], known, 1)]
+    suggestion = f"did you mean {meant[0]}? " if meant else ""
+    return ConfigError(f"Unknown configuration key {key}: {suggestion}docs/configuration.md lists all keys.")
+
+
+def all_keys() -> list[str]:
+    """Every key, as GROUP.KEY."""
+    groups = get_type_hints(Config).items()
+    return [f"{name}.{field.name}" for name, group in groups for field in fields(group)]
+
+
+def check_names(config_name: str, overrides: list[str]) -> None:
+    """Check that a configuration and the keys of GROUP.KEY=VALUE exist: Hydra refuses others without advice.
+
+    Raises
+    ------
+    ConfigError
+        Naming what is unknown, and what may have been meant.
+    """
+    names = sorted({path.stem for path in CONFIG_DIR.glob("*.yaml")} - {"defaults"})
+    require(
+        config_name.removesuffix(".yaml") in names,
+        f"Unknown configuration {config_name!r}; those in hydra_config/ are {', '.join(names)}.",
+    )
+    known = all_keys()
+    for override in overrides:
+        key = override.partition("=")[0].lstrip("+~")
+        group, *rest = key.split(".")
+        if rest and group != "hydra" and f"{group}.{rest[0]}" not in known:
+            raise unknown_key(key)
+
+
 def resolve(composed: DictConfig) -> Config:
     """Type, complete and check a composed configuration.
 
@@ -389,13 +427,13 @@ def resolve(composed: DictConfig) -> Config:
     ConfigError
         Naming the offending key.
     """
-    unknown = set(map(str, composed)) - {field.name for field in fields(Config)}
-    require(not unknown, f"Unknown configuration group: {', '.join(sorted(unknown))}; known: model, training, data.")
     try:
         typed = OmegaConf.merge(OmegaConf.structured(Config), composed)
         missing = sorted(OmegaConf.missing_keys(typed))
         require(not missing, f"No value for {', '.join(missing)}; give each one in YAML or as KEY=VALUE.")
         config = OmegaConf.to_object(typed)
+    except ConfigKeyError as error:
+        raise unknown_key(str(error.full_key)) from error
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None)
         reason = str(error).splitlines()[0]
@@ -406,5 +444,6 @@ def resolve(composed: DictConfig) -> Config:
 
 def load_config(name: str = "l0_sanity", overrides: list[str] | None = None) -> Config:
     """Compose `hydra_config/NAME.yaml` with overrides (as on the command line) and resolve it."""
+    check_names(name, overrides or [])
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         return resolve(compose(name, overrides=overrides or []))

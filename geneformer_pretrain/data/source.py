@@ -152,8 +152,8 @@ def check_vocabulary(config: Config) -> str:
         twice = next(token for i, token in enumerate(tokens) if token in tokens[:i])
         first, second = [number for number, token in enumerate(tokens, 1) if token == twice][:2]
         raise ConfigError(
-            f"data.vocab_path: {path} lists the token {twice!r} in line {first} and in line {second}; put the token that "
-            "belongs there into one of them."
+            f"data.vocab_path: {path} lists the token {twice!r} in line {first} and in line {second}; correct one of "
+            "the two lines."
         )
     for key, token_id, name in (
         ("model.pad_token_id", config.model.pad_token_id, "<pad>"),

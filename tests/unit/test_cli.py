@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import subprocess
 import sys
 import time
@@ -140,12 +141,6 @@ def test_a_model_of_another_size_is_a_short_message(tmp_path: Path) -> None:
     assert len(message) < 500
 
 
-def test_multirun_is_refused(tmp_path: Path) -> None:
-    done = python("train.py", "--multirun", *overrides(tmp_path), "training.seed=1,2")
-    assert done.returncode == 1
-    assert "--multirun is not supported" in done.stderr
-
-
 def test_errors_of_the_system_are_plain_messages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "file"
     file.touch()
@@ -279,26 +274,55 @@ def test_stale_exit_json_does_not_outlive_the_start(tmp_path: Path, monkeypatch:
 
 
 def test_error_in_a_real_process(tmp_path: Path) -> None:
+    ended = python("train.py", "training.lerning_rate=1")
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("Error: Unknown configuration key training.lerning_rate")
     ended = python("train.py", *overrides(tmp_path, "training.use_nvfsdp=true"))
     assert ended.returncode == 1
     assert "Traceback" not in ended.stderr
     assert ended.stderr.startswith("Error: training.use_nvfsdp=True needs CUDA")
 
 
-def test_hydra_names_an_unknown_key(tmp_path: Path) -> None:
-    ended = python("train.py", "training.lerning_rate=1")
-    assert ended.returncode == 1
-    assert "lerning_rate" in ended.stderr
-    assert "Traceback" not in ended.stderr
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["training.lerning_rate=1"], "training.lerning_rate: did you mean training.learning_rate?"),
+        (["-cn=106m", "data.pth=a=b.c"], "data.pth: did you mean data.path?"),
+        (["--config-name", "11m"], "'11m'; those in hydra_config/ are 106m, 10m, 4b, l0_sanity."),
+        (["-m", "training.seed=1,2"], "--multirun is not supported"),
+    ],
+)
+def test_what_hydra_would_refuse_without_advice(arguments: list[str], message: str) -> None:
+    with pytest.raises(SystemExit, match="^Error: .*" + re.escape(message)):
+        train.check_arguments(arguments)
+
+
+def test_arguments_that_are_left_to_hydra() -> None:
+    for arguments in (
+        ["--config-dir", "mine", "--config-name", "mine", "training.new=1"],
+        ["model=106m", "+training.wandb_init_args.tags.x=1", "hydra.verbose=true", "--cfg", "job"],
+        ["+experiment=one", "--config-name=4b.yaml", "~data.vocab_path"],
+    ):
+        train.check_arguments(arguments)
 
 
 def test_showing_the_configuration_runs_nothing(tmp_path: Path) -> None:
     target = tmp_path / "run"
-    ended = python("train.py", "--config-name", "106m", "--cfg", "all", f"training.checkpoint_dir={target}")
+    ended = python("train.py", "--config-name", "106m", "--cfg", "job", f"training.checkpoint_dir={target}")
     assert ended.returncode == 0
+    assert "hydra" not in ended.stdout
     for line in ("hidden_size: 768", "learning_rate: 0.0001", f"checkpoint_dir: {target}"):
         assert line in ended.stdout
     assert not target.exists()
+
+
+def test_help_names_the_configurations_and_how_to_see_one() -> None:
+    ended = python("train.py", "--help")
+    assert ended.returncode == 0
+    names = re.search(r"NAME is (\w+) \(the default\), (\w+), (\w+) or (\w+);", ended.stdout)
+    assert names is not None
+    assert set(names.groups()) == {path.stem for path in CONFIG_DIR.glob("*.yaml")} - {"defaults"}
+    assert "--cfg job shows the composed configuration" in ended.stdout
 
 
 WANDB = """
