@@ -175,6 +175,7 @@ class Trainer:
             config_as_yaml(self.config),
             f"model       {count:,} parameters, {layers} layers",
             f"corpus      {corpus.num_cells:,} cells, {corpus.num_tokens:,} tokens",
+            *self._describe_held_out(),
             f"micro-batch up to {shape.token_budget:,} tokens, {shape.max_cells} cells",
             f"step        {self.progress.packs_per_step} packs: {self.world.size} processes x "
             f"{self.accumulation} micro-batches",
@@ -197,6 +198,14 @@ class Trainer:
                 f"{shape.seq_length}; {self.stream.dropped_tokens:,} tokens at their ends are left out"
             )
         return "\n".join(lines)
+
+    def _describe_held_out(self) -> list[str]:
+        if self.validation_data is None:
+            return []
+        corpus, packs = self.validation_data.corpus, self.validation_packs(self.validation_data.stream())
+        return [
+            f"held out    {corpus.num_cells:,} cells, {corpus.num_tokens:,} tokens; a validation reads {packs} packs"
+        ]
 
     def fit(self) -> bool:
         """Train to the last step and export.

@@ -180,3 +180,15 @@ def test_wandb_is_offline_unless_asked(tmp_path, monkeypatch, arguments, environ
     assert (given["name"], given["project"], given["mode"]) == ("n", "p", mode)
     assert given["dir"] == str(tmp_path)
     assert given["config"]["model"]["hidden_size"] == 32
+
+
+@pytest.mark.parametrize("error", [OSError("no such host"), UserWarning("No API key configured"), TypeError("nme")])
+def test_errors_of_wandb_are_named_as_such(tmp_path, monkeypatch, error):
+    def init(**_):
+        raise error
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Error=UserWarning))
+    config = tiny_config(tmp_path, "training.wandb_init_args={name: n}")
+    message = rf"^training\.wandb_init_args: wandb does not start with them: {error};.*training\.wandb_init_args=null"
+    with pytest.raises(ConfigError, match=message):
+        start_wandb(config, tmp_path)
