@@ -1,8 +1,9 @@
 """Pretrain Geneformer: `torchrun --nproc_per_node=N train.py [--config-name NAME] [KEY=VALUE ...]`.
 
-Configurations lie in hydra_config/; `--cfg all` shows the composed one, `--help` lists the choices.
+Configurations lie in hydra_config/; `--cfg job` shows the composed one, `--help` lists the choices.
 """
 
+import argparse
 import logging
 import sys
 from contextlib import suppress
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from omegaconf import DictConfig
 
 from geneformer_pretrain.checkpoint import CheckpointError
-from geneformer_pretrain.config import Config, ConfigError, resolve
+from geneformer_pretrain.config import Config, ConfigError, check_names, resolve
 from geneformer_pretrain.distributed import distributed_world
 from geneformer_pretrain.run_lock import hold_folder, is_used
 from geneformer_pretrain.stopping import EXIT_CODE_SIGNAL, write_exit
@@ -58,7 +59,22 @@ def main(composed: DictConfig) -> None:
     sys.exit(code)
 
 
-if __name__ == "__main__":
-    if {"-m", "--multirun"} & set(sys.argv[1:]):
+def check_arguments(arguments: list[str]) -> None:
+    """End with a plain message where Hydra would have no advice, or do what makes no sense here."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config-name", "-cn", default="l0_sanity")
+    parser.add_argument("--config-dir", "-cd", "--config-path", "-cp")
+    parser.add_argument("--multirun", "-m", action="store_true")
+    given, rest = parser.parse_known_args(arguments)
+    if given.multirun:
         sys.exit("Error: --multirun is not supported; start one run a command, each with its own checkpoint_dir.")
+    if given.config_dir is None:  # Elsewhere there may be other configurations, and keys for them to use.
+        try:
+            check_names(given.config_name, [argument for argument in rest if "=" in argument])
+        except ConfigError as error:
+            sys.exit(f"Error: {error}")
+
+
+if __name__ == "__main__":
+    check_arguments(sys.argv[1:])
     main()

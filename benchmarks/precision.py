@@ -63,6 +63,8 @@ def main() -> None:
     parser.add_argument("--overrides", nargs="*", default=[], help="KEY=VALUE for every run")
     parser.add_argument("--json", type=Path, help="write every step's loss to this file")
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("no CUDA GPU is visible here, and FP8 needs one")
     curves: list[dict[str, object]] = []
     print(f"{'data':28} {'model':5} {'variant':12} {'mean of the ends':>17} {'seeds':24} {'off':>7} {'allowed':>8}")
     with tempfile.TemporaryDirectory() as folder, distributed_world() as world:

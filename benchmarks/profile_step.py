@@ -31,6 +31,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=30, help="kernels to list")
     parser.add_argument("overrides", nargs="*", help="KEY=VALUE as for train.py")
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("no CUDA GPU is visible here, and its kernels are what is profiled")
     with tempfile.TemporaryDirectory() as folder, distributed_world() as world:
         fixed = [f"training.checkpoint_dir={folder}", "training.wandb_init_args=null"]
         config = load_config(args.config_name, [*args.overrides, *fixed])

@@ -40,7 +40,7 @@ from geneformer_pretrain.checkpoint_manifest import (
 )
 from geneformer_pretrain.checkpoint_tensors import HostBuffers, Shards
 from geneformer_pretrain.ranks import Ranks
-from geneformer_pretrain.run_lock import LOCK_FILE
+from geneformer_pretrain.run_lock import EARLIER_EXIT_FILE, EXIT_FILE, LOCK_FILE
 
 __all__ = ["CheckpointError", "CheckpointSaveError", "CheckpointStore", "move_aside", "read_manifest"]
 
@@ -189,7 +189,10 @@ class CheckpointStore:
                     self._tidy()
                 except OSError as left:
                     log.error("could not clean up after a failed save: %s", left)
-            raise CheckpointSaveError(f"saving {final} failed: {error}") from None
+            raise CheckpointSaveError(
+                f"saving {final} failed: {error}. Earlier checkpoints are untouched; see that training.checkpoint_dir "
+                "has free space and may be written to."
+            ) from None
         if self.ranks.rank == 0:
             try:
                 self._prune(final)
@@ -274,7 +277,10 @@ class CheckpointStore:
             if self.ranks.rank == 0:
                 log.error("checkpoint %s is damaged and will not be used: %s", folder, fault)
         if faults:
-            raise CheckpointError("none of the checkpoints is good. " + "; ".join(faults))
+            raise CheckpointError(
+                f"none of the checkpoints is good. {'; '.join(faults)}. Restore one of these folders from a copy, or "
+                "start over with training.resume_from_checkpoint=false, which moves the earlier run aside"
+            )
         return None
 
     def load(self, path: str | Path, targets: Mapping[str, torch.Tensor], *, optional: str | None = None) -> None:
@@ -381,5 +387,5 @@ def move_aside(directory: str | Path) -> Path | None:
         previous = base.with_name(f"{base.name}-{attempt}")
     previous.mkdir()
     for entry in entries:
-        entry.rename(previous / entry.name)
+        entry.rename(previous / (EXIT_FILE if entry.name == EARLIER_EXIT_FILE else entry.name))
     return previous

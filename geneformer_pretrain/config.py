@@ -6,17 +6,27 @@ missing value is an error there, an impossible combination one in `__post_init__
 """
 
 import math
+import os
 from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from transformers.activations import ACT2FN
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "hydra_config"
+
+PATH_KEYS = (
+    "training.checkpoint_dir",
+    "data.path",
+    "data.validation_path",
+    "data.cache_dir",
+    "data.vocab_path",
+)
 
 
 class ConfigError(ValueError):
@@ -336,6 +346,11 @@ class Config:
     data: DataConfig
 
     def __post_init__(self) -> None:
+        for key in PATH_KEYS:
+            group, name = key.split(".")
+            values = vars(getattr(self, group))
+            if values[name] is not None:
+                values[name] = os.path.expanduser(values[name])
         require(
             self.data.num_special_tokens < self.model.vocab_size,
             f"data.num_special_tokens ({self.data.num_special_tokens}) leaves no gene in model.vocab_size "
@@ -356,6 +371,11 @@ class Config:
             "of 128. Change one of the two.",
         )
         require(
+            not self.training.validate_every_n_steps or self.data.validation_path is not None,
+            f"training.validate_every_n_steps is {self.training.validate_every_n_steps}, and there is no held-out "
+            "corpus to validate on: set data.validation_path, or training.validate_every_n_steps=0.",
+        )
+        require(
             not self.training.use_fp8 or self.model.use_te_layers,
             "training.use_fp8=True needs model.use_te_layers=True: FP8 runs through Transformer Engine.",
         )
@@ -363,6 +383,43 @@ class Config:
             not (self.training.compile and not self.data.packing),
             "training.compile=True needs data.packing=True: padded micro-batches change their shape each time.",
         )
+
+
+def unknown_key(key: str) -> ConfigError:
+    """The error for a key that does not exist, with the one whose name is most like it."""
+    known = {name.rpartition(".")[2]: name for name in all_keys()} | {
+        group.name: group.name for group in fields(Config)
+    }
+    meant = [known[name] for name in get_close_matches(key.rpartition(".")[2], known, 1)]
+    suggestion = f"did you mean {meant[0]}? " if meant else ""
+    return ConfigError(f"Unknown configuration key {key}: {suggestion}docs/configuration.md lists all keys.")
+
+
+def all_keys() -> list[str]:
+    """Every key, as GROUP.KEY."""
+    groups = get_type_hints(Config).items()
+    return [f"{name}.{field.name}" for name, group in groups for field in fields(group)]
+
+
+def check_names(config_name: str, overrides: list[str]) -> None:
+    """Check that a configuration and the keys of GROUP.KEY=VALUE exist: Hydra refuses others without advice.
+
+    Raises
+    ------
+    ConfigError
+        Naming what is unknown, and what may have been meant.
+    """
+    names = sorted({path.stem for path in CONFIG_DIR.glob("*.yaml")} - {"defaults"})
+    require(
+        config_name.removesuffix(".yaml") in names,
+        f"Unknown configuration {config_name!r}; those in hydra_config/ are {', '.join(names)}.",
+    )
+    known = all_keys()
+    for override in overrides:
+        key = override.partition("=")[0].lstrip("+~")
+        group, *rest = key.split(".")
+        if rest and group != "hydra" and f"{group}.{rest[0]}" not in known:
+            raise unknown_key(key)
 
 
 def resolve(composed: DictConfig) -> Config:
@@ -373,13 +430,13 @@ def resolve(composed: DictConfig) -> Config:
     ConfigError
         Naming the offending key.
     """
-    unknown = set(map(str, composed)) - {field.name for field in fields(Config)}
-    require(not unknown, f"Unknown configuration group: {', '.join(sorted(unknown))}; known: model, training, data.")
     try:
         typed = OmegaConf.merge(OmegaConf.structured(Config), composed)
         missing = sorted(OmegaConf.missing_keys(typed))
         require(not missing, f"No value for {', '.join(missing)}; give each one in YAML or as KEY=VALUE.")
         config = OmegaConf.to_object(typed)
+    except ConfigKeyError as error:
+        raise unknown_key(str(error.full_key)) from error
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None)
         reason = str(error).splitlines()[0]
@@ -390,5 +447,6 @@ def resolve(composed: DictConfig) -> Config:
 
 def load_config(name: str = "l0_sanity", overrides: list[str] | None = None) -> Config:
     """Compose `hydra_config/NAME.yaml` with overrides (as on the command line) and resolve it."""
+    check_names(name, overrides or [])
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         return resolve(compose(name, overrides=overrides or []))

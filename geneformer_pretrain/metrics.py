@@ -154,7 +154,7 @@ def start_wandb(config: Config, folder: Path) -> Any:
     Raises
     ------
     ConfigError
-        Arguments that wandb refuses.
+        Arguments with which wandb does not start, for want of a login for instance.
     """
     import wandb  # imported only when tracking is on: it is slow to load
 
@@ -165,7 +165,8 @@ def start_wandb(config: Config, folder: Path) -> Any:
     arguments.setdefault("config", asdict(config))
     try:
         return wandb.init(**arguments)
-    except (TypeError, ValueError, wandb.Error) as error:
+    except (TypeError, ValueError, OSError, wandb.Error) as error:
         raise ConfigError(
-            f"training.wandb_init_args: wandb refuses them: {error}; correct them, or set them to null."
+            f"training.wandb_init_args: wandb does not start with them: {error}; correct them (mode=offline needs no "
+            "login), or set training.wandb_init_args=null to train without wandb."
         ) from error

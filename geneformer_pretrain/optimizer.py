@@ -32,9 +32,14 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Ada
     return optimizer
 
 
+def warmup_steps(config: TrainingConfig) -> int:
+    """Steps over which the learning rate rises."""
+    return config.num_train_steps // 10 if config.warmup_steps is None else config.warmup_steps
+
+
 def learning_rate(step: int, config: TrainingConfig) -> float:
     """Learning rate of optimizer step `step`, counted from 0."""
-    warmup = config.num_train_steps // 10 if config.warmup_steps is None else config.warmup_steps
+    warmup = warmup_steps(config)
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
     progress = (step - warmup) / max(1, config.num_train_steps - warmup)

@@ -13,11 +13,15 @@ from datetime import timedelta
 from pathlib import Path
 
 from .checkpoint_manifest import CheckpointError
+from .folders import writing_to
 from .ranks import Ranks
 
 log = logging.getLogger(__name__)
 
 LOCK_FILE = ".lock"
+
+EXIT_FILE, EARLIER_EXIT_FILE = "exit.json", ".earlier_exit.json"
+"""What the last start ended with; out of sight while there is another one, which may still move it aside."""
 
 
 class FolderInUseError(RuntimeError):
@@ -33,7 +37,7 @@ def hold_folder(folder: Path) -> Iterator[None]:
     Raises
     ------
     CheckpointError
-        On every rank, if another run holds it; names that run's host and process.
+        On every rank, if another run holds it, naming that run's host and process, or if it cannot be written to.
     """
     with ExitStack() as stack:
         Ranks(timedelta(minutes=10)).on_first(lambda: stack.enter_context(_start_in(folder)), CheckpointError)
@@ -48,17 +52,21 @@ def _start_in(folder: Path) -> Iterator[None]:
     other nodes respect it where the file system has such locks (NFS, GPFS, Lustre mounted with `flock`).
     The folder is made if need be, and removed if nothing was put into it.
     """
-    made = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK_FILE
-    descriptor = _open_locked(path)
+    with writing_to(folder, "training.checkpoint_dir"):
+        made = not folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = _open_locked(path)
     holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
     try:
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(holder).encode(), 0)
-        (folder / "exit.json").unlink(missing_ok=True)
+        with writing_to(folder, "training.checkpoint_dir"):
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps(holder).encode(), 0)
+            with suppress(FileNotFoundError):
+                (folder / EXIT_FILE).replace(folder / EARLIER_EXIT_FILE)
         yield
     finally:
+        (folder / EARLIER_EXIT_FILE).unlink(missing_ok=True)
         path.unlink(missing_ok=True)
         if made:
             with suppress(OSError):  # It is not empty.

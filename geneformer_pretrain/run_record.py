@@ -11,9 +11,10 @@ from types import TracebackType
 from typing import Any, Self
 
 import xxhash
+import yaml
 from omegaconf import OmegaConf
 
-from .config import Config
+from .config import Config, ConfigError
 from .data.batch import BatchInfo
 from .distributed import World
 from .metrics import JsonLines, cut_back
@@ -73,10 +74,56 @@ def config_as_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(plain))
 
 
-def write_run_record(config: Config, folder: Path) -> None:
-    """Write config.yaml: the composed configuration, package versions and git revision."""
-    record = OmegaConf.to_yaml(OmegaConf.create({"versions": package_versions(), "git_revision": git_revision()}))
-    (folder / "config.yaml").write_text(config_as_yaml(config) + record)
+def write_run_record(config: Config, folder: Path, step: int) -> list[str]:
+    """Write config.yaml: the composed configuration, package versions and git revision.
+
+    Where `step` steps are done already and the record changes, the earlier one is kept as config_until_step_N.yaml:
+    of several starts after the same step, the one that steps were made with.
+
+    Returns
+    -------
+    One line for each key that changed, with its earlier value and its new one.
+
+    Raises
+    ------
+    ConfigError
+        The earlier record is not what this function writes.
+    """
+    path = folder / "config.yaml"
+    origin = OmegaConf.to_yaml(OmegaConf.create({"versions": package_versions(), "git_revision": git_revision()}))
+    record = config_as_yaml(config) + origin
+    changes = _changes(path, record) if step and path.exists() else []
+    kept = folder / f"config_until_step_{step}.yaml"
+    if changes and not kept.exists():
+        path.rename(kept)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(record)
+    temporary.replace(path)
+    return changes
+
+
+def _changes(path: Path, record: str) -> list[str]:
+    try:
+        earlier, now = (_flat(yaml.safe_load(text)) for text in (path.read_text(), record))
+    except (yaml.YAMLError, AttributeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not the record of a run; mend it or move it away.") from error
+    keys = dict.fromkeys([*now, *earlier])
+    shown = {key: (_shown(earlier, key), _shown(now, key)) for key in keys}
+    return [f"{key}: {before} -> {after}" for key, (before, after) in shown.items() if before != after]
+
+
+def _shown(values: dict[str, Any], key: str) -> str:
+    if key not in values:
+        return "absent"
+    return values[key] if isinstance(values[key], str) else json.dumps(values[key])
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by dotted key."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
 
 
 class CellLog:

@@ -4,7 +4,7 @@ import hashlib
 import os
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -23,9 +23,10 @@ from .data.source import open_training_data, open_validation_data
 from .data.stream import PackStream
 from .distributed import World
 from .export import export_model
+from .folders import writing_to
 from .memory import estimate_peak
 from .metrics import MetricsLog
-from .optimizer import build_optimizer, learning_rate, update
+from .optimizer import build_optimizer, learning_rate, update, warmup_steps
 from .parallel import architecture, build_engine
 from .precision import check_machine, compute_dtype, forward_context, fp8_state
 from .ranks import Ranks
@@ -178,6 +179,7 @@ class Trainer:
             config_as_yaml(self.config),
             f"model       {count:,} parameters, {layers} layers",
             f"corpus      {corpus.num_cells:,} cells, {corpus.num_tokens:,} tokens",
+            *self._describe_held_out(),
             f"micro-batch up to {shape.token_budget:,} tokens, {shape.max_cells} cells",
             f"step        {self.progress.packs_per_step} packs: {self.world.size} processes x "
             f"{self.accumulation} micro-batches",
@@ -187,12 +189,27 @@ class Trainer:
         if self.world.device.type == "cuda":
             peak = estimate_peak(self.config, self.world.size, count, self.compute_dtype.itemsize)
             lines.append(f"memory      about {peak / 2**30:.1f} GiB a GPU, by estimate")
+        warmup, steps = warmup_steps(self.config.training), self.config.training.num_train_steps
+        if warmup > steps:
+            highest = learning_rate(steps - 1, self.config.training)
+            lines.append(
+                f"warm-up     its {warmup:,} steps are longer than the run of {steps:,}: the learning rate gets no "
+                f"higher than {highest:.1e}. Set training.warmup_steps=null for a tenth of the run"
+            )
         if self.stream.num_truncated:
             lines.append(
                 f"truncated   {self.stream.num_truncated:,} cells are longer than model.seq_length="
                 f"{shape.seq_length}; {self.stream.dropped_tokens:,} tokens at their ends are left out"
             )
         return "\n".join(lines)
+
+    def _describe_held_out(self) -> list[str]:
+        if self.validation_data is None:
+            return []
+        corpus, packs = self.validation_data.corpus, self.validation_packs(self.validation_data.stream())
+        return [
+            f"held out    {corpus.num_cells:,} cells, {corpus.num_tokens:,} tokens; a validation reads {packs} packs"
+        ]
 
     def fit(self) -> bool:
         """Train to the last step and export.
@@ -203,11 +220,18 @@ class Trainer:
         """
         training, progress = self.config.training, self.progress
         self.say(self.describe())
-        if progress.step >= training.num_train_steps:
+        if progress.step > training.num_train_steps:
+            self.say(
+                f"This run has {progress.step} steps, more than training.num_train_steps={training.num_train_steps}: "
+                "there is nothing left to train."
+            )
+        elif progress.step == training.num_train_steps:
             self.say(f"This run is complete: {progress.step} of {training.num_train_steps} steps are done.")
         else:
-            if self.world.is_main:
-                write_run_record(self.config, self.folder)
+            with self._writing():
+                changes = write_run_record(self.config, self.folder, progress.step) if self.world.is_main else []
+            if changes:
+                self.say("\n  ".join(["Changed since the last start:", *changes]))
             with ExitStack() as stack:
                 self._train(stack)
         self.store.wait()
@@ -215,7 +239,8 @@ class Trainer:
             self.say(f"Stopped by a signal after step {progress.step}; start again to go on from there.")
             return False
         self.say("Exporting the model.")
-        export_model(self.engine, self.config.model, self.folder / "final_model", self.world.is_main)
+        with self._writing():
+            export_model(self.engine, self.config.model, self.folder / "final_model", self.world.is_main)
         self.say(self.summary())
         return True
 
@@ -237,10 +262,11 @@ class Trainer:
         training, progress, world = self.config.training, self.progress, self.world
         self.signals = stack.enter_context(StopSignals())
         loader = stack.enter_context(self.data.loader(self.stream, progress, world.rank, world.size))
-        self.metrics = stack.enter_context(MetricsLog(self.folder, progress.step, self.config, world.is_main))
-        self.cell_log = (
-            stack.enter_context(CellLog(self.folder, world, progress.step)) if training.log_cell_ids else None
-        )
+        with self._writing():
+            self.metrics = stack.enter_context(MetricsLog(self.folder, progress.step, self.config, world.is_main))
+            self.cell_log = (
+                stack.enter_context(CellLog(self.folder, world, progress.step)) if training.log_cell_ids else None
+            )
         stack.enter_context(self.watchdog)
         self.clock = time.perf_counter()
         while progress.step < training.num_train_steps:
@@ -256,6 +282,9 @@ class Trainer:
             if self.stop_agreed:
                 return
 
+    def _writing(self) -> AbstractContextManager[None]:
+        return writing_to(self.folder, "training.checkpoint_dir")
+
     def _due(self, interval: int, is_last: bool) -> bool:
         return is_last or (interval > 0 and self.progress.step % interval == 0)
 
@@ -269,7 +298,7 @@ class Trainer:
         for micro in range(self.accumulation):
             self.watchdog.beat(progress.step + 1, "waiting for data")
             started = time.perf_counter()
-            batch = next_batch(batches)
+            batch = next_batch(batches, "data.path")
             waited += time.perf_counter() - started
             self.watchdog.beat(progress.step + 1, "forward and backward")
             micro_loss, micro_masked = self.forward_backward(batch, micro == self.accumulation - 1)
@@ -431,7 +460,8 @@ class Trainer:
         for first in range(0, packs, self.world.size):
             self.watchdog.beat(self.progress.step, "validating")
             mine = first + self.world.rank
-            loss_sum, masked = self.forward(next_batch(build_batches(builder, stream, [min(mine, packs - 1)])))
+            batches = build_batches(builder, stream, [min(mine, packs - 1)])
+            loss_sum, masked = self.forward(next_batch(batches, "data.validation_path"))
             if mine < packs:
                 totals += torch.stack([loss_sum.double(), masked.double()])
         self.engine.model.train()
@@ -482,11 +512,13 @@ class Trainer:
                 raise
 
 
-def next_batch(batches: Iterator[Batch]) -> Batch:
-    """The next batch; a token, a plan or a cache that is not as it should be is a `TrainingError`."""
+def next_batch(batches: Iterator[Batch], key: str) -> Batch:
+    """The next batch of the corpus that `key` names; a damaged token, plan or cache is a `TrainingError`."""
     try:
         return next(batches)
-    except (ValueError, RuntimeError) as error:
+    except ValueError as error:
+        raise TrainingError(f"{key}: {error}") from error
+    except RuntimeError as error:
         raise TrainingError(str(error)) from error
 
 

@@ -7,6 +7,7 @@ disk and renamed, so that a folder named KEY is always complete. A cache whose s
 used and may be deleted.
 """
 
+import errno
 import json
 import logging
 import os
@@ -23,6 +24,8 @@ import pyarrow.parquet as pq
 import xxhash
 from filelock import FileLock
 from tqdm import tqdm
+
+from geneformer_pretrain.folders import writing_to
 
 COLUMN = "input_ids"
 DATA_FILE = "cells.arrow"
@@ -109,16 +112,17 @@ def ensure_cache(files: Sequence[Path], cache_dir: Path, *, show_progress: bool 
     """
     key = _cache_key(files)
     folder = cache_dir / key
-    manifest = _load_manifest(folder)
-    if manifest is None:
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        with FileLock(cache_dir / f"{key}.lock"):
-            manifest = _load_manifest(folder)  # another process may have finished while this one waited
-            if manifest is None:
-                if folder.exists():
-                    logger.warning("corpus cache %s is damaged: deleting it and converting again", folder)
-                    shutil.rmtree(folder)
-                manifest = _convert(files, key, cache_dir, show_progress)
+    with writing_to(cache_dir, "data.cache_dir"):
+        manifest = _load_manifest(folder)
+        if manifest is None:
+            cache_dir.mkdir(parents=True, exist_ok=True)
+            with FileLock(cache_dir / f"{key}.lock"):
+                manifest = _load_manifest(folder)  # another process may have finished while this one waited
+                if manifest is None:
+                    if folder.exists():
+                        logger.warning("corpus cache %s is damaged: deleting it and converting again", folder)
+                        shutil.rmtree(folder)
+                    manifest = _convert(files, key, cache_dir, show_progress)
     return folder, manifest
 
 
@@ -145,8 +149,8 @@ def _convert(files: Sequence[Path], key: str, cache_dir: Path, show_progress: bo
     _require_free_space(sources, cache_dir)
     temporary = cache_dir / f"{key}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)  # left by a conversion that was killed
-    temporary.mkdir()
     try:
+        temporary.mkdir()
         try:
             manifest = _write(sources, temporary, np.dtype(np.uint16), show_progress)
         except _TokensNeedInt32:
@@ -163,12 +167,6 @@ def _convert(files: Sequence[Path], key: str, cache_dir: Path, show_progress: bo
         _sync_folder(temporary)
         temporary.rename(cache_dir / key)
         _sync_folder(cache_dir)
-    except OSError as error:
-        raise OSError(
-            error.errno,
-            f"cannot write the corpus cache ({error.strerror}); make room or change data.cache_dir",
-            str(temporary),
-        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return manifest
@@ -214,10 +212,8 @@ def _require_free_space(sources: Sequence[_ParquetSource], cache_dir: Path) -> N
     need = sum(2 * source.tokens + 4 * source.rows for source in sources)
     free = shutil.disk_usage(cache_dir).free
     if need > free:
-        raise OSError(
-            f"{cache_dir}: the corpus cache needs {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; "
-            "set data.cache_dir to a larger disk"
-        )
+        reason = f"the corpus cache needs {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free"
+        raise OSError(errno.ENOSPC, reason, str(cache_dir))
 
 
 def _write(sources: Sequence[_ParquetSource], folder: Path, dtype: np.dtype, show_progress: bool) -> CacheManifest:

@@ -128,14 +128,14 @@ def open_corpus(
     ValueError
         If a file cannot be used; the message names the file, the row and the value.
     """
-    location = Path(path).expanduser()
+    location = Path(path)
     if (location / "state.json").is_file():
         return _open_saved_folder(location)
     if (location / "dataset_dict.json").is_file():
         splits = sorted(child.name for child in location.iterdir() if (child / "state.json").is_file())
         raise ValueError(f"{location}: holds several datasets; name one of its folders {splits}")
     files = _find_parquet(location)
-    return _open_parquet(files, Path(cache_dir).expanduser(), vocab_size, show_progress)
+    return _open_parquet(files, Path(cache_dir), vocab_size, show_progress)
 
 
 def _find_parquet(location: Path) -> list[Path]:

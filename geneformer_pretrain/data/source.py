@@ -140,16 +140,29 @@ def check_vocabulary(config: Config) -> str:
     try:
         tokens = content.decode().splitlines()
     except UnicodeDecodeError as error:
-        raise ConfigError(f"data.vocab_path: {path} is not a text file in UTF-8 ({error}).") from error
+        raise ConfigError(
+            f"data.vocab_path: {path} is not a text file in UTF-8 ({error}); name one with a token a line."
+        ) from error
     if len(tokens) != config.model.vocab_size:
-        raise ConfigError(f"{path} has {len(tokens)} tokens; model.vocab_size is {config.model.vocab_size}.")
+        raise ConfigError(
+            f"data.vocab_path: {path} has {len(tokens)} tokens, model.vocab_size is {config.model.vocab_size}; name "
+            f"the vocabulary that the corpus was made with, or set model.vocab_size={len(tokens)} if it is this one."
+        )
     if len(set(tokens)) < len(tokens):
         twice = next(token for i, token in enumerate(tokens) if token in tokens[:i])
-        raise ConfigError(f"{path} lists the token {twice!r} more than once.")
+        first, second = [number for number, token in enumerate(tokens, 1) if token == twice][:2]
+        raise ConfigError(
+            f"data.vocab_path: {path} lists the token {twice!r} in line {first} and in line {second}; correct one of "
+            "the two lines."
+        )
     for key, token_id, name in (
         ("model.pad_token_id", config.model.pad_token_id, "<pad>"),
         ("data.mask_token_id", config.data.mask_token_id, "<mask>"),
     ):
         if tokens[token_id] != name:
-            raise ConfigError(f"{path}, line {token_id + 1}: {tokens[token_id]!r} where {key} expects {name}.")
+            remedy = f"set {key}={tokens.index(name)}, or name another file" if name in tokens else "name another file"
+            raise ConfigError(
+                f"data.vocab_path: {path}, line {token_id + 1}: {tokens[token_id]!r} where {key}={token_id} expects "
+                f"{name}; {remedy}."
+            )
     return xxhash.xxh3_128_hexdigest(content)

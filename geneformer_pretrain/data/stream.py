@@ -26,6 +26,7 @@ from geneformer_pretrain.data.plan import (
     permutation,
     summarize,
 )
+from geneformer_pretrain.folders import writing_to
 
 MIN_CELLS_ON_DISK = 1_000_000
 """Plans of smaller corpora take milliseconds: each process makes its own."""
@@ -148,13 +149,17 @@ class PackStream:
         return self._first_epoch + bisect_right(self._epoch_starts, pack) - 1
 
     def _plan(self, epoch: int) -> EpochPlan:
-        plan = self._plans.pop(epoch, None)
-        if plan is None:
-            plan = self._make(epoch) if self._folder is None else self._load_or_make(self._folder, epoch)
+        plan = self._plans.pop(epoch, None) or self._new(epoch)
         self._plans[epoch] = plan  # last in the dict: used last
         while len(self._plans) > 2 and len(self._plans) * len(self._lengths) > MAX_CELLS_IN_MEMORY:
             del self._plans[next(iter(self._plans))]
         return plan
+
+    def _new(self, epoch: int) -> EpochPlan:
+        if self._folder is None:
+            return self._make(epoch)
+        with writing_to(self._folder, "data.cache_dir"):
+            return self._load_or_make(self._folder, epoch)
 
     def _make(self, epoch: int) -> EpochPlan:
         order = permutation(len(self._lengths), self._seed, epoch, self._shuffle_block_cells)

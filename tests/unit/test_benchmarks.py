@@ -1,6 +1,7 @@
 """The benchmarks start, and the one that others are asked to rerun measures something."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +11,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run(name, *arguments):
+def run(name, *arguments, **environment):
     command = [sys.executable, str(ROOT / "benchmarks" / name), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.name)
@@ -20,6 +21,13 @@ def test_help(path):
     done = run(path.name, "--help")
     assert done.returncode == 0, done.stderr
     assert "usage:" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["attention.py", "precision.py", "profile_step.py"])
+def test_what_needs_a_gpu_says_so_at_once(name):
+    done = run(name, CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 2
+    assert f"{name}: error: no CUDA GPU is visible here" in done.stderr
 
 
 def test_throughput_measures_both_sides(tmp_path):

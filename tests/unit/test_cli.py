@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import subprocess
 import sys
 import time
@@ -89,6 +90,7 @@ def test_a_token_outside_of_the_vocabulary_in_a_saved_folder(tmp_path: Path) -> 
     datasets.Dataset.from_dict({"input_ids": cells}).save_to_disk(tmp_path / "saved")
     given = overrides(tmp_path, f"data.path={tmp_path / 'saved'}", "training.num_train_steps=50")
     message = failure(given)
+    assert message.startswith(f"Error: data.path: {tmp_path / 'saved'}")
     assert "row 17: token 101 at position 3" in message
     assert "model.vocab_size" in message
     exit_json = read_exit(tmp_path / "run")
@@ -139,23 +141,31 @@ def test_a_model_of_another_size_is_a_short_message(tmp_path: Path) -> None:
     assert len(message) < 500
 
 
-def test_multirun_is_refused(tmp_path: Path) -> None:
-    done = python("train.py", "--multirun", *overrides(tmp_path), "training.seed=1,2")
-    assert done.returncode == 1
-    assert "--multirun is not supported" in done.stderr
-
-
 def test_errors_of_the_system_are_plain_messages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "file").touch()
-    assert "file" in failure(overrides(tmp_path, f"data.cache_dir={tmp_path / 'file'}"))
-    assert "File exists" in failure(overrides(tmp_path, f"training.checkpoint_dir={tmp_path / 'file'}"))
+    file = tmp_path / "file"
+    file.touch()
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache/plans").touch()
+    remedy = "It must be a folder with free space that you may write to: mend that, or name another one."
+    message = failure(overrides(tmp_path, f"data.cache_dir={file}"))
+    assert message.startswith(f"Error: data.cache_dir: cannot write to {file}/")
+    assert message.endswith(f" (Not a directory). {remedy}")
+    message = failure(overrides(tmp_path, f"training.checkpoint_dir={file}"))
+    cause = f"training.checkpoint_dir: cannot write to {file} (File exists). {remedy}"
+    assert message.endswith(f"OSError: {cause}")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stream, "MIN_CELLS_ON_DISK", 1)
+        assert "data.cache_dir: cannot write to" in failure(overrides(tmp_path))
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "final_model")
 
     monkeypatch.setattr(trainer, "export_model", full)
-    assert "No space left on device: 'final_model'" in failure(overrides(tmp_path))
-    assert "No space left on device" in read_exit(tmp_path / "run")["error"]
+    message = failure(overrides(tmp_path))
+    cause = "training.checkpoint_dir: cannot write to final_model (No space left on device)"
+    assert message == f"Error: {cause}. {remedy}"
+    assert cause in read_exit(tmp_path / "run")["error"]
 
 
 @pytest.fixture
@@ -213,6 +223,36 @@ def test_a_damaged_plan_is_a_plain_message(tmp_path: Path, monkeypatch: pytest.M
     assert "delete the folder" in message
 
 
+@pytest.mark.parametrize(("most", "read"), [(64, "2"), (1, "1")])
+def test_held_out_cells_are_counted_at_the_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], most: int, read: str
+) -> None:
+    write_parquet(tmp_path / "held_out.parquet", [[7] * 30] * 5)  # packs of 4 x 32 tokens
+    given = [f"data.validation_path={tmp_path / 'held_out.parquet'}", f"data.validation_packs={most}"]
+    assert train.run(tiny_config(tmp_path, *given)) == 0
+    assert f"held out    5 cells, 150 tokens; a validation reads {read} packs\n" in capsys.readouterr().out
+
+
+def test_going_on_with_another_configuration_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.run(tiny_config(tmp_path, "training.learning_rate=1e-3")) == 0
+    assert "Changed since" not in capsys.readouterr().out
+    assert train.run(tiny_config(tmp_path, "training.learning_rate=5e-4", "training.num_train_steps=3")) == 0
+    told = "training.learning_rate: 0.001 -> 0.0005\n  training.num_train_steps: 2 -> 3\n"
+    assert f"Changed since the last start:\n  {told}" in capsys.readouterr().out
+    assert "learning_rate: 0.001" in (tmp_path / "run/config_until_step_2.yaml").read_text()
+
+
+def test_a_warm_up_longer_than_the_run_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["training.warmup_steps=100", "training.learning_rate=1e-3"]
+    assert train.run(tiny_config(tmp_path, *given)) == 0
+    assert "100 steps are longer than the run of 2: the learning rate gets no higher than 2.0e-05" in (
+        capsys.readouterr().out
+    )
+    assert [record["learning_rate"] for record in read_metrics(tmp_path / "run")] == pytest.approx([1e-5, 2e-5])
+    assert train.run(tiny_config(tmp_path, "training.warmup_steps=3", "training.num_train_steps=3")) == 0
+    assert "warm-up" not in capsys.readouterr().out
+
+
 def test_a_bug_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only errors that a user can mend are shortened."""
 
@@ -244,26 +284,55 @@ def test_stale_exit_json_does_not_outlive_the_start(tmp_path: Path, monkeypatch:
 
 
 def test_error_in_a_real_process(tmp_path: Path) -> None:
+    ended = python("train.py", "training.lerning_rate=1")
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("Error: Unknown configuration key training.lerning_rate")
     ended = python("train.py", *overrides(tmp_path, "training.use_nvfsdp=true"))
     assert ended.returncode == 1
     assert "Traceback" not in ended.stderr
     assert ended.stderr.startswith("Error: training.use_nvfsdp=True needs CUDA")
 
 
-def test_hydra_names_an_unknown_key(tmp_path: Path) -> None:
-    ended = python("train.py", "training.lerning_rate=1")
-    assert ended.returncode == 1
-    assert "lerning_rate" in ended.stderr
-    assert "Traceback" not in ended.stderr
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["training.lerning_rate=1"], "training.lerning_rate: did you mean training.learning_rate?"),
+        (["-cn=106m", "data.pth=a=b.c"], "data.pth: did you mean data.path?"),
+        (["--config-name", "11m"], "'11m'; those in hydra_config/ are 106m, 10m, 4b, l0_sanity."),
+        (["-m", "training.seed=1,2"], "--multirun is not supported"),
+    ],
+)
+def test_what_hydra_would_refuse_without_advice(arguments: list[str], message: str) -> None:
+    with pytest.raises(SystemExit, match="^Error: .*" + re.escape(message)):
+        train.check_arguments(arguments)
+
+
+def test_arguments_that_are_left_to_hydra() -> None:
+    for arguments in (
+        ["--config-dir", "mine", "--config-name", "mine", "training.new=1"],
+        ["model=106m", "+training.wandb_init_args.tags.x=1", "hydra.verbose=true", "--cfg", "job"],
+        ["+experiment=one", "--config-name=4b.yaml", "~data.vocab_path"],
+    ):
+        train.check_arguments(arguments)
 
 
 def test_showing_the_configuration_runs_nothing(tmp_path: Path) -> None:
     target = tmp_path / "run"
-    ended = python("train.py", "--config-name", "106m", "--cfg", "all", f"training.checkpoint_dir={target}")
+    ended = python("train.py", "--config-name", "106m", "--cfg", "job", f"training.checkpoint_dir={target}")
     assert ended.returncode == 0
+    assert "hydra" not in ended.stdout
     for line in ("hidden_size: 768", "learning_rate: 0.0001", f"checkpoint_dir: {target}"):
         assert line in ended.stdout
     assert not target.exists()
+
+
+def test_help_names_the_configurations_and_how_to_see_one() -> None:
+    ended = python("train.py", "--help")
+    assert ended.returncode == 0
+    names = re.search(r"NAME is (\w+) \(the default\), (\w+), (\w+) or (\w+);", ended.stdout)
+    assert names is not None
+    assert set(names.groups()) == {path.stem for path in CONFIG_DIR.glob("*.yaml")} - {"defaults"}
+    assert "--cfg job shows the composed configuration" in ended.stdout
 
 
 WANDB = """

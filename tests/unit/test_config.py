@@ -1,7 +1,7 @@
 """Every configuration composes, trains and exports; every mistake is named with its remedy."""
 
 import re
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pytest
@@ -27,6 +27,7 @@ from tests.tiny import (
 )
 from train import run
 
+PATH = re.compile(r"(^|_)(path|dir)$")
 NAMES = ("l0_sanity", "10m", "106m", "4b")
 
 
@@ -86,10 +87,13 @@ def test_every_key_has_a_description():
 
 
 MISTAKES = [
-    ("model.hiden_size=64", "hiden_size"),
-    ("+model.hiden_size=64", "hiden_size"),
-    ("+training.lr=1e-3", "training.lr"),
-    ("+trainig.lr=1e-3", "trainig"),
+    ("model.hiden_size=64", r"Unknown configuration key model\.hiden_size: did you mean model\.hidden_size\?"),
+    ("+model.hiden_size=64", r"did you mean model\.hidden_size\?"),
+    ("training.vocab_size=64", r"did you mean model\.vocab_size\? docs/configuration.md lists all keys"),
+    ("+training.lr=1e-3", r"Unknown configuration key training\.lr: docs/configuration.md lists all keys"),
+    ("+trainig.lr=1e-3", "Unknown configuration key trainig"),
+    ("+trainig={lr: 1}", r"Unknown configuration key trainig: did you mean training\?"),
+    ("+model={hiden_size: 64}", r"Unknown configuration key model\.hiden_size: did you mean model\.hidden_size\?"),
     ("model.hidden_size=wide", "model.hidden_size"),
     ("training.learning_rate=fast", "training.learning_rate"),
     ("training.use_fp8=perhaps", "training.use_fp8"),
@@ -126,10 +130,13 @@ MISTAKES = [
 
 @pytest.mark.parametrize(("override", "message"), MISTAKES, ids=[override for override, _ in MISTAKES])
 def test_mistakes_are_named(override, message):
-    # Hydra itself refuses an override of a key that is not there; all else is ours.
-    error = Exception if override.startswith("model.hiden") else ConfigError
-    with pytest.raises(error, match=f"(?s){message}"):
+    with pytest.raises(ConfigError, match=f"(?s){message}"):
         load_config("l0_sanity", [override])
+
+
+def test_an_unknown_configuration_is_named_with_those_there_are():
+    with pytest.raises(ConfigError, match=r"Unknown configuration '11m'.* are 106m, 10m, 4b, l0_sanity"):
+        load_config("11m")
 
 
 @pytest.mark.parametrize(
@@ -139,12 +146,22 @@ def test_mistakes_are_named(override, message):
             ["training.use_nvfsdp=true", "training.use_fsdp2=true"],
             "training.use_nvfsdp and training.use_fsdp2",
         ),
+        (["training.validate_every_n_steps=5"], r"validate_every_n_steps is 5.*set data\.validation_path.*steps=0"),
         (["training.compile=true", "data.packing=false"], "training.compile=True needs data.packing=True"),
     ],
 )
 def test_impossible_combinations(overrides, message):
     with pytest.raises(ConfigError, match=message):
         load_config("l0_sanity", overrides)
+
+
+def test_a_tilde_is_the_home_folder_in_every_path(monkeypatch):
+    monkeypatch.setenv("HOME", "/home_of_mine")
+    paths = [f"{group}.{name}" for group, keys in asdict(load_config()).items() for name in keys if PATH.search(name)]
+    assert len(paths) == 5
+    config = asdict(load_config(overrides=[f"{key}='~/x'" for key in paths]))
+    assert {config[key.split(".")[0]][key.split(".")[1]] for key in paths} == {"/home_of_mine/x"}
+    assert load_config().data.validation_path is None
 
 
 def on_gpu(monkeypatch, capability, te=True):
@@ -185,15 +202,21 @@ def test_nvfsdp_needs_cuda():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda tokens: tokens[:-1], r"vocab\.txt has 100 tokens; model\.vocab_size is 101"),
-        (lambda tokens: [*tokens[:-1], tokens[7]], "vocab.txt lists the token 'gene_7' more than once"),
+        (
+            lambda tokens: tokens[:-1],
+            r"vocab\.txt has 100 tokens, model\.vocab_size is 101; .* set model\.vocab_size=100 if",
+        ),
+        (
+            lambda tokens: [*tokens[:-1], tokens[7]],
+            r"vocab\.txt lists the token 'gene_7' in line 8 and in line 101; correct",
+        ),
         (
             lambda tokens: tokens[::-1],
-            r"line 1: 'gene_100' where model\.pad_token_id expects <pad>",
+            r"line 1: 'gene_100' where model\.pad_token_id=0 expects <pad>; set model\.pad_token_id=100, or",
         ),
         (
             lambda tokens: [tokens[0], "x", *tokens[2:]],
-            r"line 2: 'x' where data\.mask_token_id expects <mask>",
+            r"line 2: 'x' where data\.mask_token_id=1 expects <mask>; name another file",
         ),
     ],
 )
@@ -204,7 +227,7 @@ def test_bad_vocabulary_files(tmp_path, change, message):
     config = tiny_config(tmp_path, f"data.vocab_path={path}")
     assert len(check_vocabulary(config)) == 32
     path.write_text("\n".join(change(tokens)) + "\n")
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=f"^data.vocab_path: .*{message}"):
         check_vocabulary(config)
 
 

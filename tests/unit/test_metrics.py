@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from geneformer_pretrain import metrics
-from geneformer_pretrain.config import load_config
+from geneformer_pretrain.config import ConfigError, load_config
 from geneformer_pretrain.distributed import World
 from geneformer_pretrain.metrics import JsonLines, MetricsLog, cut_back, start_wandb
 from geneformer_pretrain.run_record import CellLog, write_run_record
@@ -115,7 +115,7 @@ def test_wandb_shows_a_run_that_failed(tmp_path, monkeypatch):
 
 def test_run_record(tmp_path):
     config = tiny_config(tmp_path, "training.lr_schedule=cosine")
-    write_run_record(config, tmp_path)
+    assert write_run_record(config, tmp_path, 0) == []
     record = yaml.safe_load((tmp_path / "config.yaml").read_text())
     assert record["training"]["lr_schedule"] == "cosine"
     assert record["model"]["hidden_size"] == 32
@@ -128,6 +128,32 @@ def test_run_record(tmp_path):
         assert head.stdout.strip() in record["git_revision"]
     else:
         assert record["git_revision"] == "unknown"
+
+
+def test_earlier_run_records_are_kept_and_what_changed_is_named(tmp_path):
+    first = tiny_config(tmp_path, "training.learning_rate=1e-3", "training.wandb_init_args={name: a, tags: [x]}")
+    second = tiny_config(tmp_path, "training.learning_rate=5e-4", "training.wandb_init_args={name: b}")
+    third = tiny_config(tmp_path, "training.learning_rate=5e-4", "training.wandb_init_args=null")
+    write_run_record(first, tmp_path, 0)
+    earlier = (tmp_path / "config.yaml").read_text()
+    assert write_run_record(first, tmp_path, 7) == []
+    assert [path.name for path in tmp_path.glob("config*")] == ["config.yaml"]
+    assert write_run_record(second, tmp_path, 7) == [
+        "training.learning_rate: 0.001 -> 0.0005",
+        "training.wandb_init_args.name: a -> b",
+        'training.wandb_init_args.tags: ["x"] -> absent',
+    ]
+    # No step was made with the second one.
+    assert "training.wandb_init_args: absent -> null" in write_run_record(third, tmp_path, 7)
+    assert (tmp_path / "config_until_step_7.yaml").read_text() == earlier
+    assert sorted(path.name for path in tmp_path.glob("config*")) == ["config.yaml", "config_until_step_7.yaml"]
+    assert "name:" not in (tmp_path / "config.yaml").read_text()
+
+
+def test_a_run_record_that_is_none_is_named(tmp_path):
+    (tmp_path / "config.yaml").write_text("training: [")
+    with pytest.raises(ConfigError, match=r"config\.yaml: not the record of a run.*move it away"):
+        write_run_record(tiny_config(tmp_path), tmp_path, 1)
 
 
 @pytest.mark.parametrize(
@@ -154,3 +180,15 @@ def test_wandb_is_offline_unless_asked(tmp_path, monkeypatch, arguments, environ
     assert (given["name"], given["project"], given["mode"]) == ("n", "p", mode)
     assert given["dir"] == str(tmp_path)
     assert given["config"]["model"]["hidden_size"] == 32
+
+
+@pytest.mark.parametrize("error", [OSError("no such host"), UserWarning("No API key configured"), TypeError("nme")])
+def test_errors_of_wandb_are_named_as_such(tmp_path, monkeypatch, error):
+    def init(**_):
+        raise error
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Error=UserWarning))
+    config = tiny_config(tmp_path, "training.wandb_init_args={name: n}")
+    message = rf"^training\.wandb_init_args: wandb does not start with them: {error};.*training\.wandb_init_args=null"
+    with pytest.raises(ConfigError, match=message):
+        start_wandb(config, tmp_path)

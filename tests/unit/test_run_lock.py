@@ -40,6 +40,7 @@ def test_a_file_left_by_a_killed_run_does_not_hold(tmp_path: Path) -> None:
     with hold_folder(tmp_path):
         assert f'"pid": {os.getpid()}' in (tmp_path / LOCK_FILE).read_text()
         assert not (tmp_path / "exit.json").exists()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_lock_on_a_removed_file_is_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
