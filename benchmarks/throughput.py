@@ -4,10 +4,10 @@
     python benchmarks/throughput.py --models 106m --engines ddp fsdp2 --nproc 1 2 4 --baseline
     python benchmarks/throughput.py --models 106m --save-every 50 --baseline
 
-Each row of the table is a real run of train.py through its loader and loop: the median over the wall-clock times
-of its last steps, fresh packs, metrics logged at every step. The baseline is what a careful user of transformers
-would write: stock BertForMaskedLM with SDPA, BF16 autocast, fused AdamW, a DataLoader with
-DataCollatorForLanguageModeling that pads to the longest cell of the batch; plain, and under torch.compile.
+Each row of the table is a real run of train.py through its loader and loop, ended once its steps are there: the
+median over the wall-clock times of the last ones, fresh packs, metrics logged at every step. The baseline is what a
+careful user of transformers would write: stock BertForMaskedLM with SDPA, BF16 autocast, fused AdamW, a DataLoader
+with DataCollatorForLanguageModeling that pads to the longest cell of the batch; plain, and under torch.compile.
 
 Columns: unpadded tokens per second and GPU; its ratio to the best baseline of the model; model FLOPs per second
 and their share of the peak (MFU); the median step and the slowest one as a multiple of it, saving steps left out;
@@ -31,11 +31,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -69,15 +71,12 @@ def run_ours(name: str, corpus: Path, overrides: list[str], nproc: int, args: ar
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"),
             *("train.py", "--config-name", name, *overrides),
             *(f"data.path={corpus}", f"data.cache_dir={corpus.parent}/cache", "training.wandb_init_args=null"),
-            f"training.num_train_steps={args.steps}",
-            f"training.save_every_n_steps={args.save_every or 10 * args.steps}",
-            f"training.checkpoint_dir={folder}",
+            f"training.num_train_steps={100 * args.steps}",
+            f"training.save_every_n_steps={args.save_every or 100 * args.steps}",
+            f"training.checkpoint_dir={folder}/run",
         ]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-        records = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    timed = records[args.skip : -1]  # the last step waits for the final checkpoint
+        records = records_of_run(command, Path(folder), args.steps)
+    timed = records[args.skip :]
     seconds = statistics.median(record["seconds"] for record in timed)
     # A save delays the end of the step before it or of the step after it.
     saving = {
@@ -92,6 +91,27 @@ def run_ours(name: str, corpus: Path, overrides: list[str], nproc: int, args: ar
         "first_step_seconds": records[0]["seconds"],
         "memory_gib": timed[-1].get("peak_memory_gib"),
     }
+
+
+def records_of_run(command: list[str], folder: Path, steps: int) -> list[dict[str, Any]]:
+    """Start a run in a folder, and end it when so many steps are recorded: saving and exporting 4b takes minutes."""
+    output, metrics = folder / "output", folder / "run" / "metrics.jsonl"
+    with output.open("w") as file, psutil.Popen(command, cwd=ROOT, stdout=file, stderr=file) as process:
+        try:
+            while True:
+                is_over = process.poll() is not None
+                lines = metrics.read_text().splitlines() if metrics.exists() else []
+                if len(lines) > steps:  # so that the last of them is whole
+                    return [json.loads(line) for line in lines[:steps]]
+                if is_over:
+                    raise RuntimeError(f"{' '.join(command)} failed:\n{output.read_text()[-6000:]}")
+                time.sleep(0.1)
+        finally:
+            tree = [process, *process.children(recursive=True)] if process.is_running() else []
+            for one in tree:
+                with suppress(psutil.NoSuchProcess):
+                    one.kill()
+            psutil.wait_procs(tree)
 
 
 def run_baseline(name: str, corpus: Path, kind: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -236,7 +256,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.chart and find_spec("matplotlib") is None:
         parser.error("--chart needs matplotlib, which is not installed")
-    if args.skip > args.steps - 2:
+    if args.skip >= args.steps:
         parser.error(f"--skip {args.skip} leaves no step of --steps {args.steps} to be timed")
     if args.baseline_worker:
         name, kind, corpus = args.baseline_worker

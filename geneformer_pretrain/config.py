@@ -115,9 +115,9 @@ class ModelConfig:
     """triton: this project's kernels for BF16 on GPUs from Hopper on. torch: FlashAttention in PyTorch, exact on the
     CPU. auto: the faster one."""
     fused_kernels: Kernel
-    """What surrounds the matrix products: dropout with residual connection and LayerNorm, the gradient of ReLU,
-    cross-entropy. triton: this project's kernels for BF16 on GPUs. torch: PyTorch's operations, compiled on GPUs. auto:
-    the faster one."""
+    """What surrounds the matrix products: dropout with residual connection and LayerNorm, the gradients of ReLU, biases
+    and residual connections, cross-entropy; with Transformer Engine layers LayerNorm and cross-entropy alone. triton:
+    this project's kernels for BF16 on GPUs. torch: PyTorch's operations, compiled on GPUs. auto: the faster one."""
 
     def __post_init__(self) -> None:
         require(self.model_type == "bert", f"model.model_type is {self.model_type!r}; only 'bert' is supported.")
@@ -206,8 +206,8 @@ class TrainingConfig:
     compile: bool | None
     """torch.compile; null compiles on CUDA where packing keeps shapes constant."""
     cuda_graphs: bool | None
-    """Launch all kernels of a micro-batch at once, which spares the host: a quarter more speed for 10m. Needs one
-    process, compiled PyTorch layers and no recomputing; null: where that is so."""
+    """Launch all kernels of a micro-batch at once, which spares the host and changes no result. Needs one process on a
+    GPU, compiled PyTorch layers and no recomputing; null: where that is so."""
     deterministic: bool
     """Deterministic kernels: runs repeat bitwise on the same hardware, somewhat slower."""
     use_fp8: bool

@@ -4,8 +4,8 @@ The algorithm is FlashAttention-2 (Dao, 2023): softmax in one pass over the keys
 backward. What is specific here:
 
 - Softmax needs no running maximum: a row's weights are relative to that of its own key, and FP32 has room for the
-  rest. A row that runs out of room, which takes scores 69 nats above that of the own key, is computed once more the
-  usual way.
+  rest. Where a row runs out of room, which takes scores 69 nats above that of the own key, its block of rows is
+  computed once more the usual way.
 - Hopper's copy engine (TMA) moves blocks of tokens to shared memory: what it spares in registers and instructions of
   address arithmetic decides how many programs share a multiprocessor. Rows beyond a cell's end are then those of the
   next cell; their weights are zero, so they add nothing as long as they are finite.
