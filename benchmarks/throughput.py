@@ -11,7 +11,8 @@ with DataCollatorForLanguageModeling that pads to the longest cell of the batch;
 
 Columns: unpadded tokens per second and GPU; its ratio to the best baseline of the model; model FLOPs per second
 and their share of the peak (MFU); the median step and the slowest one as a multiple of it, saving steps left out;
-the share of time that saving costs; seconds of the first step, with compilation; peak memory.
+the share of time that saving costs; seconds of the first step, with compilation; peak memory. The JSON file also has
+the seconds that each save costs: the first one pins memory for all.
 
 Model FLOPs count matrix products alone, 2 for each multiply-add, and the backward as twice the forward:
 
@@ -79,15 +80,17 @@ def run_ours(name: str, corpus: Path, overrides: list[str], nproc: int, args: ar
     timed = records[args.skip :]
     seconds = statistics.median(record["seconds"] for record in timed)
     # A save delays the end of the step before it or of the step after it.
-    saving = {
-        step + late for step in range(args.save_every, args.steps, args.save_every or args.steps) for late in (0, 1)
-    }
-    delays = [record["seconds"] - seconds for record in timed if record["step"] in saving]
+    delay = {record["step"]: record["seconds"] - seconds for record in timed}
+    every = range(args.save_every, args.steps, args.save_every) if args.save_every else range(0)
+    saves = [step for step in every if step >= args.skip]
+    saving = {step + late for step in saves for late in (0, 1)}
+    save_seconds = [delay.get(step, 0.0) + delay[step + 1] for step in saves]
     return {
         "tokens_per_second": statistics.median(record["tokens_per_second"] for record in timed) / nproc,
         "seconds": seconds,
         "slowest_over_median": max(r["seconds"] for r in timed if r["step"] not in saving) / seconds,
-        "saving_share": sum(delays) / sum(record["seconds"] for record in timed),
+        "saving_share": sum(save_seconds) / sum(record["seconds"] for record in timed),
+        "save_seconds": save_seconds,
         "first_step_seconds": records[0]["seconds"],
         "memory_gib": timed[-1].get("peak_memory_gib"),
     }

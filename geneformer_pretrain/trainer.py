@@ -24,13 +24,13 @@ from .data.stream import PackStream
 from .distributed import World
 from .export import export_model
 from .folders import writing_to
-from .memory import estimate_peak
 from .metrics import MetricsLog
-from .optimizer import build_optimizer, learning_rate, update, warmup_steps
+from .optimizer import build_optimizer, learning_rate, update
 from .parallel import architecture, build_engine
 from .precision import check_machine, compute_dtype, forward_context, fp8_state
 from .ranks import Ranks
-from .run_record import CellLog, config_as_yaml, identity_of_rank, write_run_record
+from .report import describe_end, describe_start
+from .run_record import CellLog, identity_of_rank, write_run_record
 from .state import Progress, accumulation_steps, named_tensors, require_same_model, spread_optimizer_step
 from .stopping import StopSignals
 from .watchdog import Watchdog
@@ -170,47 +170,6 @@ class Trainer:
         if self.world.is_main:
             print(text, flush=True)
 
-    def describe(self) -> str:
-        """What a person wants to know at the start."""
-        model, corpus, shape = self.engine.model, self.data.corpus, self.data.shape
-        count = sum(p.numel() for p in model.parameters())
-        layers = "Transformer Engine" if self.config.model.use_te_layers else "PyTorch"
-        lines = [
-            config_as_yaml(self.config),
-            f"model       {count:,} parameters, {layers} layers",
-            f"corpus      {corpus.num_cells:,} cells, {corpus.num_tokens:,} tokens",
-            *self._describe_held_out(),
-            f"micro-batch up to {shape.token_budget:,} tokens, {shape.max_cells} cells",
-            f"step        {self.progress.packs_per_step} packs: {self.world.size} processes x "
-            f"{self.accumulation} micro-batches",
-            f"engine      {self.engine.name} on {self.world.device.type}",
-            f"output      {self.folder}",
-        ]
-        if self.world.device.type == "cuda":
-            peak = estimate_peak(self.config, self.world.size, count, self.compute_dtype.itemsize)
-            lines.append(f"memory      about {peak / 2**30:.1f} GiB a GPU, by estimate")
-        warmup, steps = warmup_steps(self.config.training), self.config.training.num_train_steps
-        if warmup > steps:
-            highest = learning_rate(steps - 1, self.config.training)
-            lines.append(
-                f"warm-up     its {warmup:,} steps are longer than the run of {steps:,}: the learning rate gets no "
-                f"higher than {highest:.1e}. Set training.warmup_steps=null for a tenth of the run"
-            )
-        if self.stream.num_truncated:
-            lines.append(
-                f"truncated   {self.stream.num_truncated:,} cells are longer than model.seq_length="
-                f"{shape.seq_length}; {self.stream.dropped_tokens:,} tokens at their ends are left out"
-            )
-        return "\n".join(lines)
-
-    def _describe_held_out(self) -> list[str]:
-        if self.validation_data is None:
-            return []
-        corpus, packs = self.validation_data.corpus, self.validation_packs(self.validation_data.stream())
-        return [
-            f"held out    {corpus.num_cells:,} cells, {corpus.num_tokens:,} tokens; a validation reads {packs} packs"
-        ]
-
     def fit(self) -> bool:
         """Train to the last step and export.
 
@@ -219,7 +178,7 @@ class Trainer:
         Whether the run is complete; false if a signal stopped it after a checkpoint.
         """
         training, progress = self.config.training, self.progress
-        self.say(self.describe())
+        self.say(describe_start(self))
         if progress.step > training.num_train_steps:
             self.say(
                 f"This run has {progress.step} steps, more than training.num_train_steps={training.num_train_steps}: "
@@ -241,21 +200,8 @@ class Trainer:
         self.say("Exporting the model.")
         with self._writing():
             export_model(self.engine, self.config.model, self.folder / "final_model", self.world.is_main)
-        self.say(self.summary())
+        self.say(describe_end(self))
         return True
-
-    def summary(self) -> str:
-        """What a person wants to know at the end."""
-        progress = self.progress
-        skipped = f", {progress.skipped_steps} updates skipped" if progress.skipped_steps else ""
-        return "\n".join(
-            [
-                f"Done: {progress.step} steps, {progress.cells:,} cells, {progress.tokens:,} tokens{skipped}.",
-                f"model        {self.folder / 'final_model'}",
-                f"checkpoints  {self.folder / f'step_{progress.step}'}",
-                f"metrics      {self.folder / 'metrics.jsonl'}",
-            ]
-        )
 
     def _train(self, stack: ExitStack) -> None:
         """The loop over optimizer steps."""

@@ -1,0 +1,71 @@
+"""What a person is told at the start and at the end of a run."""
+
+from typing import TYPE_CHECKING
+
+from modeling_bert_te import FlashAttention
+
+from .memory import estimate_peak
+from .optimizer import learning_rate, warmup_steps
+from .run_record import config_as_yaml
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
+
+
+def describe_start(run: "Trainer") -> str:
+    """The configuration, what came of it, and what may not have been meant."""
+    config, world, model, shape = run.config, run.world, run.engine.model, run.data.shape
+    count = sum(p.numel() for p in model.parameters())
+    layers = "Transformer Engine" if config.model.use_te_layers else "PyTorch"
+    lines = [
+        config_as_yaml(config),
+        f"model       {count:,} parameters, {layers} layers",
+        f"corpus      {run.data.corpus.num_cells:,} cells, {run.data.corpus.num_tokens:,} tokens",
+    ]
+    if run.validation_data is not None:
+        corpus, packs = run.validation_data.corpus, run.validation_packs(run.validation_data.stream())
+        lines.append(
+            f"held out    {corpus.num_cells:,} cells, {corpus.num_tokens:,} tokens; a validation reads {packs} packs"
+        )
+    lines += [
+        f"micro-batch up to {shape.token_budget:,} tokens, {shape.max_cells} cells",
+        f"step        {run.progress.packs_per_step} packs: {world.size} processes x {run.accumulation} micro-batches",
+        f"engine      {run.engine.name} on {world.device.type}",
+        f"output      {run.folder}",
+    ]
+    if world.device.type == "cuda":
+        attention = "PyTorch" if isinstance(model.bert.attention, FlashAttention) else "Triton"
+        fused = "PyTorch" if model.head.fused is None else "Triton"
+        launched = "one by one" if run.graphs is None else "a micro-batch at once (CUDA graphs)"
+        peak = estimate_peak(config, world.size, count, run.compute_dtype.itemsize)
+        lines += [
+            f"kernels     {attention} for attention, {fused} beside matrix products; launched {launched}",
+            f"memory      about {peak / 2**30:.1f} GiB a GPU, by estimate",
+        ]
+    warmup, steps = warmup_steps(config.training), config.training.num_train_steps
+    if warmup > steps:
+        highest = learning_rate(steps - 1, config.training)
+        lines.append(
+            f"warm-up     its {warmup:,} steps are longer than the run of {steps:,}: the learning rate gets no "
+            f"higher than {highest:.1e}. Set training.warmup_steps=null for a tenth of the run"
+        )
+    if run.stream.num_truncated:
+        lines.append(
+            f"truncated   {run.stream.num_truncated:,} cells are longer than model.seq_length={shape.seq_length}; "
+            f"{run.stream.dropped_tokens:,} tokens at their ends are left out"
+        )
+    return "\n".join(lines)
+
+
+def describe_end(run: "Trainer") -> str:
+    """What was done, and where it lies."""
+    progress = run.progress
+    skipped = f", {progress.skipped_steps} updates skipped" if progress.skipped_steps else ""
+    return "\n".join(
+        [
+            f"Done: {progress.step} steps, {progress.cells:,} cells, {progress.tokens:,} tokens{skipped}.",
+            f"model        {run.folder / 'final_model'}",
+            f"checkpoints  {run.folder / f'step_{progress.step}'}",
+            f"metrics      {run.folder / 'metrics.jsonl'}",
+        ]
+    )
