@@ -207,7 +207,7 @@ class TrainingConfig:
     """torch.compile; null compiles on CUDA where packing keeps shapes constant."""
     cuda_graphs: bool | None
     """Launch all kernels of a micro-batch at once, which spares the host and changes no result. Needs one process on a
-    GPU, compiled PyTorch layers and no recomputing; null: where that is so."""
+    GPU, BF16, compiled PyTorch layers and no recomputing; null: where that is so, up to a hidden_size of 1,024."""
     deterministic: bool
     """Deterministic kernels: runs repeat bitwise on the same hardware, somewhat slower."""
     use_fp8: bool

@@ -23,6 +23,6 @@ def writing_to(folder: Path, key: str) -> Iterator[None]:
         if isinstance(error, OSError) and error.strerror:
             reason, place = error.strerror, error.filename or folder
         raise OSError(
-            f"{key}: cannot write to {place} ({reason}). It must be a folder with free space that you may write to: "
+            f"{key}: cannot write to {place} ({reason}). {key} must be a folder with free space that you may write to: "
             "mend that, or name another one."
-        ) from error
+        ) from None

@@ -62,6 +62,7 @@ def _start_in(folder: Path) -> Iterator[None]:
         with writing_to(folder, "training.checkpoint_dir"):
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, json.dumps(holder).encode(), 0)
+            (folder / EARLIER_EXIT_FILE).unlink(missing_ok=True)  # of a start that was killed
             with suppress(FileNotFoundError):
                 (folder / EXIT_FILE).replace(folder / EARLIER_EXIT_FILE)
         yield

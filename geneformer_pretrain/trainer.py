@@ -106,6 +106,7 @@ class Trainer:
             ranks.agree_on({"held-out corpus": self.validation_data.corpus.fingerprint}, ConfigError)
             ranks.together(self.check_validation_packs, ConfigError)
         compiled = on_gpu and config.data.packing if training.compile is None else training.compile
+        with_graphs = takes_cuda_graphs(config, world, compiled)
         self.compute_dtype = compute_dtype(training.compute_dtype, world.device)
         self.engine = build_engine(config, world, self.compute_dtype, compiled)
         self.constant_shapes = compiled
@@ -119,7 +120,7 @@ class Trainer:
         self._resume()
         self.accumulation = accumulation_steps(self.progress.packs_per_step, world.size)
         self.graphs: MicroBatchGraphs | None = None
-        if takes_cuda_graphs(config, world, compiled):
+        if with_graphs:
             self.graphs = MicroBatchGraphs(self.loss_of_packed, self.engine.model.parameters(), self.accumulation > 1)
         self.stream = self.data.stream(self.progress.epoch, self.progress.epoch_first_pack)
 

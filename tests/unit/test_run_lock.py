@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from geneformer_pretrain.checkpoint import CheckpointError, move_aside
-from geneformer_pretrain.run_lock import LOCK_FILE, hold_folder, is_used
+from geneformer_pretrain.run_lock import EARLIER_EXIT_FILE, LOCK_FILE, hold_folder, is_used
 
 
 def test_held_until_the_end_and_then_gone(tmp_path: Path) -> None:
@@ -59,6 +59,15 @@ def test_a_lock_on_a_removed_file_is_no_lock(tmp_path: Path, monkeypatch: pytest
         assert (tmp_path / LOCK_FILE).exists()
         with pytest.raises(CheckpointError, match="in use"):
             hold_folder(tmp_path).__enter__()
+
+
+def test_what_a_killed_start_put_out_of_sight_is_not_the_last_end(tmp_path: Path) -> None:
+    (tmp_path / "step_1").mkdir()
+    (tmp_path / EARLIER_EXIT_FILE).write_text("{}")
+    with hold_folder(tmp_path):
+        previous = move_aside(tmp_path)
+    assert previous is not None
+    assert [entry.name for entry in previous.iterdir()] == ["step_1"]
 
 
 def test_without_locks_the_run_starts_with_a_warning(
