@@ -3,7 +3,6 @@
 Configurations lie in hydra_config/; `--cfg job` shows the composed one, `--help` lists the choices.
 """
 
-import argparse
 import logging
 import sys
 from contextlib import suppress
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import hydra
 import torch.distributed as dist
+from hydra._internal.utils import get_args_parser
 from omegaconf import DictConfig
 
 from geneformer_pretrain.checkpoint import CheckpointError
@@ -61,16 +61,12 @@ def main(composed: DictConfig) -> None:
 
 def check_arguments(arguments: list[str]) -> None:
     """End with a plain message where Hydra would have no advice, or do what makes no sense here."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config-name", "-cn", default="l0_sanity")
-    parser.add_argument("--config-dir", "-cd", "--config-path", "-cp")
-    parser.add_argument("--multirun", "-m", action="store_true")
-    given, rest = parser.parse_known_args(arguments)
+    given = get_args_parser().parse_args(arguments)
     if given.multirun:
         sys.exit("Error: --multirun is not supported; start one run a command, each with its own checkpoint_dir.")
-    if given.config_dir is None:  # Elsewhere there may be other configurations, and keys for them to use.
+    if not (given.config_dir or given.config_path):  # Elsewhere may be other configurations, and keys for them to use.
         try:
-            check_names(given.config_name, [argument for argument in rest if "=" in argument])
+            check_names(given.config_name or "l0_sanity", given.overrides)
         except ConfigError as error:
             sys.exit(f"Error: {error}")
 

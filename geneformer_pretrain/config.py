@@ -402,7 +402,7 @@ def all_keys() -> list[str]:
 
 
 def check_names(config_name: str, overrides: list[str]) -> None:
-    """Check that a configuration and the keys of GROUP.KEY=VALUE exist: Hydra refuses others without advice.
+    """Check that a configuration and the keys of KEY=VALUE exist: Hydra's advice on others leads astray.
 
     Raises
     ------
@@ -414,12 +414,16 @@ def check_names(config_name: str, overrides: list[str]) -> None:
         config_name.removesuffix(".yaml") in names,
         f"Unknown configuration {config_name!r}; those in hydra_config/ are {', '.join(names)}.",
     )
-    known = all_keys()
+    known = {*all_keys(), *(group.name for group in fields(Config))}
     for override in overrides:
-        key = override.partition("=")[0].lstrip("+~")
-        group, *rest = key.split(".")
-        if rest and group != "hydra" and f"{group}.{rest[0]}" not in known:
+        key, _, value = override.lstrip("+~").partition("=")
+        parts = key.split(".")
+        if parts[0] != "hydra" and "/" not in key and ".".join(parts[:2]) not in known:
             raise unknown_key(key)
+        require(
+            not value.startswith("~"),
+            f"{override}: Hydra does not take ~ for the home folder here; write \"{key}='{value}'\" or the whole path.",
+        )
 
 
 def resolve(composed: DictConfig) -> Config:

@@ -11,10 +11,10 @@ from types import TracebackType
 from typing import Any, Self
 
 import xxhash
-import yaml
 from omegaconf import OmegaConf
 
-from .config import Config, ConfigError
+from .checkpoint_manifest import sync_file
+from .config import Config
 from .data.batch import BatchInfo
 from .distributed import World
 from .metrics import JsonLines, cut_back
@@ -83,11 +83,6 @@ def write_run_record(config: Config, folder: Path, step: int) -> list[str]:
     Returns
     -------
     One line for each key that changed, with its earlier value and its new one.
-
-    Raises
-    ------
-    ConfigError
-        The earlier record is not what this function writes.
     """
     path = folder / "config.yaml"
     origin = OmegaConf.to_yaml(OmegaConf.create({"versions": package_versions(), "git_revision": git_revision()}))
@@ -97,16 +92,18 @@ def write_run_record(config: Config, folder: Path, step: int) -> list[str]:
     if changes and not kept.exists():
         path.rename(kept)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(record)
+    with temporary.open("w") as file:
+        file.write(record)
+        sync_file(file)
     temporary.replace(path)
     return changes
 
 
 def _changes(path: Path, record: str) -> list[str]:
     try:
-        earlier, now = (_flat(yaml.safe_load(text)) for text in (path.read_text(), record))
-    except (yaml.YAMLError, AttributeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not the record of a run; mend it or move it away.") from error
+        earlier, now = (_flat(OmegaConf.to_container(OmegaConf.create(text))) for text in (path.read_text(), record))
+    except Exception as error:  # Whatever is wrong with it, it does not keep the run from going on.
+        return [f"config.yaml: the earlier one cannot be read ({type(error).__name__}: {error})"]
     keys = dict.fromkeys([*now, *earlier])
     shown = {key: (_shown(earlier, key), _shown(now, key)) for key in keys}
     return [f"{key}: {before} -> {after}" for key, (before, after) in shown.items() if before != after]
@@ -118,7 +115,7 @@ def _shown(values: dict[str, Any], key: str) -> str:
     return values[key] if isinstance(values[key], str) else json.dumps(values[key])
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     """Values by dotted key."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():

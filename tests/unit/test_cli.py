@@ -164,7 +164,7 @@ def test_errors_of_the_system_are_plain_messages(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(trainer, "export_model", full)
     message = failure(overrides(tmp_path))
     cause = "training.checkpoint_dir: cannot write to final_model (No space left on device)"
-    assert message == f"Error: {cause}. {remedy}"
+    assert message == f"Error: {cause}. training.checkpoint_dir {remedy}"
     assert cause in read_exit(tmp_path / "run")["error"]
 
 
@@ -300,6 +300,10 @@ def test_error_in_a_real_process(tmp_path: Path) -> None:
         (["-cn=106m", "data.pth=a=b.c"], "data.pth: did you mean data.path?"),
         (["--config-name", "11m"], "'11m'; those in hydra_config/ are 106m, 10m, 4b, l0_sanity."),
         (["-m", "training.seed=1,2"], "--multirun is not supported"),
+        (["--multi", "training.seed=1,2"], "--multirun is not supported"),
+        (["learning_rate=1e-3"], "learning_rate: did you mean training.learning_rate?"),
+        (["~training.sed"], "training.sed: did you mean training.seed?"),
+        (["data.path=~/cells"], "data.path=~/cells: Hydra does not take ~ for the home folder here"),
     ],
 )
 def test_what_hydra_would_refuse_without_advice(arguments: list[str], message: str) -> None:
@@ -311,7 +315,8 @@ def test_arguments_that_are_left_to_hydra() -> None:
     for arguments in (
         ["--config-dir", "mine", "--config-name", "mine", "training.new=1"],
         ["model=106m", "+training.wandb_init_args.tags.x=1", "hydra.verbose=true", "--cfg", "job"],
-        ["+experiment=one", "--config-name=4b.yaml", "~data.vocab_path"],
+        ["--config-name=4b.yaml", "~data.vocab_path", "data.path='~/cells'"],
+        ["-c", "job", "-cn", "10m", "hydra/job_logging=disabled", "data.path=a=b"],
     ):
         train.check_arguments(arguments)
 

@@ -150,10 +150,13 @@ def test_earlier_run_records_are_kept_and_what_changed_is_named(tmp_path):
     assert "name:" not in (tmp_path / "config.yaml").read_text()
 
 
-def test_a_run_record_that_is_none_is_named(tmp_path):
-    (tmp_path / "config.yaml").write_text("training: [")
-    with pytest.raises(ConfigError, match=r"config\.yaml: not the record of a run.*move it away"):
-        write_run_record(tiny_config(tmp_path), tmp_path, 1)
+@pytest.mark.parametrize("damaged", ["training: [", "", "[a]", "\0\1", "training: {seed: 2026-01-01}"], ids=repr)
+def test_a_damaged_run_record_is_told_and_kept(tmp_path, damaged):
+    (tmp_path / "config.yaml").write_text(damaged)
+    (line, *_) = write_run_record(tiny_config(tmp_path), tmp_path, 1)
+    assert line.startswith("config.yaml: the earlier one cannot be read") or " -> " in line
+    assert (tmp_path / "config_until_step_1.yaml").read_text() == damaged
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["training"]["num_train_steps"]
 
 
 @pytest.mark.parametrize(
