@@ -26,6 +26,7 @@ import argparse
 import itertools
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -81,10 +82,10 @@ def run_ours(name: str, corpus: Path, overrides: list[str], nproc: int, args: ar
     seconds = statistics.median(record["seconds"] for record in timed)
     # A save delays the end of the step before it or of the step after it.
     delay = {record["step"]: record["seconds"] - seconds for record in timed}
-    every = range(args.save_every, args.steps, args.save_every) if args.save_every else range(0)
+    every = range(args.save_every, args.steps + 1, args.save_every) if args.save_every else range(0)
     saves = [step for step in every if step >= args.skip]
     saving = {step + late for step in saves for late in (0, 1)}
-    save_seconds = [delay.get(step, 0.0) + delay[step + 1] for step in saves]
+    save_seconds = [delay.get(step, 0.0) + delay.get(step + 1, 0.0) for step in saves]
     return {
         "tokens_per_second": statistics.median(record["tokens_per_second"] for record in timed) / nproc,
         "seconds": seconds,
@@ -114,7 +115,7 @@ def records_of_run(command: list[str], folder: Path, steps: int) -> list[dict[st
             for one in tree:
                 with suppress(psutil.NoSuchProcess):
                     one.kill()
-            psutil.wait_procs(tree)
+            psutil.wait_procs(tree, timeout=30)
 
 
 def run_baseline(name: str, corpus: Path, kind: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -257,6 +258,7 @@ def main() -> None:
     parser.add_argument("--chart", type=Path, help="write a chart to this file (needs matplotlib)")
     parser.add_argument("--baseline-worker", nargs=3, metavar=("MODEL", "KIND", "CORPUS"), help=argparse.SUPPRESS)
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a run under way ends with the benchmark
     if args.chart and find_spec("matplotlib") is None:
         parser.error("--chart needs matplotlib, which is not installed")
     if args.skip >= args.steps:

@@ -6,7 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
+
+from benchmarks.throughput import records_of_run
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -28,6 +31,30 @@ def test_what_needs_a_gpu_says_so_at_once(name):
     done = run(name, CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 2
     assert f"{name}: error: no CUDA GPU is visible here" in done.stderr
+
+
+LAUNCHER = """
+import pathlib, subprocess, sys, time
+worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"], start_new_session=True)
+folder = pathlib.Path(sys.argv[1])
+(folder / "worker").write_text(str(worker.pid))
+(folder / "run").mkdir()
+(folder / "run" / "metrics.jsonl").write_text('{"step": 1}\\n{"step": 2}\\n{"step": 3')
+time.sleep(1000)
+"""
+
+
+def test_a_run_is_ended_with_its_workers_once_its_steps_are_there(tmp_path):
+    command = [sys.executable, "-c", LAUNCHER, str(tmp_path)]
+    assert records_of_run(command, tmp_path, 2) == [{"step": 1}, {"step": 2}]
+    worker = int((tmp_path / "worker").read_text())
+    assert not psutil.pid_exists(worker) or psutil.Process(worker).status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_run_that_fails_is_told_with_its_output(tmp_path):
+    command = [sys.executable, "-c", "import sys; sys.exit('no such corpus')"]
+    with pytest.raises(RuntimeError, match="failed:\nno such corpus"):
+        records_of_run(command, tmp_path, 2)
 
 
 def test_throughput_measures_both_sides(tmp_path):
