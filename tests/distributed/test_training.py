@@ -3,7 +3,6 @@
 All with dropout, gradient accumulation and an epoch's end on the way.
 """
 
-import errno
 import json
 import os
 import shutil
@@ -22,13 +21,11 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import train
-from geneformer_pretrain import checkpoint
-from geneformer_pretrain.checkpoint import CheckpointError, CheckpointSaveError
-from geneformer_pretrain.config import Config, ConfigError, load_config
+from geneformer_pretrain.config import ConfigError, load_config
 from geneformer_pretrain.data.batch import Batch
 from geneformer_pretrain.data.masking import MaskRule, mask_cell
 from geneformer_pretrain.distributed import World, distributed_world
-from geneformer_pretrain.trainer import PendingStep, Trainer, TrainingError
+from geneformer_pretrain.trainer import Trainer
 from tests.tiny import (
     make_cells,
     one_cpu_thread,  # noqa: F401 - an automatic fixture
@@ -42,12 +39,15 @@ from tests.tiny import (
 
 RunWorkers = Callable[..., list[Any]]
 
+
 # Large initial weights, so that dropout matters from the first step.
 DROPOUT = (
     "model.hidden_dropout_prob=0.1",
     "model.attention_probs_dropout_prob=0.1",
     "model.initializer_range=0.2",
 )
+
+
 STEPS, PACKS_PER_STEP, NUM_CELLS = 6, 12, 300
 
 
@@ -334,232 +334,3 @@ def test_padded_run_trains(tmp_path: Path) -> None:
     records = read_metrics(tmp_path / "run")
     assert min(record["masked_tokens"] for record in records) == 0
     assert records[-1]["skipped_steps"] == 0
-
-
-# --- gradients that are not finite ------------------------------------------------------------------------
-
-
-class Injecting(Trainer):
-    """Poisons the gradient of given packs, and compares weights and optimizer around each update."""
-
-    bad_packs: Sequence[int] = ()
-    poison = float("nan")
-
-    def snapshot(self) -> list[Tensor]:
-        states = [tensor for state in self.optimizer.state.values() for tensor in state.values()]
-        return [tensor.detach().clone() for tensor in [*self.engine.model.parameters(), *states]]
-
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        loss_sum, masked = super().forward(batch)
-        if batch.pack in self.bad_packs:
-            loss_sum.register_hook(lambda gradient: gradient * self.poison)
-        return loss_sum, masked
-
-    def train_step(self, batches: Any) -> PendingStep:
-        before = self.snapshot()
-        pending = super().train_step(batches)
-        same = all(map(torch.equal, before, self.snapshot()))
-        self.unchanged = [*getattr(self, "unchanged", []), same]
-        return pending
-
-
-def train_with_bad_gradients(rank: int, size: int, given: list[str], again: list[str]) -> dict[str, Any]:
-    world = World(rank, rank, size, torch.device("cpu"))
-    trainer = Injecting(load_config(overrides=given), world)
-    trainer.bad_packs = (5,)  # step 2 (packs 4 to 7), rank 1
-    trainer.fit()
-    result: dict[str, Any] = {"unchanged": trainer.unchanged, "progress": vars(trainer.progress)}
-    dist.barrier()
-    trainer = Injecting(load_config(overrides=again), world)
-    trainer.poison = float("inf")
-    trainer.bad_packs = (0, 9, 13, 17)  # steps 1 (rank 0), 3, 4 and 5 (rank 1)
-    with pytest.raises(TrainingError) as error:
-        trainer.fit()
-    return result | {"error": str(error.value), "last_packs": range(16 + rank, 20, 2)}
-
-
-def test_all_ranks_skip_a_gradient_that_is_not_finite(tmp_path: Path, run_workers: RunWorkers) -> None:
-    skip, stop = tmp_path / "skip", tmp_path / "stop"
-    settings = (
-        "training.num_train_steps=4",
-        "training.gradient_accumulation_steps=2",
-        "training.log_cell_ids=true",
-    )
-    given = overrides(tmp_path, *settings, f"training.checkpoint_dir={skip}")
-    again = [
-        *given,
-        "training.num_train_steps=9",
-        "training.max_skipped_steps=3",
-        f"training.checkpoint_dir={stop}",
-    ]
-    results = run_workers(train_with_bad_gradients, 2, given, again)
-    for result in results:
-        assert result["unchanged"] == [False, True, False, False]
-        assert result["progress"]["step"] == 4
-        assert result["progress"]["next_pack"] == 16
-        assert result["progress"]["skipped_steps"] == 1
-    records = read_metrics(skip)
-    assert [record["skipped_steps"] for record in records] == [0, 1, 1, 1]
-    assert [record["grad_norm"] is None for record in records] == [False, True, False, False]
-    assert all(record["loss"] > 0 for record in records)
-    assert sorted(read_cells(skip)) == list(range(16))
-
-    # One step in between was good, so only steps 3, 4 and 5 were skipped in a row.
-    cells_of_pack = {pack: cells for pack, (_, _, cells) in read_cells(stop).items()}
-    for result in results:
-        assert "3 updates in a row" in result["error"]
-        assert "step 5" in result["error"]
-        for pack in result["last_packs"]:
-            assert f"({pack}, {cells_of_pack[pack]})" in result["error"]
-
-
-# --- saves that fail --------------------------------------------------------------------------------------
-
-
-def fail_saves(monkeypatch: pytest.MonkeyPatch, steps: Sequence[int]) -> None:
-    """Let the disk be full when the manifests of these steps are written."""
-    original = checkpoint.write_manifest
-
-    def write(folder: Path, body: dict[str, Any]) -> None:
-        if body["step"] in steps:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        original(folder, body)
-
-    monkeypatch.setattr(checkpoint, "write_manifest", write)
-
-
-def saving_run(folder: Path, asynchronous: bool) -> Config:
-    settings = ("training.num_train_steps=9", "training.save_every_n_steps=1", "training.keep_last_n=9")
-    return tiny_config(folder, *settings, f"training.async_save={asynchronous}")
-
-
-@pytest.mark.parametrize("asynchronous", [True, False])
-@pytest.mark.parametrize("failing", [(2,), (3, 4), (8,), (2, 4, 6, 8)])
-def test_failed_saves_are_survived(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: Sequence[int], asynchronous: bool
-) -> None:
-    fail_saves(monkeypatch, failing)
-    assert train.run(saving_run(tmp_path, asynchronous)) == 0
-    saved = {int(path.name.removeprefix("step_")) for path in (tmp_path / "run").glob("step_*")}
-    assert saved == set(range(1, 10)) - set(failing)
-
-
-@pytest.mark.parametrize("asynchronous", [True, False])
-def test_too_many_failed_saves_in_a_row_stop_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asynchronous: bool
-) -> None:
-    fail_saves(monkeypatch, range(2, 10))
-    with pytest.raises(CheckpointSaveError, match="No space left on device"):
-        train.run(saving_run(tmp_path, asynchronous))
-    # The saves of steps 2, 3 and 4; the outcome of one in the background is known at the next.
-    assert read_metrics(tmp_path / "run")[-1]["step"] == 4 + asynchronous
-    assert [path.name for path in (tmp_path / "run").glob("step_*")] == ["step_1"]
-    assert "No space left on device" in read_exit(tmp_path / "run")["error"]
-
-
-def test_failed_last_save_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fail_saves(monkeypatch, (9,))
-    with pytest.raises(CheckpointSaveError, match="No space left on device"):
-        train.run(saving_run(tmp_path, True))
-
-
-# --- resuming: what is refused, and what is kept ----------------------------------------------------------
-
-
-def test_complete_run_says_so_and_exports_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = tiny_config(tmp_path)
-    assert train.run(config) == 0
-    model = tmp_path / "run/final_model/model.safetensors"
-    weights, metrics = model.read_bytes(), (tmp_path / "run/metrics.jsonl").read_bytes()
-    record = (tmp_path / "run/config.yaml").read_bytes()
-    shutil.rmtree(tmp_path / "run/final_model")
-    capsys.readouterr()
-    assert train.run(tiny_config(tmp_path, "training.learning_rate=0.5")) == 0
-    assert "This run is complete: 2 of 2 steps are done." in capsys.readouterr().out
-    assert train.run(tiny_config(tmp_path, "training.num_train_steps=1")) == 0
-    assert "This run has 2 steps, more than training.num_train_steps=1: there is nothing" in capsys.readouterr().out
-    assert model.read_bytes() == weights
-    assert (tmp_path / "run/metrics.jsonl").read_bytes() == metrics
-    assert (tmp_path / "run/config.yaml").read_bytes() == record  # of the steps that were made
-    assert read_exit(tmp_path / "run") == {"reason": "completed", "exit_code": 0, "step": 2}
-
-
-def flip_bit(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-def test_damaged_checkpoints(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """The newest good one is used and the log says so; without any, the run stops and starts nothing."""
-    config = tiny_config(tmp_path, "training.num_train_steps=4", "training.save_every_n_steps=1")
-    assert train.run(config) == 0
-    weights = (tmp_path / "run/final_model/model.safetensors").read_bytes()
-    flip_bit(tmp_path / "run/step_4/checkpoint.pt")
-    (tmp_path / "run/step_3/checkpoint.pt").unlink()
-    assert train.run(config) == 0
-    assert [record.levelname for record in caplog.records].count("ERROR") >= 2
-    assert "step_2, which is good" in caplog.text
-    assert (tmp_path / "run/final_model/model.safetensors").read_bytes() == weights
-
-    for path in (tmp_path / "run").glob("step_*/checkpoint.pt"):
-        flip_bit(path)
-    metrics = (tmp_path / "run/metrics.jsonl").read_bytes()
-    with pytest.raises(
-        CheckpointError, match=r"none .* is good.*step_4.*step_3.*step_2.*Restore .*resume_from_checkpoint=false"
-    ):
-        train.run(config)
-    assert (tmp_path / "run/metrics.jsonl").read_bytes() == metrics
-    exit_json = read_exit(tmp_path / "run")
-    assert (exit_json["reason"], exit_json["exit_code"], exit_json["rank"]) == ("error", 1, 0)
-    assert "none of the checkpoints is good" in exit_json["error"]
-
-
-def test_not_resuming_moves_the_earlier_run_aside(tmp_path: Path) -> None:
-    assert train.run(tiny_config(tmp_path, "training.log_cell_ids=true")) == 0
-    run = tmp_path / "run"
-    earlier = {path.relative_to(run): path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    again = tiny_config(tmp_path, "training.resume_from_checkpoint=false", "training.num_train_steps=1")
-    assert train.run(again) == 0
-    (previous,) = run.glob("previous-*")
-    for name, content in earlier.items():
-        assert (previous / name).read_bytes() == content, name
-    assert [record["step"] for record in read_metrics(run)] == [1]
-    assert (run / "step_1").is_dir()
-    assert not (run / "step_2").exists()
-
-
-def test_failed_start_moves_nothing_aside(tmp_path: Path) -> None:
-    assert train.run(tiny_config(tmp_path)) == 0
-    bad = tiny_config(tmp_path, "training.resume_from_checkpoint=false", "model.vocab_size=50")
-    with pytest.raises(ConfigError, match=r"model\.vocab_size"):
-        train.run(bad)
-    assert not list((tmp_path / "run").glob("previous-*"))
-    assert (tmp_path / "run/step_2").is_dir()
-
-
-@pytest.mark.parametrize(
-    ("change", "shown"),
-    [
-        ("training.seed=1", "seed: 0 in the checkpoint, 1 now"),
-        ("model.micro_batch_size=8", "micro_batch_size: 4 in the checkpoint, 8 now"),
-        ("training.mlm_probability=0.3", "mlm_probability: 0.15 in the checkpoint, 0.3 now"),
-        ("data.path={folder}/other.parquet", "corpus: "),
-        ("data.vocab_path={folder}/vocab.txt", "vocabulary: None in the checkpoint"),
-    ],
-)
-def test_changed_data_are_refused_unless_accepted(tmp_path: Path, change: str, shown: str) -> None:
-    write_parquet(tmp_path / "other.parquet", make_cells(60, seed=5))
-    genes = [f"gene_{i}" for i in range(2, 101)]
-    (tmp_path / "vocab.txt").write_text("\n".join(["<pad>", "<mask>", *genes]) + "\n")
-    assert train.run(tiny_config(tmp_path, "training.log_cell_ids=true")) == 0
-    changed = [change.format(folder=tmp_path), "training.num_train_steps=4", "training.log_cell_ids=true"]
-    with pytest.raises(ConfigError, match="step_2") as error:
-        train.run(tiny_config(tmp_path, *changed))
-    assert shown in str(error.value)
-    assert "training.accept_changed_data=true" in str(error.value)
-    assert (tmp_path / "run/step_2").is_dir()
-
-    assert train.run(tiny_config(tmp_path, *changed, "training.accept_changed_data=true")) == 0
-    packs = read_cells(tmp_path / "run")
-    assert [(step, epoch) for step, epoch, _ in packs.values()] == [(1, 0), (2, 0), (3, 1), (4, 1)]
