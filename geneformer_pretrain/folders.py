@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 
 @contextmanager
 def writing_to(folder: Path, key: str) -> Iterator[None]:
-    """Give the system's errors the configuration key of the folder that is written to, and the remedy.
+    """Give the system's errors at a folder its configuration key and the remedy; those at other places pass.
 
     Raises
     ------
@@ -21,7 +21,9 @@ def writing_to(folder: Path, key: str) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         reason, place = str(error), folder
         if isinstance(error, OSError) and error.strerror:
-            reason, place = error.strerror, error.filename or folder
+            reason, place = error.strerror, Path(error.filename or folder)
+        if not place.absolute().is_relative_to(folder.absolute()):
+            raise
         raise OSError(
             f"{key}: cannot write to {place} ({reason}). {key} must be a folder with free space that you may write to: "
             "mend that, or name another one."

@@ -158,12 +158,14 @@ def test_errors_of_the_system_are_plain_messages(tmp_path: Path, monkeypatch: py
         patch.setattr(stream, "MIN_CELLS_ON_DISK", 1)
         assert "data.cache_dir: cannot write to" in failure(overrides(tmp_path))
 
+    place = str(tmp_path / "run" / "final_model")
+
     def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device", "final_model")
+        raise OSError(errno.ENOSPC, "No space left on device", place)
 
     monkeypatch.setattr(trainer, "export_model", full)
     message = failure(overrides(tmp_path))
-    cause = "training.checkpoint_dir: cannot write to final_model (No space left on device)"
+    cause = f"training.checkpoint_dir: cannot write to {place} (No space left on device)"
     assert message == f"Error: {cause}. training.checkpoint_dir {remedy}"
     assert cause in read_exit(tmp_path / "run")["error"]
 
