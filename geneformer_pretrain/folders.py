@@ -27,4 +27,4 @@ def writing_to(folder: Path, key: str) -> Iterator[None]:
         raise OSError(
             f"{key}: cannot write to {place} ({reason}). {key} must be a folder with free space that you may write to: "
             "mend that, or name another one."
-        ) from None
+        ) from error

@@ -134,5 +134,5 @@ def reason_of(error: BaseException) -> str:
         text = f"{type(current).__name__}: {current}".splitlines()[0]
         if text not in chain:
             chain.insert(0, text)
-        current = current.__cause__ or (None if current.__suppress_context__ else current.__context__)
+        current = current.__cause__ or current.__context__
     return " -> ".join(chain)
