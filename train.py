@@ -36,8 +36,8 @@ def run(config: Config) -> int:
             # torchrun ends all other ranks as soon as one has left with a code other than 0.
             dist.barrier()
         except BaseException as error:
-            # A mistake in the first start leaves no folder behind.
-            if trainer is not None or is_used(folder):
+            # A mistake in the first start leaves no folder behind; Ctrl-C outside of the steps is no error.
+            if not isinstance(error, KeyboardInterrupt) and (trainer is not None or is_used(folder)):
                 write_exit(folder, "error", 1, rank=world.rank, error=f"{type(error).__name__}: {error}")
             if trainer is not None and isinstance(error, Exception):
                 with suppress(Exception):  # A save under way is worth finishing; the error is what to tell of.

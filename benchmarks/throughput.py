@@ -242,15 +242,25 @@ def measure(args: argparse.Namespace, corpus: Path, lengths: np.ndarray) -> Iter
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["10m", "106m"], choices=["10m", "106m", "4b"])
-    parser.add_argument("--variants", nargs="+", default=["torch-bf16"], choices=list(VARIANTS))
-    parser.add_argument("--engines", nargs="+", default=["ddp"], choices=list(ENGINES))
-    parser.add_argument("--nproc", nargs="+", type=int, default=[1], help="numbers of GPUs")
-    parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--skip", type=int, default=40, help="steps not timed at the start")
+    models = ["10m", "106m", "4b"]
+    parser.add_argument("--models", nargs="+", default=models[:2], choices=models, help="default: 10m 106m")
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        default=["torch-bf16"],
+        choices=list(VARIANTS),
+        help="layers and precision; default: torch-bf16",
+    )
+    parser.add_argument("--engines", nargs="+", default=["ddp"], choices=list(ENGINES), help="default: ddp")
+    parser.add_argument("--nproc", nargs="+", type=int, default=[1], help="numbers of GPUs; default: 1")
+    parser.add_argument("--steps", type=int, default=150, help="steps of each run; default: 150")
+    parser.add_argument("--skip", type=int, default=40, help="steps not timed at the start; default: 40")
     parser.add_argument("--save-every", type=int, default=0, help="save asynchronously every so many steps; 0: never")
-    parser.add_argument("--cells", type=int, default=20_000, help="cells of the corpus made for this")
-    parser.add_argument("--baseline", nargs="*", default=["plain", "compile"], choices=["plain", "compile"])
+    parser.add_argument("--cells", type=int, default=20_000, help="cells of the corpus made for this; default: 20,000")
+    kinds = ["plain", "compile"]
+    parser.add_argument(
+        "--baseline", nargs="*", default=kinds, choices=kinds, help="default: both; with no value: none"
+    )
     parser.add_argument("--baseline-cells", type=int, help=f"cells of its batches; default {BASELINE_CELLS}")
     parser.add_argument("--overrides", nargs="*", default=[], help="KEY=VALUE for every run")
     parser.add_argument("--peak-tflops", type=float, default=H100_BF16_TFLOPS, help="dense BF16 peak, for MFU")

@@ -32,6 +32,10 @@ RECORDED_PACKAGES = (
 )
 
 
+KEPT = "config_until_step_"
+"""Start of the names of records that another one followed."""
+
+
 def package_versions() -> dict[str, str]:
     """Versions of Python and of the installed packages that matter to a run."""
     versions = {"python": platform.python_version()}
@@ -77,8 +81,8 @@ def config_as_yaml(config: Config) -> str:
 def write_run_record(config: Config, folder: Path, step: int) -> list[str]:
     """Write config.yaml: the composed configuration, package versions and git revision.
 
-    Where `step` steps are done already and the record changes, the earlier one is kept as config_until_step_N.yaml:
-    of several starts after the same step, the one that steps were made with.
+    Where `step` steps are done already and the record changes, the one that they were made with is kept as
+    config_until_step_N.yaml. Records of later steps, which will be made again, go.
 
     Returns
     -------
@@ -87,10 +91,18 @@ def write_run_record(config: Config, folder: Path, step: int) -> list[str]:
     path = folder / "config.yaml"
     origin = OmegaConf.to_yaml(OmegaConf.create({"versions": package_versions(), "git_revision": git_revision()}))
     record = config_as_yaml(config) + origin
-    changes = _changes(path, record) if step and path.exists() else []
-    kept = folder / f"config_until_step_{step}.yaml"
-    if changes and not kept.exists():
-        path.rename(kept)
+    changes = []
+    if step:
+        names = {found.stem.removeprefix(KEPT): found for found in folder.glob(f"{KEPT}*.yaml")}
+        kept = {int(number): found for number, found in names.items() if number.isdecimal()}
+        undone = [kept[number] for number in sorted(kept) if number > step]
+        made_with = undone[0] if undone else path
+        if made_with.exists():
+            changes = _changes(made_with, record)
+        if changes and step not in kept:
+            made_with.rename(folder / f"{KEPT}{step}.yaml")
+        for gone in undone:
+            gone.unlink(missing_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w") as file:
         file.write(record)
@@ -103,7 +115,7 @@ def _changes(path: Path, record: str) -> list[str]:
     try:
         earlier, now = (_flat(OmegaConf.to_container(OmegaConf.create(text))) for text in (path.read_text(), record))
     except Exception as error:  # Whatever is wrong with it, it does not keep the run from going on.
-        return [f"config.yaml: the earlier one cannot be read ({type(error).__name__}: {error})"]
+        return [f"{path.name}: the earlier one cannot be read ({type(error).__name__}: {error})"]
     keys = dict.fromkeys([*now, *earlier])
     shown = {key: (_shown(earlier, key), _shown(now, key)) for key in keys}
     return [f"{key}: {before} -> {after}" for key, (before, after) in shown.items() if before != after]

@@ -150,6 +150,17 @@ def test_earlier_run_records_are_kept_and_what_changed_is_named(tmp_path):
     assert "name:" not in (tmp_path / "config.yaml").read_text()
 
 
+def test_run_records_of_steps_that_are_made_again_are_dropped(tmp_path):
+    """Steps 1 to 20 with one rate, to 40 with another; then only the checkpoint of step 10 is good."""
+    configs = [tiny_config(tmp_path, f"training.learning_rate={rate}") for rate in ("1e-4", "2e-4", "3e-4")]
+    for config, step in zip(configs, (0, 20, 10), strict=True):
+        changes = write_run_record(config, tmp_path, step)
+    assert changes == ["training.learning_rate: 0.0001 -> 0.0003"]
+    assert sorted(path.name for path in tmp_path.glob("config*")) == ["config.yaml", "config_until_step_10.yaml"]
+    earlier = yaml.safe_load((tmp_path / "config_until_step_10.yaml").read_text())
+    assert earlier["training"]["learning_rate"] == 1e-4
+
+
 @pytest.mark.parametrize("damaged", ["training: [", "", "[a]", "\0\1", "training: {seed: 2026-01-01}"], ids=repr)
 def test_a_damaged_run_record_is_told_and_kept(tmp_path, damaged):
     (tmp_path / "config.yaml").write_text(damaged)
