@@ -1,7 +1,7 @@
 """A run small enough for a test: a corpus of short cells and a configuration of a few thousand weights."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,9 @@ import pytest
 import torch
 
 from geneformer_pretrain.config import Config, load_config
+
+RunWorkers = Callable[..., list[Any]]
+"""The fixture `run_workers`: results of a function on each of several ranks."""
 
 VOCAB_SIZE = 101
 

@@ -5,7 +5,6 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,8 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from geneformer_pretrain.checkpoint import CheckpointStore
 from geneformer_pretrain.checkpoint_format import FullFormat, ShardedFormat
 from geneformer_pretrain.checkpoint_manifest import CheckpointError, CheckpointSaveError, read_manifest
-
-RunWorkers = Callable[..., list[Any]]
+from tests.tiny import RunWorkers
 
 # Names end in the dimension to shard; "even", "uneven" and "one" (an empty shard on rank 1) over two ranks.
 SHAPES = {"even_0": (4, 3), "uneven_0": (5, 2), "one_0": (1, 3), "even_1": (3, 6), "uneven_1": (2, 7)}

@@ -7,9 +7,8 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -27,6 +26,7 @@ from geneformer_pretrain.data.masking import MaskRule, mask_cell
 from geneformer_pretrain.distributed import World, distributed_world
 from geneformer_pretrain.trainer import Trainer
 from tests.tiny import (
+    RunWorkers,
     make_cells,
     one_cpu_thread,  # noqa: F401 - an automatic fixture
     overrides,
@@ -36,9 +36,6 @@ from tests.tiny import (
     tiny_config,
     write_parquet,
 )
-
-RunWorkers = Callable[..., list[Any]]
-
 
 # Large initial weights, so that dropout matters from the first step.
 DROPOUT = (

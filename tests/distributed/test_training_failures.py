@@ -1,7 +1,7 @@
 """Gradients that are not finite, skipped by all ranks, and saves that fail: survived, until there are too many."""
 
 import errno
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from geneformer_pretrain.data.batch import Batch
 from geneformer_pretrain.distributed import World
 from geneformer_pretrain.trainer import PendingStep, Trainer, TrainingError
 from tests.tiny import (
+    RunWorkers,
     one_cpu_thread,  # noqa: F401 - an automatic fixture
     overrides,
     read_cells,
@@ -25,9 +26,6 @@ from tests.tiny import (
     read_metrics,
     tiny_config,
 )
-
-RunWorkers = Callable[..., list[Any]]
-
 
 # --- gradients that are not finite ------------------------------------------------------------------------
 

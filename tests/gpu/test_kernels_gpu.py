@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch import library
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
 
@@ -279,4 +280,4 @@ def test_operators_are_what_the_compiler_is_told():
         (triton_linear.add_product_, (half(130, 64), x, half(64, 64))),
         (triton_linear.cross_entropy_, (half(4, 128), torch.tensor([1, 2, -100, 4], device="cuda"), True)),
     ):
-        torch.library.opcheck(operator, arguments)
+        library.opcheck(operator, arguments)

@@ -191,7 +191,7 @@ class PlainKernels:
 
     def residual_norm(self, x, b, residual, weight, bias, eps, dropout):
         self.calls["residual_norm"] += 1
-        assert residual is self.residual  # what `linear` returned, not what it was given
+        assert residual is self.residual  # what `linear_beside_residual` returned, not what it was given
         assert b is not None
         assert not dropout
         return F.layer_norm(residual + x + b, weight.shape, weight, bias, eps)
