@@ -100,6 +100,28 @@ def _drop(weights, a, rotated, b, threshold):
 
 
 @triton.jit
+def _grad_of_scores(weights, grad_weights, minus_delta, a, rotated, b, threshold):
+    """weights * (grad_weights, or zero where a weight is dropped, - delta): two instructions after the comparison."""
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .pred kept;
+        .reg .u32 hash;
+        .reg .f32 grad;
+        mad.lo.u32 hash, $4, $6, $5;
+        setp.hs.u32 kept, hash, $7;
+        mul.f32 grad, $1, $3;
+        @kept fma.rn.f32 grad, $1, $2, grad;
+        mov.f32 $0, grad;
+        }""",
+        "=f,f,f,f,r,r,r,r",
+        [weights, grad_weights, minus_delta, a, rotated, b, tl.cast(threshold, tl.uint32)],
+        dtype=tl.float32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
 def _block(tiles, BLOCK: tl.constexpr):
     """What a program works on: a block of rows in a tile of a cell.
 
@@ -146,13 +168,14 @@ def _forward(
     """
     tl.static_assert(128 % BLOCK_N == 0)
     start, end, first, padded = _block(tiles, BLOCK_M)
-    if first >= end:
-        return
     head = tl.program_id(1)
+    table_rows = head * num_rows + tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    if first >= end:
+        tl.store(lse + table_rows, float("inf"))
+        return
     width: tl.constexpr = NUM_HEADS * D
     column = head * D
     rows = first + tl.arange(0, BLOCK_M)
-    table_rows = head * num_rows + tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     q = q_rows.load([first, column])
     a = rows
     if DROPOUT:
@@ -255,7 +278,7 @@ def _backward_keys(
 
 @triton.jit
 def _backward_queries_step(
-    q, do, kv_rows, column, first, end, key_column, b_pointer, a, rotated, row_lse, row_delta, grad_q, scale, threshold,
+    q, do, kv_rows, column, first, end, key_column, b_pointer, a, rotated, row_lse, minus_delta, grad_q, scale, threshold,
     WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     k = kv_rows.load([first, WIDTH + column])
@@ -265,11 +288,13 @@ def _backward_queries_step(
         scores = tl.where((first + tl.arange(0, BLOCK_N) < end)[None, :], scores, float("-inf"))
     grad_weights = tl.dot(do, v.T)
     weights = tl.exp2(scores * scale - row_lse[:, None])
-    dropped = weights
     if DROPOUT:
         b = tl.load(b_pointer + key_column + tl.arange(0, BLOCK_N))
-        dropped = _drop(weights, a[:, None], rotated[:, None], b[None, :], threshold)
-    grad_scores = dropped * grad_weights - weights * row_delta[:, None]
+        grad_scores = _grad_of_scores(
+            weights, grad_weights, minus_delta[:, None], a[:, None], rotated[:, None], b[None, :], threshold
+        )
+    else:
+        grad_scores = weights * (grad_weights + minus_delta[:, None])
     return tl.dot(grad_scores.to(k.dtype), k, grad_q)
 
 
@@ -291,7 +316,7 @@ def _backward_queries(
     q = q_rows.load([first, column])
     do = do_rows.load([first, column])
     row_lse = tl.load(lse + table_rows)
-    row_delta = tl.load(delta + table_rows)
+    minus_delta = -tl.load(delta + table_rows)
     a = rows
     if DROPOUT:
         a = tl.load(keys + num_rows + table_rows)
@@ -300,12 +325,12 @@ def _backward_queries(
     whole = (end - start) // BLOCK_N * BLOCK_N
     for offset in tl.range(0, whole, BLOCK_N):
         grad_q = _backward_queries_step(
-            q, do, kv_rows, column, start + offset, end, padded + offset, keys, a, rotated, row_lse, row_delta, grad_q,
+            q, do, kv_rows, column, start + offset, end, padded + offset, keys, a, rotated, row_lse, minus_delta, grad_q,
             scale, threshold, width, BLOCK_N, False, DROPOUT,
         )  # fmt: skip
     if whole < end - start:
         grad_q = _backward_queries_step(
-            q, do, kv_rows, column, start + whole, end, padded + whole, keys, a, rotated, row_lse, row_delta, grad_q,
+            q, do, kv_rows, column, start + whole, end, padded + whole, keys, a, rotated, row_lse, minus_delta, grad_q,
             scale, threshold, width, BLOCK_N, True, DROPOUT,
         )  # fmt: skip
     where = grad_qkv + rows[:, None] * (3 * width) + column + tl.arange(0, D)[None, :]
@@ -315,7 +340,7 @@ def _backward_queries(
 LOG2_E = 1.4426950408889634
 FORWARD = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2, "maxnreg": 128}
 BACKWARD_KEYS = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2, "maxnreg": 168}
-BACKWARD_QUERIES = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3, "maxnreg": 128}
+BACKWARD_QUERIES = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2, "maxnreg": 128}
 """Chosen on an H200 at head size 64. Limits on registers let 16 warps, or 12 for keys, share a multiprocessor."""
 
 
@@ -359,8 +384,7 @@ def packed_attention(qkv: Tensor, tiles: Tensor, seed: Tensor, dropout: float) -
     num_tokens, _, num_heads, d = qkv.shape
     num_rows = TILE * len(tiles)
     out = torch.empty(num_tokens, num_heads, d, dtype=qkv.dtype, device=qkv.device)
-    # Infinite as for rows beyond a cell: blocks that lie wholly there are left out, and the backward may read them.
-    lse = torch.full((num_heads, num_rows), float("inf"), dtype=torch.float32, device=qkv.device)
+    lse = torch.empty(num_heads, num_rows, dtype=torch.float32, device=qkv.device)
     keys = torch.empty(1 + num_heads if dropout else 0, num_rows, dtype=torch.int32, device=qkv.device)
     if dropout:
         _make_keys[(triton.cdiv(num_rows, 1024), len(keys))](keys, seed, num_rows, BLOCK=1024)
