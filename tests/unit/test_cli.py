@@ -72,7 +72,7 @@ def failure(arguments: Sequence[str]) -> str:
         (["data.vocab_path=none.txt"], "data.vocab_path", "data.vocab_path=null"),
         (["data.path=none.parquet"], "data.path: none.parquet", "correct the path"),
         (["data.validation_path=none.parquet"], "data.validation_path: none.parquet", "no such file or folder"),
-        (["model.vocab_size=100"], "cells.parquet, row ", "set model.vocab_size to at least 101"),
+        (["model.vocab_size=100"], "cells.parquet, row ", "model.vocab_size to its size (at least 101)"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
 )
