@@ -152,7 +152,7 @@ def test_errors_of_the_system_are_plain_messages(tmp_path: Path, monkeypatch: py
     assert message.endswith(f" (Not a directory). data.cache_dir {remedy}")
     message = failure(overrides(tmp_path, f"training.checkpoint_dir={file}"))
     cause = f"training.checkpoint_dir: cannot write to {file} (File exists). training.checkpoint_dir {remedy}"
-    assert message.endswith(f"OSError: {cause}")
+    assert message == f"Error: OSError: {cause}"
 
     with monkeypatch.context() as patch:
         patch.setattr(stream, "MIN_CELLS_ON_DISK", 1)
