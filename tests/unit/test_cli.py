@@ -163,11 +163,13 @@ def test_errors_of_the_system_are_plain_messages(tmp_path: Path, monkeypatch: py
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", place)
 
-    monkeypatch.setattr(trainer, "export_model", full)
-    message = failure(overrides(tmp_path))
     cause = f"training.checkpoint_dir: cannot write to {place} (No space left on device)"
-    assert message == f"Error: {cause}. training.checkpoint_dir {remedy}"
-    assert cause in read_exit(tmp_path / "run")["error"]
+    for function in ("write_model", "move_aside"):
+        with monkeypatch.context() as patch:
+            patch.setattr(trainer, function, full)
+            message = failure(overrides(tmp_path, "training.resume_from_checkpoint=false"))
+        assert message == f"Error: {cause}. training.checkpoint_dir {remedy}"
+        assert cause in read_exit(tmp_path / "run")["error"]
 
 
 @pytest.fixture
