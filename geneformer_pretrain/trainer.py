@@ -148,7 +148,7 @@ class Trainer:
             self.say("The data changed: going on from the start of a new epoch.")
             progress.epoch, progress.epoch_first_pack = progress.epoch + 1, progress.next_pack
         else:
-            self.data.identity.require_same(state["data"], str(path))
+            self.data.identity.require_same(state["data"], str(path), self.data.files, state.get("files", {}))
         tensors = self._tensors()
         self.store.load(path, tensors, optional=FP8_PREFIX)
         spread_optimizer_step(self.optimizer, tensors["optimizer.step"])
@@ -448,6 +448,7 @@ class Trainer:
         state = {
             "progress": asdict(progress),
             "data": asdict(self.data.identity),
+            "files": self.data.files,
             "model": architecture(self.config.model),
         }
         blocking = final or not self.config.training.async_save
