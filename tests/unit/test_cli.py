@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -301,13 +302,21 @@ def test_error_in_a_real_process(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["training.lerning_rate=1"], "training.lerning_rate: did you mean training.learning_rate?"),
-        (["-cn=106m", "data.pth=a=b.c"], "data.pth: did you mean data.path?"),
-        (["--config-name", "11m"], "'11m'; those in hydra_config/ are 106m, 10m, 4b, l0_sanity."),
+        (["-cn=106m", "data.pth=a.c"], "data.pth: did you mean data.path?"),
+        (["--config-name", "11m"], "'11m': did you mean 10m? hydra_config/ has 106m, 10m, 4b, l0_sanity."),
+        (["model=107m"], "Unknown model '107m': did you mean 10m or 106m? hydra_config/model/ has 106m, 10m, 4b."),
         (["-m", "training.seed=1,2"], "--multirun is not supported"),
         (["--multi", "training.seed=1,2"], "--multirun is not supported"),
         (["learning_rate=1e-3"], "learning_rate: did you mean training.learning_rate?"),
         (["~training.sed"], "training.sed: did you mean training.seed?"),
-        (["data.path=~/cells"], "data.path=~/cells: Hydra does not take ~ for the home folder here"),
+        (["data.path=~/cells"], """for Hydra and for the shell: 'data.path="~/cells"'"""),
+        (["data.path=/a b=c.parquet"], """data.path=/a b=c.parquet: Hydra cannot read this value."""),
+        (["data.path=/a b=c.parquet"], """'data.path="/a b=c.parquet"'"""),
+        (["--config-dir", "mine", "new=a(1)"], """'new="a(1)"'"""),
+        (["training.wandb_init_args={a: 1"], "See that quotes and brackets are closed"),
+        (["data.path=/a", "b=c.parquet"], "key b: is it part of a value with a space? Quote that"),
+        (["data.path=/a", "b/c.parquet"], "b/c.parquet is not KEY=VALUE: is it part of a value with a space?"),
+        (["data.path=/a", "b/c=d"], "key b/c: is it part of a value with a space?"),
     ],
 )
 def test_what_hydra_would_refuse_without_advice(arguments: list[str], message: str) -> None:
@@ -320,9 +329,18 @@ def test_arguments_that_are_left_to_hydra() -> None:
         ["--config-dir", "mine", "--config-name", "mine", "training.new=1"],
         ["model=106m", "+training.wandb_init_args.tags.x=1", "hydra.verbose=true", "--cfg", "job"],
         ["--config-name=4b.yaml", "~data.vocab_path", "data.path='~/cells'"],
-        ["-c", "job", "-cn", "10m", "hydra/job_logging=disabled", "data.path=a=b"],
+        ["-c", "job", "-cn", "10m", "hydra/job_logging=disabled", """data.path="a=b c's (1)\""""],
     ):
         train.check_arguments(arguments)
+
+
+@pytest.mark.parametrize("value", ["a=b", "~/cells", "it's", 'a"b=c', "/a b=c(1)[2].parquet"])
+def test_the_quotes_that_hydra_is_said_to_need_are_right(value: str) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        train.check_arguments([f"data.path={value}"])
+    (advised,) = shlex.split(str(stopped.value.code).partition("for the shell: ")[2])
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        assert compose("l0_sanity", overrides=[advised]).data.path == value
 
 
 def test_showing_the_configuration_runs_nothing(tmp_path: Path) -> None:
