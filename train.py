@@ -59,9 +59,14 @@ def main(composed: DictConfig) -> None:
     sys.exit(code)
 
 
-def check_arguments(arguments: list[str]) -> None:
-    """End with a plain message where Hydra would have no advice, or do what makes no sense here."""
-    given = get_args_parser().parse_args(arguments)
+def check_arguments(arguments: list[str]) -> list[str]:
+    """End with a plain message where Hydra would have no advice, or do what makes no sense here.
+
+    Returns
+    -------
+    The arguments in an order that Hydra's parser understands: it does not take options between overrides.
+    """
+    given = get_args_parser().parse_intermixed_args(arguments)
     if given.multirun:
         sys.exit("Error: --multirun is not supported; start one run a command, each with its own checkpoint_dir.")
     try:
@@ -71,8 +76,9 @@ def check_arguments(arguments: list[str]) -> None:
             check_names(given.config_name or "l0_sanity", given.overrides)
     except ConfigError as error:
         sys.exit(f"Error: {error}")
+    return given.overrides + [argument for argument in arguments if argument not in given.overrides]
 
 
 if __name__ == "__main__":
-    check_arguments(sys.argv[1:])
+    sys.argv[1:] = check_arguments(sys.argv[1:])
     main()

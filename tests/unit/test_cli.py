@@ -14,6 +14,7 @@ from typing import Any
 import datasets
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra._internal.utils import get_args_parser
 
 import train
 from geneformer_pretrain import trainer
@@ -305,6 +306,7 @@ def test_error_in_a_real_process(tmp_path: Path) -> None:
         (["-cn=106m", "data.pth=a.c"], "data.pth: did you mean data.path?"),
         (["--config-name", "11m"], "'11m': did you mean 10m? hydra_config/ has 106m, 10m, 4b, l0_sanity."),
         (["model=107m"], "Unknown model '107m': did you mean 10m or 106m? hydra_config/model/ has 106m, 10m, 4b."),
+        (["training.seed=1", "-cn", "10m", "sed=1"], "sed: did you mean training.seed?"),
         (["-m", "training.seed=1,2"], "--multirun is not supported"),
         (["--multi", "training.seed=1,2"], "--multirun is not supported"),
         (["learning_rate=1e-3"], "learning_rate: did you mean training.learning_rate?"),
@@ -331,7 +333,8 @@ def test_arguments_that_are_left_to_hydra() -> None:
         ["--config-name=4b.yaml", "~data.vocab_path", "data.path='~/cells'"],
         ["-c", "job", "-cn", "10m", "hydra/job_logging=disabled", """data.path="a=b c's (1)\""""],
     ):
-        train.check_arguments(arguments)
+        given = get_args_parser().parse_args(train.check_arguments(arguments))
+        assert given == get_args_parser().parse_args(arguments)
 
 
 @pytest.mark.parametrize("value", ["a=b", "~/cells", "it's", 'a"b=c', "/a b=c(1)[2].parquet"])
@@ -345,10 +348,11 @@ def test_the_quotes_that_hydra_is_said_to_need_are_right(value: str) -> None:
 
 def test_showing_the_configuration_runs_nothing(tmp_path: Path) -> None:
     target = tmp_path / "run"
-    ended = python("train.py", "--config-name", "106m", "--cfg", "job", f"training.checkpoint_dir={target}")
+    given = ["training.learning_rate=0.5", "--config-name", "106m", f"training.checkpoint_dir={target}", "--cfg", "job"]
+    ended = python("train.py", *given)
     assert ended.returncode == 0
     assert "hydra" not in ended.stdout
-    for line in ("hidden_size: 768", "learning_rate: 0.0001", f"checkpoint_dir: {target}"):
+    for line in ("hidden_size: 768", "learning_rate: 0.5", f"checkpoint_dir: {target}"):
         assert line in ended.stdout
     assert not target.exists()
 
