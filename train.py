@@ -14,7 +14,7 @@ from hydra._internal.utils import get_args_parser
 from omegaconf import DictConfig
 
 from geneformer_pretrain.checkpoint import CheckpointError
-from geneformer_pretrain.config import Config, ConfigError, check_names, resolve
+from geneformer_pretrain.config import Config, ConfigError, check_names, read_overrides, resolve
 from geneformer_pretrain.distributed import distributed_world
 from geneformer_pretrain.run_lock import hold_folder, is_used
 from geneformer_pretrain.stopping import EXIT_CODE_SIGNAL, write_exit
@@ -59,18 +59,26 @@ def main(composed: DictConfig) -> None:
     sys.exit(code)
 
 
-def check_arguments(arguments: list[str]) -> None:
-    """End with a plain message where Hydra would have no advice, or do what makes no sense here."""
-    given = get_args_parser().parse_args(arguments)
+def check_arguments(arguments: list[str]) -> list[str]:
+    """End with a plain message where Hydra would have no advice, or do what makes no sense here.
+
+    Returns
+    -------
+    The arguments in an order that Hydra's parser understands: it does not take options between overrides.
+    """
+    given = get_args_parser().parse_intermixed_args(arguments)
     if given.multirun:
         sys.exit("Error: --multirun is not supported; start one run a command, each with its own checkpoint_dir.")
-    if not (given.config_dir or given.config_path):  # Elsewhere may be other configurations, and keys for them to use.
-        try:
+    try:
+        if given.config_dir or given.config_path:  # Other configurations may be there, and keys for them to use.
+            read_overrides(given.overrides)
+        else:
             check_names(given.config_name or "l0_sanity", given.overrides)
-        except ConfigError as error:
-            sys.exit(f"Error: {error}")
+    except ConfigError as error:
+        sys.exit(f"Error: {error}")
+    return given.overrides + [argument for argument in arguments if argument not in given.overrides]
 
 
 if __name__ == "__main__":
-    check_arguments(sys.argv[1:])
+    sys.argv[1:] = check_arguments(sys.argv[1:])
     main()

@@ -7,6 +7,8 @@ missing value is an error there, an impossible combination one in `__post_init__
 
 import math
 import os
+import re
+import shlex
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from enum import StrEnum
@@ -14,6 +16,9 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from transformers.activations import ACT2FN
@@ -385,13 +390,13 @@ class Config:
         )
 
 
-def unknown_key(key: str) -> ConfigError:
-    """The error for a key that does not exist, with the one whose name is most like it."""
+def unknown_key(key: str, otherwise: str = "") -> ConfigError:
+    """The error for a key that does not exist, with the one whose name is most like it, or with `otherwise`."""
     known = {name.rpartition(".")[2]: name for name in all_keys()} | {
         group.name: group.name for group in fields(Config)
     }
     meant = [known[name] for name in get_close_matches(key.rpartition(".")[2], known, 1)]
-    suggestion = f"did you mean {meant[0]}? " if meant else ""
+    suggestion = f"did you mean {meant[0]}? " if meant else otherwise
     return ConfigError(f"Unknown configuration key {key}: {suggestion}docs/configuration.md lists all keys.")
 
 
@@ -401,29 +406,62 @@ def all_keys() -> list[str]:
     return [f"{name}.{field.name}" for name, group in groups for field in fields(group)]
 
 
+IS_PART = """is it part of a value with a space? Quote that for the shell and for Hydra: 'KEY="VALUE"'. """
+
+
+def read_overrides(overrides: list[str]) -> list[Override]:
+    """Read KEY=VALUE as Hydra does.
+
+    Raises
+    ------
+    ConfigError
+        What Hydra cannot read, with the quotes that it needs: Hydra's own error has no advice.
+    """
+    parser = OverridesParser.create()
+    read = []
+    for override in overrides:
+        try:
+            read.append(parser.parse_override(override))
+        except HydraException as error:
+            key, is_pair, value = override.partition("=")
+            require(bool(is_pair), f"{override} is not KEY=VALUE: {IS_PART}".rstrip())
+            text = value.replace('"', r"\"")
+            quoted = shlex.quote(f'{key}="{text}"')
+            raise ConfigError(
+                f"{override}: Hydra cannot read this value. See that quotes and brackets are closed; text with =, ~ or "
+                f"other special characters needs quotes, for Hydra and for the shell: {quoted}"
+            ) from error
+    return read
+
+
 def check_names(config_name: str, overrides: list[str]) -> None:
-    """Check that a configuration and the keys of KEY=VALUE exist: Hydra's advice on others leads astray.
+    """Check that a configuration and what KEY=VALUE names exist: Hydra's advice on others leads astray.
 
     Raises
     ------
     ConfigError
         Naming what is unknown, and what may have been meant.
     """
-    names = sorted({path.stem for path in CONFIG_DIR.glob("*.yaml")} - {"defaults"})
-    require(
-        config_name.removesuffix(".yaml") in names,
-        f"Unknown configuration {config_name!r}; those in hydra_config/ are {', '.join(names)}.",
-    )
-    known = {*all_keys(), *(group.name for group in fields(Config))}
-    for override in overrides:
-        key, _, value = override.lstrip("+~").partition("=")
-        parts = key.split(".")
-        if parts[0] != "hydra" and "/" not in key and ".".join(parts[:2]) not in known:
-            raise unknown_key(key)
-        require(
-            not value.startswith("~"),
-            f"{override}: Hydra does not take ~ for the home folder here; write \"{key}='{value}'\" or the whole path.",
-        )
+    _check_choice("configuration", config_name, CONFIG_DIR, shared="defaults")
+    groups = {group.name for group in fields(Config)}
+    known = {*all_keys(), *groups}
+    for override in read_overrides(overrides):
+        key = override.key_or_group
+        root = re.split("[./]", key)[0]
+        if root != "hydra" and ".".join(key.split(".")[:2]) not in known:
+            raise unknown_key(key, otherwise="" if root in groups else IS_PART)
+        value = override.value()
+        if key == "model" and isinstance(value, str):
+            _check_choice("model", value, CONFIG_DIR / "model", shared="geneformer_v1")
+
+
+def _check_choice(kind: str, name: str, folder: Path, shared: str) -> None:
+    """Check that a folder has the YAML file `name`, other than the one that the others share."""
+    names = sorted({path.stem for path in folder.glob("*.yaml")} - {shared})
+    meant = " or ".join(get_close_matches(name, names, 2))
+    suggestion = f"did you mean {meant}? " if meant else ""
+    choice = f"{folder.relative_to(CONFIG_DIR.parent)}/ has {', '.join(names)}."
+    require(name.removesuffix(".yaml") in names, f"Unknown {kind} {name!r}: {suggestion}{choice}")
 
 
 def resolve(composed: DictConfig) -> Config:

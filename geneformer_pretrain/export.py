@@ -13,19 +13,24 @@ from .config import ModelConfig
 from .parallel import Engine, architecture
 
 
-def export_model(engine: Engine, config: ModelConfig, folder: Path, is_main: bool) -> None:
-    """Write `config.json` and `model.safetensors`; collective, every rank must call it.
+def gather_weights(engine: Engine, is_main: bool) -> dict[str, Tensor]:
+    """Return all weights in host memory, on the main rank alone; collective, every rank must call it.
 
-    Weights are gathered one tensor at a time, so that no GPU ever holds the whole model. The folder appears
-    under its name only when it is complete; an earlier export is replaced.
+    They are gathered one tensor at a time, so that no GPU ever holds the whole model.
     """
     tensors: dict[str, Tensor] = {}
     for name, parameter in engine.model.canonical_parameters():
         whole = engine.gather(parameter.detach())
         if is_main:
             tensors[name] = whole.to("cpu", torch.float32, copy=True).contiguous()
-    if not is_main:
-        return
+    return tensors
+
+
+def write_model(tensors: dict[str, Tensor], config: ModelConfig, folder: Path) -> None:
+    """Write `config.json` and `model.safetensors`; called on one rank.
+
+    The folder appears under its name only when it is complete; an earlier export is replaced.
+    """
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)

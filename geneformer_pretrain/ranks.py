@@ -46,7 +46,8 @@ class Ranks:
         Raises
         ------
         Exception
-            Of type `error`, on every rank, naming each rank that failed and its reason.
+            Of type `error`, on every rank, naming each rank that failed and its reason. What fails with this type
+            already is told in its own words.
         """
         results: list[T] = []
         failures: dict[int, str] = {}
@@ -56,12 +57,13 @@ class Ranks:
         except CheckpointException as exc:
             failures = {rank: reason_of(cause) for rank, (cause, _) in exc.failures.items()}
         except Exception as exc:
-            failures = {self.rank: reason_of(exc)}
+            failures = {self.rank: str(exc) if isinstance(exc, error) else reason_of(exc)}
             log.debug("rank %d failed", self.rank, exc_info=True)
         outcomes = self.gather((results, failures))
         merged = {rank: reason for _, failed in outcomes for rank, reason in failed.items()}
         if merged:
-            raise error("; ".join(f"rank {rank}: {reason}" for rank, reason in sorted(merged.items())))
+            told = [f"rank {rank}: {reason}" if self.size > 1 else reason for rank, reason in sorted(merged.items())]
+            raise error("; ".join(told))
         return [result for results, _ in outcomes for result in results]
 
     def on_first(self, action: Callable[[], None], error: type[Exception]) -> None:
@@ -127,12 +129,17 @@ class Ranks:
 
 
 def reason_of(error: BaseException) -> str:
-    """One line for an error, its root first: torch hides "no space left" behind a stream's complaint."""
-    chain: list[str] = []
+    """One line for an error, its root first: torch hides "no space left" behind a stream's complaint.
+
+    A cause whose words the rest of the line has already is left out.
+    """
+    line = ""
     current: BaseException | None = error
     while current is not None:
-        text = f"{type(current).__name__}: {current}".splitlines()[0]
-        if text not in chain:
-            chain.insert(0, text)
+        words = current.strerror if isinstance(current, OSError) and current.strerror else str(current)
+        words = words.strip().partition("\n")[0]
+        if not words or words not in line:
+            text = f"{type(current).__name__}: {current}".splitlines()[0]
+            line = f"{text} -> {line}" if line else text
         current = current.__cause__ or current.__context__
-    return " -> ".join(chain)
+    return line

@@ -32,13 +32,23 @@ class DataIdentity:
     vocab_size: int
     planner_version: int
 
-    def require_same(self, saved: dict[str, Any], where: str) -> None:
-        """Raise ConfigError that lists what differs from the identity saved in a checkpoint."""
-        changes = [
-            f"{name}: {saved.get(name)!r} in the checkpoint, {value!r} now"
-            for name, value in asdict(self).items()
-            if saved.get(name) != value
-        ]
+    def require_same(
+        self, saved: dict[str, Any], where: str, files: dict[str, str], saved_files: dict[str, str]
+    ) -> None:
+        """Raise ConfigError that lists what differs from the identity saved in a checkpoint.
+
+        Parameters
+        ----------
+        saved
+            Identity in the checkpoint `where`.
+        files, saved_files
+            What to call the hashes of files, here and in the checkpoint: see `DataSource.files`.
+        """
+        changes = []
+        for name, value in asdict(self).items():
+            if saved.get(name) != value:
+                then, now = saved_files.get(name, repr(saved.get(name))), files.get(name, repr(value))
+                changes.append(f"{name}: {then} in the checkpoint, {now if then != now else 'of other content'} now")
         if changes:
             raise ConfigError(
                 f"The data of this run differ from those of {where}:\n  " + "\n  ".join(changes) + "\n"

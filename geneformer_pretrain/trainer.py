@@ -3,12 +3,12 @@
 import hashlib
 import os
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,7 +22,7 @@ from .data.batch import Batch, PackedBatch, build_batches
 from .data.source import open_training_data, open_validation_data
 from .data.stream import PackStream
 from .distributed import World
-from .export import export_model
+from .export import gather_weights, write_model
 from .folders import writing_to
 from .metrics import MetricsLog
 from .optimizer import build_optimizer, learning_rate, update
@@ -34,6 +34,8 @@ from .run_record import CellLog, identity_of_rank, write_run_record
 from .state import Progress, accumulation_steps, named_tensors, require_same_model, spread_optimizer_step
 from .stopping import StopSignals
 from .watchdog import Watchdog
+
+T = TypeVar("T")
 
 FP8_PREFIX = "fp8."
 """Of the names of FP8 scaling factors in a checkpoint. A run may go on in another precision: they are optional."""
@@ -95,7 +97,7 @@ class Trainer:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself only with it
             torch.use_deterministic_algorithms(True)
 
-        ranks = Ranks(timeout=timedelta(minutes=30))
+        self.ranks = ranks = Ranks(timeout=timedelta(minutes=30))
         ranks.agree_on(identity_of_rank(config), ConfigError)
         check_machine(config, world.device)
         on_gpu = world.device.type == "cuda"
@@ -113,8 +115,8 @@ class Trainer:
         self.forward_context = forward_context(config)
         self.optimizer = build_optimizer(self.engine.model, training)
 
-        if world.is_main and not training.resume_from_checkpoint:
-            move_aside(self.folder)
+        if not training.resume_from_checkpoint:
+            self._write(lambda: move_aside(self.folder) if world.is_main else None)
         self.store = CheckpointStore(self.folder, keep_last_n=training.keep_last_n)
         self.progress = Progress(packs_per_step=training.gradient_accumulation_steps * world.size)
         self._resume()
@@ -146,7 +148,7 @@ class Trainer:
             self.say("The data changed: going on from the start of a new epoch.")
             progress.epoch, progress.epoch_first_pack = progress.epoch + 1, progress.next_pack
         else:
-            self.data.identity.require_same(state["data"], str(path))
+            self.data.identity.require_same(state["data"], str(path), self.data.files, state.get("files", {}))
         tensors = self._tensors()
         self.store.load(path, tensors, optional=FP8_PREFIX)
         spread_optimizer_step(self.optimizer, tensors["optimizer.step"])
@@ -188,8 +190,8 @@ class Trainer:
         elif progress.step == training.num_train_steps:
             self.say(f"This run is complete: {progress.step} of {training.num_train_steps} steps are done.")
         else:
-            with self._writing():
-                changes = write_run_record(self.config, self.folder, progress.step) if self.world.is_main else []
+            is_main = self.world.is_main
+            changes = self._write(lambda: write_run_record(self.config, self.folder, progress.step) if is_main else [])
             if changes:
                 self.say("\n  ".join(["Changed since the last start:", *changes]))
             with ExitStack() as stack:
@@ -199,8 +201,9 @@ class Trainer:
             self.say(f"Stopped by a signal after step {progress.step}; start again to go on from there.")
             return False
         self.say("Exporting the model.")
-        with self._writing():
-            export_model(self.engine, self.config.model, self.folder / "final_model", self.world.is_main)
+        weights = gather_weights(self.engine, self.world.is_main)
+        final_model = self.folder / "final_model"
+        self._write(lambda: write_model(weights, self.config.model, final_model) if self.world.is_main else None)
         self.say(describe_end(self))
         return True
 
@@ -209,11 +212,7 @@ class Trainer:
         training, progress, world = self.config.training, self.progress, self.world
         self.signals = stack.enter_context(StopSignals())
         loader = stack.enter_context(self.data.loader(self.stream, progress, world.rank, world.size))
-        with self._writing():
-            self.metrics = stack.enter_context(MetricsLog(self.folder, progress.step, self.config, world.is_main))
-            self.cell_log = (
-                stack.enter_context(CellLog(self.folder, world, progress.step)) if training.log_cell_ids else None
-            )
+        self._write(lambda: self._open_logs(stack))
         stack.enter_context(self.watchdog)
         self.clock = time.perf_counter()
         while progress.step < training.num_train_steps:
@@ -229,8 +228,29 @@ class Trainer:
             if self.stop_agreed:
                 return
 
-    def _writing(self) -> AbstractContextManager[None]:
-        return writing_to(self.folder, "training.checkpoint_dir")
+    def _open_logs(self, stack: ExitStack) -> None:
+        first_step, world = self.progress.step, self.world
+        self.metrics = stack.enter_context(MetricsLog(self.folder, first_step, self.config, world.is_main))
+        is_wanted = self.config.training.log_cell_ids
+        self.cell_log = stack.enter_context(CellLog(self.folder, world, first_step)) if is_wanted else None
+
+    def _write(self, action: Callable[[], T]) -> T:
+        """Run what writes to the checkpoint folder, on all ranks, and return what it gives on rank 0.
+
+        Raises
+        ------
+        TrainingError
+            On every rank, if any of them cannot write, with its reason.
+        """
+
+        def write() -> T:
+            try:
+                with writing_to(self.folder, "training.checkpoint_dir"):
+                    return action()
+            except (ConfigError, OSError) as error:
+                raise TrainingError(str(error)) from error
+
+        return self.ranks.together(write, TrainingError)[0]
 
     def _due(self, interval: int, is_last: bool) -> bool:
         return is_last or (interval > 0 and self.progress.step % interval == 0)
@@ -428,6 +448,7 @@ class Trainer:
         state = {
             "progress": asdict(progress),
             "data": asdict(self.data.identity),
+            "files": self.data.files,
             "model": architecture(self.config.model),
         }
         blocking = final or not self.config.training.async_save

@@ -212,7 +212,8 @@ def _require_free_space(sources: Sequence[_ParquetSource], cache_dir: Path) -> N
     need = sum(2 * source.tokens + 4 * source.rows for source in sources)
     free = shutil.disk_usage(cache_dir).free
     if need > free:
-        reason = f"the corpus cache needs {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free"
+        needed, left = (tqdm.format_sizeof(size, "B") for size in (need, free))
+        reason = f"the corpus cache needs {needed} and {left} are free"
         raise OSError(errno.ENOSPC, reason, str(cache_dir))
 
 

@@ -376,8 +376,8 @@ class BatchBuilder:
     def _refuse_token(self, cell: int, position: int, token: int) -> None:
         raise ValueError(
             f"{self.corpus.describe_cell(cell)}: token {token} at position {position} is outside the "
-            f"vocabulary [0, {self.rule.vocab_size}); correct the data, or set model.vocab_size to the size "
-            "of the vocabulary that it was made with"
+            f"vocabulary [0, {self.rule.vocab_size}); correct the data, or set data.vocab_path to the vocabulary "
+            "that it was made with and model.vocab_size to its size"
         )
 
 

@@ -162,8 +162,8 @@ def _open_parquet(files: list[Path], cache_dir: Path, vocab_size: int | None, sh
     if vocab_size is not None and manifest.max_token >= vocab_size:
         raise ValueError(
             f"{manifest.max_token_path}, row {manifest.max_token_row}: token {manifest.max_token} is outside "
-            f"the vocabulary of {vocab_size}; set model.vocab_size to at least {manifest.max_token + 1} or "
-            "tokenize the cells with this vocabulary"
+            f"the vocabulary of {vocab_size}; set data.vocab_path to the vocabulary that the cells were made with and "
+            f"model.vocab_size to its size (at least {manifest.max_token + 1}), or tokenize the cells again"
         )
     advice = f"delete the folder {folder} and start again"
     corpus = _assemble([_map_stream(folder / DATA_FILE, advice)], manifest.sources, manifest.tokens_hash)

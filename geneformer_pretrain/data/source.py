@@ -1,5 +1,6 @@
 """From the configuration to the data of a run: corpus, vocabulary, shape, and who they are."""
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,15 @@ class DataSource:
             vocab_size=model.vocab_size,
             planner_version=PLANNER_VERSION,
         )
+
+    @property
+    def files(self) -> dict[str, str]:
+        """For people, what the identity has hashes of: path and size of the corpus, path of the vocabulary."""
+        data, corpus = self.config.data, self.corpus
+        files = {"corpus": f"{os.path.abspath(data.path)} ({corpus.num_cells:,} cells, {corpus.num_tokens:,} tokens)"}
+        if data.vocab_path is not None:
+            files["vocabulary"] = os.path.abspath(data.vocab_path)
+        return files
 
     def _masking(self) -> dict[str, Any]:
         model, data = self.config.model, self.config.data

@@ -1,6 +1,7 @@
 """A start in the folder of an earlier run: what is refused, what is kept, and what is moved aside."""
 
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 import train
 from geneformer_pretrain.checkpoint import CheckpointError
 from geneformer_pretrain.config import ConfigError
+from geneformer_pretrain.data.source import open_training_data
 from tests.tiny import (
     make_cells,
     one_cpu_thread,  # noqa: F401 - an automatic fixture
@@ -97,22 +99,43 @@ def test_failed_start_moves_nothing_aside(tmp_path: Path) -> None:
         ("training.seed=1", "seed: 0 in the checkpoint, 1 now"),
         ("model.micro_batch_size=8", "micro_batch_size: 4 in the checkpoint, 8 now"),
         ("training.mlm_probability=0.3", "mlm_probability: 0.15 in the checkpoint, 0.3 now"),
-        ("data.path={folder}/other.parquet", "corpus: "),
-        ("data.vocab_path={folder}/vocab.txt", "vocabulary: None in the checkpoint"),
+        (
+            "data.path={folder}/other.parquet",
+            "corpus: {folder}/cells.parquet (60 cells, {tokens} tokens) in the checkpoint, "
+            "{folder}/other.parquet (50 cells, {other_tokens} tokens) now",
+        ),
+        ("data.vocab_path={folder}/vocab.txt", "vocabulary: None in the checkpoint, {folder}/vocab.txt now"),
     ],
 )
 def test_changed_data_are_refused_unless_accepted(tmp_path: Path, change: str, shown: str) -> None:
-    write_parquet(tmp_path / "other.parquet", make_cells(60, seed=5))
+    cells, other = make_cells(60), make_cells(50, seed=5)
+    write_parquet(tmp_path / "other.parquet", other)
     genes = [f"gene_{i}" for i in range(2, 101)]
     (tmp_path / "vocab.txt").write_text("\n".join(["<pad>", "<mask>", *genes]) + "\n")
     assert train.run(tiny_config(tmp_path, "training.log_cell_ids=true")) == 0
     changed = [change.format(folder=tmp_path), "training.num_train_steps=4", "training.log_cell_ids=true"]
     with pytest.raises(ConfigError, match="step_2") as error:
         train.run(tiny_config(tmp_path, *changed))
-    assert shown in str(error.value)
+    counts = {"tokens": f"{sum(map(len, cells)):,}", "other_tokens": f"{sum(map(len, other)):,}"}
+    assert shown.format(folder=tmp_path, **counts) in str(error.value)
     assert "training.accept_changed_data=true" in str(error.value)
     assert (tmp_path / "run/step_2").is_dir()
 
     assert train.run(tiny_config(tmp_path, *changed, "training.accept_changed_data=true")) == 0
     packs = read_cells(tmp_path / "run")
     assert [(step, epoch) for step, epoch, _ in packs.values()] == [(1, 0), (2, 0), (3, 1), (4, 1)]
+
+
+def test_other_content_under_the_same_name_is_told(tmp_path: Path) -> None:
+    assert train.run(tiny_config(tmp_path)) == 0
+    write_parquet(tmp_path / "cells.parquet", [[cell[0], *cell[:0:-1]] for cell in make_cells(60)])
+    told = r"/cells\.parquet \(60 cells, [\d,]+ tokens\) in the checkpoint, of other content now"
+    with pytest.raises(ConfigError, match=told):
+        train.run(tiny_config(tmp_path, "training.num_train_steps=4"))
+
+
+def test_a_checkpoint_without_names_of_files_shows_hashes(tmp_path: Path) -> None:
+    identity = open_training_data(tiny_config(tmp_path), is_main=False, pin_memory=False).identity
+    saved = asdict(identity) | {"corpus": "ab12"}
+    with pytest.raises(ConfigError, match=r"corpus: 'ab12' in the checkpoint, cells\.parquet now"):
+        identity.require_same(saved, "step_2", {"corpus": "cells.parquet"}, {})

@@ -1,4 +1,4 @@
-"""Gradients that are not finite, skipped by all ranks, and saves that fail: survived, until there are too many."""
+"""Gradients that are not finite, skipped by all ranks; saves that fail; other files that cannot be written."""
 
 import errno
 from collections.abc import Sequence
@@ -152,3 +152,39 @@ def test_failed_last_save_is_an_error(tmp_path: Path, monkeypatch: pytest.Monkey
     fail_saves(monkeypatch, (9,))
     with pytest.raises(CheckpointSaveError, match="No space left on device"):
         train.run(saving_run(tmp_path, True))
+
+
+# --- other files that cannot be written -------------------------------------------------------------------
+
+
+def fail_to_write(rank: int, size: int, runs: Sequence[list[str]]) -> list[str]:
+    """Start each run on this rank; return the messages of the errors that end them."""
+    messages = []
+    for given in runs:
+        with pytest.raises(TrainingError) as error:
+            Trainer(load_config(overrides=given), World(rank, rank, size, torch.device("cpu"))).fit()
+        messages.append(str(error.value))
+    return messages
+
+
+def test_where_rank_0_cannot_write_all_ranks_stop(tmp_path: Path, run_workers: RunWorkers) -> None:
+    record, metrics, export, torn = (tmp_path / name for name in ("record", "metrics", "export", "torn"))
+    for folder in (record / "config.yaml.tmp", metrics / "metrics.jsonl"):
+        folder.mkdir(parents=True)
+    for file in (export / "final_model.tmp", torn / "metrics.jsonl"):
+        file.parent.mkdir()
+        file.write_text("{}\n")
+    given = overrides(tmp_path)
+    runs = [[*given, f"training.checkpoint_dir={folder}"] for folder in (record, metrics, export, torn)]
+    first, second = run_workers(fail_to_write, 2, runs)
+    assert first == second
+    cannot = "rank 0: training.checkpoint_dir: cannot write to"
+    reasons = [
+        f"{cannot} {record}/config.yaml.tmp (Is a directory)",
+        f"{cannot} {metrics}/metrics.jsonl (Is a directory)",
+        f"{cannot} {export}/final_model.tmp (File exists)",
+        f"rank 0: {torn}/metrics.jsonl, line 1: not a record of a step",
+    ]
+    for message, reason in zip(first, reasons, strict=True):
+        assert message.startswith(reason)
+        assert "rank 1" not in message

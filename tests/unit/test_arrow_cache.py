@@ -112,8 +112,8 @@ def test_source_that_changes_during_the_conversion(
 def test_full_disk(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_parquet(tmp_path / "cells.parquet", random_cells(50))
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))
-        with pytest.raises(OSError, match=r"^data\.cache_dir: .*cache needs 0\.0 GB and 0\.0 GB are free"):
+        patch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 0, 10))
+        with pytest.raises(OSError, match=r"^data\.cache_dir: .*cache needs \d\.\d\dkB and 10\.0B are free"):
             open_corpus(path, cache)
     monkeypatch.setattr(os, "fsync", lambda _: os.write(os.open("/dev/full", os.O_WRONLY), b"x"))
     with pytest.raises(OSError, match=r"^data\.cache_dir: .*No space left on device.*free space"):

@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from typing import Any
 import datasets
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra._internal.utils import get_args_parser
 
 import train
 from geneformer_pretrain import trainer
@@ -72,7 +74,7 @@ def failure(arguments: Sequence[str]) -> str:
         (["data.vocab_path=none.txt"], "data.vocab_path", "data.vocab_path=null"),
         (["data.path=none.parquet"], "data.path: none.parquet", "correct the path"),
         (["data.validation_path=none.parquet"], "data.validation_path: none.parquet", "no such file or folder"),
-        (["model.vocab_size=100"], "cells.parquet, row ", "set model.vocab_size to at least 101"),
+        (["model.vocab_size=100"], "cells.parquet, row ", "model.vocab_size to its size (at least 101)"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
 )
@@ -152,7 +154,7 @@ def test_errors_of_the_system_are_plain_messages(tmp_path: Path, monkeypatch: py
     assert message.endswith(f" (Not a directory). data.cache_dir {remedy}")
     message = failure(overrides(tmp_path, f"training.checkpoint_dir={file}"))
     cause = f"training.checkpoint_dir: cannot write to {file} (File exists). training.checkpoint_dir {remedy}"
-    assert message.endswith(f"OSError: {cause}")
+    assert message == f"Error: OSError: {cause}"
 
     with monkeypatch.context() as patch:
         patch.setattr(stream, "MIN_CELLS_ON_DISK", 1)
@@ -163,11 +165,13 @@ def test_errors_of_the_system_are_plain_messages(tmp_path: Path, monkeypatch: py
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", place)
 
-    monkeypatch.setattr(trainer, "export_model", full)
-    message = failure(overrides(tmp_path))
     cause = f"training.checkpoint_dir: cannot write to {place} (No space left on device)"
-    assert message == f"Error: {cause}. training.checkpoint_dir {remedy}"
-    assert cause in read_exit(tmp_path / "run")["error"]
+    for function in ("write_model", "move_aside"):
+        with monkeypatch.context() as patch:
+            patch.setattr(trainer, function, full)
+            message = failure(overrides(tmp_path, "training.resume_from_checkpoint=false"))
+        assert message == f"Error: {cause}. training.checkpoint_dir {remedy}"
+        assert cause in read_exit(tmp_path / "run")["error"]
 
 
 @pytest.fixture
@@ -299,13 +303,22 @@ def test_error_in_a_real_process(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["training.lerning_rate=1"], "training.lerning_rate: did you mean training.learning_rate?"),
-        (["-cn=106m", "data.pth=a=b.c"], "data.pth: did you mean data.path?"),
-        (["--config-name", "11m"], "'11m'; those in hydra_config/ are 106m, 10m, 4b, l0_sanity."),
+        (["-cn=106m", "data.pth=a.c"], "data.pth: did you mean data.path?"),
+        (["--config-name", "11m"], "'11m': did you mean 10m? hydra_config/ has 106m, 10m, 4b, l0_sanity."),
+        (["model=107m"], "Unknown model '107m': did you mean 10m or 106m? hydra_config/model/ has 106m, 10m, 4b."),
+        (["training.seed=1", "-cn", "10m", "sed=1"], "sed: did you mean training.seed?"),
         (["-m", "training.seed=1,2"], "--multirun is not supported"),
         (["--multi", "training.seed=1,2"], "--multirun is not supported"),
         (["learning_rate=1e-3"], "learning_rate: did you mean training.learning_rate?"),
         (["~training.sed"], "training.sed: did you mean training.seed?"),
-        (["data.path=~/cells"], "data.path=~/cells: Hydra does not take ~ for the home folder here"),
+        (["data.path=~/cells"], """for Hydra and for the shell: 'data.path="~/cells"'"""),
+        (["data.path=/a b=c.parquet"], """data.path=/a b=c.parquet: Hydra cannot read this value."""),
+        (["data.path=/a b=c.parquet"], """'data.path="/a b=c.parquet"'"""),
+        (["--config-dir", "mine", "new=a(1)"], """'new="a(1)"'"""),
+        (["training.wandb_init_args={a: 1"], "See that quotes and brackets are closed"),
+        (["data.path=/a", "b=c.parquet"], "key b: is it part of a value with a space? Quote that"),
+        (["data.path=/a", "b/c.parquet"], "b/c.parquet is not KEY=VALUE: is it part of a value with a space?"),
+        (["data.path=/a", "b/c=d"], "key b/c: is it part of a value with a space?"),
     ],
 )
 def test_what_hydra_would_refuse_without_advice(arguments: list[str], message: str) -> None:
@@ -318,17 +331,28 @@ def test_arguments_that_are_left_to_hydra() -> None:
         ["--config-dir", "mine", "--config-name", "mine", "training.new=1"],
         ["model=106m", "+training.wandb_init_args.tags.x=1", "hydra.verbose=true", "--cfg", "job"],
         ["--config-name=4b.yaml", "~data.vocab_path", "data.path='~/cells'"],
-        ["-c", "job", "-cn", "10m", "hydra/job_logging=disabled", "data.path=a=b"],
+        ["-c", "job", "-cn", "10m", "hydra/job_logging=disabled", """data.path="a=b c's (1)\""""],
     ):
-        train.check_arguments(arguments)
+        given = get_args_parser().parse_args(train.check_arguments(arguments))
+        assert given == get_args_parser().parse_args(arguments)
+
+
+@pytest.mark.parametrize("value", ["a=b", "~/cells", "it's", 'a"b=c', "/a b=c(1)[2].parquet"])
+def test_the_quotes_that_hydra_is_said_to_need_are_right(value: str) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        train.check_arguments([f"data.path={value}"])
+    (advised,) = shlex.split(str(stopped.value.code).partition("for the shell: ")[2])
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        assert compose("l0_sanity", overrides=[advised]).data.path == value
 
 
 def test_showing_the_configuration_runs_nothing(tmp_path: Path) -> None:
     target = tmp_path / "run"
-    ended = python("train.py", "--config-name", "106m", "--cfg", "job", f"training.checkpoint_dir={target}")
+    given = ["training.learning_rate=0.5", "--config-name", "106m", f"training.checkpoint_dir={target}", "--cfg", "job"]
+    ended = python("train.py", *given)
     assert ended.returncode == 0
     assert "hydra" not in ended.stdout
-    for line in ("hidden_size: 768", "learning_rate: 0.0001", f"checkpoint_dir: {target}"):
+    for line in ("hidden_size: 768", "learning_rate: 0.5", f"checkpoint_dir: {target}"):
         assert line in ended.stdout
     assert not target.exists()
 

@@ -135,7 +135,7 @@ def test_mistakes_are_named(override, message):
 
 
 def test_an_unknown_configuration_is_named_with_those_there_are():
-    with pytest.raises(ConfigError, match=r"Unknown configuration '11m'.* are 106m, 10m, 4b, l0_sanity"):
+    with pytest.raises(ConfigError, match=r"Unknown configuration '11m'.* has 106m, 10m, 4b, l0_sanity"):
         load_config("11m")
 
 

@@ -111,7 +111,7 @@ def test_token_outside_the_vocabulary(tmp_path: Path, cache: Path) -> None:
     write_parquet(tmp_path / "c.parquet", [[41], [9]])
     assert open_corpus(tmp_path, cache, vocab_size=42).num_cells == 8
     for _ in range(2):  # the second time from the cache
-        with pytest.raises(ValueError, match=r"b\.parquet, row 2: token 41 .* vocabulary of 41.* at least 42"):
+        with pytest.raises(ValueError, match=r"b\.parquet, row 2: token 41 .* of 41; .*data\.vocab_path .*at least 42"):
             open_corpus(tmp_path, cache, vocab_size=41)
 
 
