@@ -382,7 +382,8 @@ class Config:
         )
         require(
             not self.training.use_fp8 or self.model.use_te_layers,
-            "training.use_fp8=True needs model.use_te_layers=True: FP8 runs through Transformer Engine.",
+            "training.use_fp8=True needs model.use_te_layers=True: FP8 runs through Transformer Engine. Or set "
+            "training.use_fp8=False for BF16.",
         )
         require(
             not (self.training.compile and not self.data.packing),

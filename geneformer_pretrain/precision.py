@@ -26,22 +26,22 @@ def check_machine(config: Config, device: torch.device) -> None:
         Naming the key and the remedy.
     """
     on_gpu = device.type == "cuda"
-    if config.training.use_fp8:
-        remedy = "set training.use_fp8=False for BF16."
-        require(on_gpu, f"training.use_fp8=True needs a CUDA GPU, and none is visible here; {remedy}")
-        capability = torch.cuda.get_device_capability(device)
-        require(
-            capability >= FP8_CAPABILITY,
-            f"training.use_fp8=True needs compute capability 8.9 or higher; {torch.cuda.get_device_name(device)} "
-            f"has {capability[0]}.{capability[1]}; {remedy}",
-        )
+    fp8 = config.training.use_fp8
     if config.model.use_te_layers:
-        remedy = "set model.use_te_layers=False for PyTorch layers, the same mathematics."
+        keys = "training.use_fp8=False and model.use_te_layers=False" if fp8 else "model.use_te_layers=False"
+        remedy = f"set {keys} for PyTorch layers, the same mathematics."
         require(
             find_spec("transformer_engine") is not None,
             f"model.use_te_layers=True needs Transformer Engine, which is not installed; install it, or {remedy}",
         )
         require(on_gpu, f"model.use_te_layers=True needs a CUDA GPU, and none is visible here; {remedy}")
+    if fp8:
+        capability = torch.cuda.get_device_capability(device)
+        require(
+            capability >= FP8_CAPABILITY,
+            f"training.use_fp8=True needs compute capability 8.9 or higher; {torch.cuda.get_device_name(device)} "
+            f"has {capability[0]}.{capability[1]}; set training.use_fp8=False for BF16.",
+        )
     if config.training.use_nvfsdp:
         remedy = "set training.use_nvfsdp=False for DDP, or training.use_fsdp2=True to shard with FSDP2."
         require(on_gpu, f"training.use_nvfsdp=True needs CUDA GPUs, and none is visible here; {remedy}")

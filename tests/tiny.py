@@ -67,6 +67,7 @@ def overrides(folder: Path, *more: str, num_cells: int = 60) -> list[str]:
         write_parquet(corpus, make_cells(num_cells))
     return [
         *MODEL,
+        "training.use_fp8=false",
         "training.num_train_steps=2",
         "training.warmup_steps=0",
         "training.num_workers=1",

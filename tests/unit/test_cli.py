@@ -64,8 +64,8 @@ def failure(arguments: Sequence[str]) -> str:
         (["model.use_te_layers=true"], "model.use_te_layers=True", "model.use_te_layers=False"),
         (
             ["model.use_te_layers=true", "training.use_fp8=true"],
-            "training.use_fp8=True",
-            "training.use_fp8=False",
+            "model.use_te_layers=True",
+            "training.use_fp8=False and model.use_te_layers=False",
         ),
         (["training.use_nvfsdp=true"], "training.use_nvfsdp=True", "training.use_fsdp2=True"),
         (["training.use_fp8=true"], "training.use_fp8=True", "model.use_te_layers=True"),

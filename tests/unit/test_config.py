@@ -57,7 +57,7 @@ def test_architectures(name, layers, hidden, feed_forward, heads):
         0.02,
     )
     assert (model.layer_norm_eps, model.initializer_range, model.pad_token_id) == (1e-12, 0.02, 0)
-    assert model.use_te_layers == (name == "4b")
+    assert (model.use_te_layers, load_config(name).training.use_fp8) == (name == "4b", name == "4b")
 
 
 def test_contract_defaults():
@@ -172,9 +172,7 @@ def on_gpu(monkeypatch, capability, te=True):
 
 
 def test_fp8_needs_a_capable_gpu(monkeypatch):
-    config = load_config("4b", ["training.use_fp8=true"])
-    with pytest.raises(ConfigError, match=r"training\.use_fp8=True needs a CUDA GPU.*use_fp8=False"):
-        check_machine(config, torch.device("cpu"))
+    config = load_config("4b")
     with pytest.raises(ConfigError, match=r"use_fp8=True needs compute capability 8\.9.*Some GPU has 8\.0"):
         check_machine(config, on_gpu(monkeypatch, (8, 0)))
     check_machine(config, on_gpu(monkeypatch, (8, 9)))
@@ -185,10 +183,13 @@ def test_te_layers_need_transformer_engine_and_a_gpu(monkeypatch):
     config = load_config("4b")
     gpu = on_gpu(monkeypatch, (9, 0), te=False)
     for device in (gpu, torch.device("cpu")):
-        with pytest.raises(ConfigError, match=r"model\.use_te_layers=True.*not installed.*use_te_layers=False"):
+        with pytest.raises(ConfigError, match=r"not installed.*set training\.use_fp8=False and model\.use_te_layers=False"):
             check_machine(config, device)
     on_gpu(monkeypatch, (9, 0))
-    with pytest.raises(ConfigError, match=r"model\.use_te_layers=True needs a CUDA GPU.*use_te_layers=False"):
+    in_bf16 = load_config("4b", ["training.use_fp8=false"])
+    with pytest.raises(ConfigError, match=r"model\.use_te_layers=True needs a CUDA GPU.*set model\.use_te_layers=False"):
+        check_machine(in_bf16, torch.device("cpu"))
+    with pytest.raises(ConfigError, match=r"needs a CUDA GPU.*use_fp8=False and model\.use_te_layers=False"):
         check_machine(config, torch.device("cpu"))
     check_machine(config, gpu)
     check_machine(load_config("10m"), torch.device("cpu"))

@@ -8,7 +8,7 @@ from geneformer_pretrain.memory import estimate_peak
 GIB = 2**30
 PARAMETERS = {"10m": 10_346_322, "106m": 106_779_730, "4b": 2_910_000_000}
 FP8 = ("model.use_te_layers=true", "training.use_fp8=true")
-PYTORCH = ("model.use_te_layers=false",)
+PYTORCH = ("model.use_te_layers=false", "training.use_fp8=false")
 
 
 def estimate(name, *overrides, world_size=1):
