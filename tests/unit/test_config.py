@@ -183,11 +183,15 @@ def test_te_layers_need_transformer_engine_and_a_gpu(monkeypatch):
     config = load_config("4b")
     gpu = on_gpu(monkeypatch, (9, 0), te=False)
     for device in (gpu, torch.device("cpu")):
-        with pytest.raises(ConfigError, match=r"not installed.*set training\.use_fp8=False and model\.use_te_layers=False"):
+        with pytest.raises(
+            ConfigError, match=r"not installed.*set training\.use_fp8=False and model\.use_te_layers=False"
+        ):
             check_machine(config, device)
     on_gpu(monkeypatch, (9, 0))
     in_bf16 = load_config("4b", ["training.use_fp8=false"])
-    with pytest.raises(ConfigError, match=r"model\.use_te_layers=True needs a CUDA GPU.*set model\.use_te_layers=False"):
+    with pytest.raises(
+        ConfigError, match=r"model\.use_te_layers=True needs a CUDA GPU.*set model\.use_te_layers=False"
+    ):
         check_machine(in_bf16, torch.device("cpu"))
     with pytest.raises(ConfigError, match=r"needs a CUDA GPU.*use_fp8=False and model\.use_te_layers=False"):
         check_machine(config, torch.device("cpu"))
