@@ -101,7 +101,10 @@ def _drop(weights, a, rotated, b, threshold):
 
 @triton.jit
 def _grad_of_scores(weights, grad_weights, minus_delta, a, rotated, b, threshold):
-    """weights * (grad_weights, or zero where a weight is dropped, - delta): two instructions after the comparison."""
+    """Gradient of scores: weights * (grad_weights - delta), where a weight is dropped weights * (0 - delta).
+
+    In PTX for the reason given above, and because a multiply-add under a predicate needs no selection.
+    """
     return tl.inline_asm_elementwise(
         """{
         .reg .pred kept;
@@ -278,8 +281,8 @@ def _backward_keys(
 
 @triton.jit
 def _backward_queries_step(
-    q, do, kv_rows, column, first, end, key_column, b_pointer, a, rotated, row_lse, minus_delta, grad_q, scale, threshold,
-    WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr,
+    q, do, kv_rows, column, first, end, key_column, b_pointer, a, rotated, row_lse, minus_delta, grad_q, scale,
+    threshold, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     k = kv_rows.load([first, WIDTH + column])
     v = kv_rows.load([first, 2 * WIDTH + column])
@@ -325,13 +328,13 @@ def _backward_queries(
     whole = (end - start) // BLOCK_N * BLOCK_N
     for offset in tl.range(0, whole, BLOCK_N):
         grad_q = _backward_queries_step(
-            q, do, kv_rows, column, start + offset, end, padded + offset, keys, a, rotated, row_lse, minus_delta, grad_q,
-            scale, threshold, width, BLOCK_N, False, DROPOUT,
+            q, do, kv_rows, column, start + offset, end, padded + offset, keys, a, rotated, row_lse, minus_delta,
+            grad_q, scale, threshold, width, BLOCK_N, False, DROPOUT,
         )  # fmt: skip
     if whole < end - start:
         grad_q = _backward_queries_step(
-            q, do, kv_rows, column, start + whole, end, padded + whole, keys, a, rotated, row_lse, minus_delta, grad_q,
-            scale, threshold, width, BLOCK_N, True, DROPOUT,
+            q, do, kv_rows, column, start + whole, end, padded + whole, keys, a, rotated, row_lse, minus_delta,
+            grad_q, scale, threshold, width, BLOCK_N, True, DROPOUT,
         )  # fmt: skip
     where = grad_qkv + rows[:, None] * (3 * width) + column + tl.arange(0, D)[None, :]
     tl.store(where, (grad_q * grad_scale).to(grad_qkv.dtype.element_ty), mask=(rows < end)[:, None])
