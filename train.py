@@ -76,7 +76,8 @@ def check_arguments(arguments: list[str]) -> list[str]:
             check_names(given.config_name or "l0_sanity", given.overrides)
     except ConfigError as error:
         sys.exit(f"Error: {error}")
-    return given.overrides + [argument for argument in arguments if argument not in given.overrides]
+    taken = {id(override) for override in given.overrides}  # An option may have a value that reads the same.
+    return given.overrides + [argument for argument in arguments if id(argument) not in taken and argument != "--"]
 
 
 if __name__ == "__main__":

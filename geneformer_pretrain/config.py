@@ -9,6 +9,7 @@ import math
 import os
 import re
 import shlex
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from enum import StrEnum
@@ -407,7 +408,9 @@ def all_keys() -> list[str]:
     return [f"{name}.{field.name}" for name, group in groups for field in fields(group)]
 
 
-IS_PART = """is it part of a value with a space? Quote that for the shell and for Hydra: 'KEY="VALUE"'. """
+IS_PART = """is it part of a value with a space? Quote that for the shell and for Hydra: 'KEY="VALUE"'."""
+CONFIGURATIONS, MODELS = (CONFIG_DIR, "defaults"), (CONFIG_DIR / "model", "geneformer_v1")
+"""Folders with a file for each choice, and the file that the others share."""
 
 
 def read_overrides(overrides: list[str]) -> list[Override]:
@@ -416,23 +419,43 @@ def read_overrides(overrides: list[str]) -> list[Override]:
     Raises
     ------
     ConfigError
-        What Hydra cannot read, with the quotes that it needs: Hydra's own error has no advice.
+        What Hydra cannot read, with the quotes that it needs: Hydra's own error has no advice. Several values at once.
     """
     parser = OverridesParser.create()
     read = []
-    for override in overrides:
+    for text in overrides:
         try:
-            read.append(parser.parse_override(override))
+            override = parser.parse_override(text)
         except HydraException as error:
-            key, is_pair, value = override.partition("=")
-            require(bool(is_pair), f"{override} is not KEY=VALUE: {IS_PART}".rstrip())
-            text = value.replace('"', r"\"")
-            quoted = shlex.quote(f'{key}="{text}"')
-            raise ConfigError(
-                f"{override}: Hydra cannot read this value. See that quotes and brackets are closed; text with =, ~ or "
-                f"other special characters needs quotes, for Hydra and for the shell: {quoted}"
-            ) from error
+            raise ConfigError(_advice(text)) from error
+        require(
+            not override.is_sweep_override(),
+            f"{text}: these are several values, for several runs; start one run a command. A text with commas needs "
+            f"quotes, for Hydra and for the shell: {_quoted(text)}",
+        )
+        read.append(override)
     return read
+
+
+def _advice(text: str) -> str:
+    """What to say of what Hydra cannot read."""
+    _, is_pair, value = text.partition("=")
+    if not is_pair:
+        meant = f"did you mean --config-name {text}?" if text in _choices(*CONFIGURATIONS) else IS_PART
+        return f"{text!r} is not KEY=VALUE: {meant}"
+    advice = f"{text}: Hydra cannot read this. See that the key is a name and that quotes and brackets are closed"
+    with suppress(HydraException):
+        OverridesParser.create().parse_override(shlex.split(_quoted(text))[0])
+        if not value.startswith(("{", "[", "'", '"')) and "${" not in value:
+            advice += "; text with =, ~ or other special characters needs quotes, for Hydra and for the shell: "
+            advice += _quoted(text)
+    return advice
+
+
+def _quoted(text: str) -> str:
+    key, _, value = text.partition("=")
+    value = value.replace('"', r"\"")
+    return shlex.quote(f'{key}="{value}"')
 
 
 def check_names(config_name: str, overrides: list[str]) -> None:
@@ -443,26 +466,33 @@ def check_names(config_name: str, overrides: list[str]) -> None:
     ConfigError
         Naming what is unknown, and what may have been meant.
     """
-    _check_choice("configuration", config_name, CONFIG_DIR, shared="defaults")
+    read = read_overrides(overrides)
+    if any(override.key_or_group == "hydra.searchpath" for override in read):
+        return  # Other configurations may be there, and keys for them to use.
+    _check_choice("configuration", config_name, *CONFIGURATIONS)
     groups = {group.name for group in fields(Config)}
     known = {*all_keys(), *groups}
-    for override in read_overrides(overrides):
-        key = override.key_or_group
+    for override in read:
+        key, value = override.key_or_group, override.value()
         root = re.split("[./]", key)[0]
         if root != "hydra" and ".".join(key.split(".")[:2]) not in known:
-            raise unknown_key(key, otherwise="" if root in groups else IS_PART)
-        value = override.value()
-        if key == "model" and isinstance(value, str):
-            _check_choice("model", value, CONFIG_DIR / "model", shared="geneformer_v1")
+            raise unknown_key(key, otherwise="" if root in groups else f"{IS_PART} ")
+        if key == "model" and isinstance(value, str) and "${" not in value:
+            _check_choice("model", value, *MODELS)
+
+
+def _choices(folder: Path, shared: str) -> list[str]:
+    """Names of a folder's YAML files, other than the one that the others share."""
+    return sorted({path.stem for path in folder.glob("*.yaml")} - {shared})
 
 
 def _check_choice(kind: str, name: str, folder: Path, shared: str) -> None:
-    """Check that a folder has the YAML file `name`, other than the one that the others share."""
-    names = sorted({path.stem for path in folder.glob("*.yaml")} - {shared})
+    names = _choices(folder, shared)
     meant = " or ".join(get_close_matches(name, names, 2))
     suggestion = f"did you mean {meant}? " if meant else ""
     choice = f"{folder.relative_to(CONFIG_DIR.parent)}/ has {', '.join(names)}."
-    require(name.removesuffix(".yaml") in names, f"Unknown {kind} {name!r}: {suggestion}{choice}")
+    plain = name.removesuffix(".yaml")
+    require(plain != shared and (folder / f"{plain}.yaml").is_file(), f"Unknown {kind} {name!r}: {suggestion}{choice}")
 
 
 def resolve(composed: DictConfig) -> Config:

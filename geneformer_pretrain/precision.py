@@ -29,7 +29,7 @@ def check_machine(config: Config, device: torch.device) -> None:
     fp8 = config.training.use_fp8
     if config.model.use_te_layers:
         keys = "training.use_fp8=False and model.use_te_layers=False" if fp8 else "model.use_te_layers=False"
-        remedy = f"set {keys} for PyTorch layers, the same mathematics."
+        remedy = f"set {keys} for PyTorch layers in BF16 or FP32, the same mathematics."
         require(
             find_spec("transformer_engine") is not None,
             f"model.use_te_layers=True needs Transformer Engine, which is not installed; install it, or {remedy}",

@@ -131,14 +131,15 @@ class Ranks:
 def reason_of(error: BaseException) -> str:
     """One line for an error, its root first: torch hides "no space left" behind a stream's complaint.
 
-    A cause whose words the rest of the line has already is left out.
+    A cause whose words the rest of the line has already, and its file, is left out.
     """
     line = ""
     current: BaseException | None = error
     while current is not None:
         words = current.strerror if isinstance(current, OSError) and current.strerror else str(current)
         words = words.strip().partition("\n")[0]
-        if not words or words not in line:
+        file = current.filename if isinstance(current, OSError) else None
+        if not words or words not in line or (file is not None and str(file) not in line):
             text = f"{type(current).__name__}: {current}".splitlines()[0]
             line = f"{text} -> {line}" if line else text
         current = current.__cause__ or current.__context__

@@ -24,10 +24,6 @@ EXIT_FILE, EARLIER_EXIT_FILE = "exit.json", ".earlier_exit.json"
 """What the last start ended with; out of sight while there is another one, which may still move it aside."""
 
 
-class FolderInUseError(RuntimeError):
-    """Another run holds the checkpoint folder."""
-
-
 @contextmanager
 def hold_folder(folder: Path) -> Iterator[None]:
     """Hold a checkpoint folder for this run; collective.
@@ -39,8 +35,15 @@ def hold_folder(folder: Path) -> Iterator[None]:
     CheckpointError
         On every rank, if another run holds it, naming that run's host and process, or if it cannot be written to.
     """
+
+    def start() -> None:
+        try:
+            stack.enter_context(_start_in(folder))
+        except OSError as error:
+            raise CheckpointError(str(error)) from error
+
     with ExitStack() as stack:
-        Ranks(timedelta(minutes=10)).on_first(lambda: stack.enter_context(_start_in(folder)), CheckpointError)
+        Ranks(timedelta(minutes=10)).on_first(start, CheckpointError)
         yield
 
 
@@ -98,7 +101,7 @@ def _open_locked(path: Path) -> int:
         if is_held:
             holder = os.pread(descriptor, 4096, 0)
             os.close(descriptor)
-            raise FolderInUseError(_describe(path.parent, holder))
+            raise CheckpointError(_describe(path.parent, holder))
         # The holder before may have removed the file after it was opened here; then others lock a new one.
         with suppress(FileNotFoundError):
             if os.path.samestat(os.stat(path), os.fstat(descriptor)):

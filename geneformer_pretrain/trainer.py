@@ -1,6 +1,7 @@
 """The training run: build, resume, train, validate, save, export."""
 
 import hashlib
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -8,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -34,6 +35,8 @@ from .run_record import CellLog, identity_of_rank, write_run_record
 from .state import Progress, accumulation_steps, named_tensors, require_same_model, spread_optimizer_step
 from .stopping import StopSignals
 from .watchdog import Watchdog
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -116,7 +119,7 @@ class Trainer:
         self.optimizer = build_optimizer(self.engine.model, training)
 
         if not training.resume_from_checkpoint:
-            self._write(lambda: move_aside(self.folder) if world.is_main else None)
+            self._write(lambda: move_aside(self.folder))
         self.store = CheckpointStore(self.folder, keep_last_n=training.keep_last_n)
         self.progress = Progress(packs_per_step=training.gradient_accumulation_steps * world.size)
         self._resume()
@@ -148,7 +151,7 @@ class Trainer:
             self.say("The data changed: going on from the start of a new epoch.")
             progress.epoch, progress.epoch_first_pack = progress.epoch + 1, progress.next_pack
         else:
-            self.data.identity.require_same(state["data"], str(path), self.data.files, state.get("files", {}))
+            self.data.identity.require_same(state["data"], str(path), self.data.files, state.get("data_files", {}))
         tensors = self._tensors()
         self.store.load(path, tensors, optional=FP8_PREFIX)
         spread_optimizer_step(self.optimizer, tensors["optimizer.step"])
@@ -190,8 +193,7 @@ class Trainer:
         elif progress.step == training.num_train_steps:
             self.say(f"This run is complete: {progress.step} of {training.num_train_steps} steps are done.")
         else:
-            is_main = self.world.is_main
-            changes = self._write(lambda: write_run_record(self.config, self.folder, progress.step) if is_main else [])
+            changes = self._write(lambda: write_run_record(self.config, self.folder, progress.step))
             if changes:
                 self.say("\n  ".join(["Changed since the last start:", *changes]))
             with ExitStack() as stack:
@@ -203,7 +205,7 @@ class Trainer:
         self.say("Exporting the model.")
         weights = gather_weights(self.engine, self.world.is_main)
         final_model = self.folder / "final_model"
-        self._write(lambda: write_model(weights, self.config.model, final_model) if self.world.is_main else None)
+        self._write(lambda: write_model(weights, self.config.model, final_model))
         self.say(describe_end(self))
         return True
 
@@ -212,7 +214,7 @@ class Trainer:
         training, progress, world = self.config.training, self.progress, self.world
         self.signals = stack.enter_context(StopSignals())
         loader = stack.enter_context(self.data.loader(self.stream, progress, world.rank, world.size))
-        self._write(lambda: self._open_logs(stack))
+        self._write(lambda: self._open_logs(stack), on_all_ranks=True)
         stack.enter_context(self.watchdog)
         self.clock = time.perf_counter()
         while progress.step < training.num_train_steps:
@@ -234,8 +236,8 @@ class Trainer:
         is_wanted = self.config.training.log_cell_ids
         self.cell_log = stack.enter_context(CellLog(self.folder, world, first_step)) if is_wanted else None
 
-    def _write(self, action: Callable[[], T]) -> T:
-        """Run what writes to the checkpoint folder, on all ranks, and return what it gives on rank 0.
+    def _write(self, action: Callable[[], T], on_all_ranks: bool = False) -> T:
+        """Run what writes to the checkpoint folder, on rank 0 or on all, and return what it gives on rank 0.
 
         Raises
         ------
@@ -243,14 +245,19 @@ class Trainer:
             On every rank, if any of them cannot write, with its reason.
         """
 
-        def write() -> T:
+        def write() -> T | None:
+            if not (on_all_ranks or self.world.is_main):
+                return None
             try:
                 with writing_to(self.folder, "training.checkpoint_dir"):
                     return action()
             except (ConfigError, OSError) as error:
                 raise TrainingError(str(error)) from error
+            except Exception:  # A bug: what the ranks agree on has no room for its traceback.
+                log.exception("rank %d failed", self.world.rank)
+                raise
 
-        return self.ranks.together(write, TrainingError)[0]
+        return cast(T, self.ranks.together(write, TrainingError)[0])
 
     def _due(self, interval: int, is_last: bool) -> bool:
         return is_last or (interval > 0 and self.progress.step % interval == 0)
@@ -448,7 +455,7 @@ class Trainer:
         state = {
             "progress": asdict(progress),
             "data": asdict(self.data.identity),
-            "files": self.data.files,
+            "data_files": self.data.files,
             "model": architecture(self.config.model),
         }
         blocking = final or not self.config.training.async_save

@@ -15,8 +15,8 @@ backward. What is specific here:
   projection's backward needs no copy.
 - No dropout mask is stored. A weight is dropped where `a[row] * b[column] + rotated(a[row])` modulo 2**32 is
   below a threshold, where a and b are strong hashes of (seed, head, row) tabled once per call: multiply-shift
-  hashing (Dietzfelbinger, 1996), one multiply-add, one comparison and one selection per weight. Instructions are
-  what limits dropout: Philox or a finalizer for each weight costs more than the matrix products.
+  hashing (Dietzfelbinger, 1996), one multiply-add, one comparison and at most one selection per weight.
+  Instructions are what limits dropout: Philox or a finalizer for each weight costs more than the matrix products.
 - Tables by row (dropout keys, softmax denominators) are laid out by tile, each cell padded to whole tiles. So they
   are read in aligned pairs and without masks, which would cost more instructions than the dropout itself.
 - The backward has two kernels, for keys and values and for queries, which recompute the weights twice and need

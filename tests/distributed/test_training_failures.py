@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import train
-from geneformer_pretrain import checkpoint
+from geneformer_pretrain import checkpoint, trainer
 from geneformer_pretrain.checkpoint import CheckpointSaveError
 from geneformer_pretrain.config import Config, load_config
 from geneformer_pretrain.data.batch import Batch
@@ -188,3 +188,20 @@ def test_where_rank_0_cannot_write_all_ranks_stop(tmp_path: Path, run_workers: R
     for message, reason in zip(first, reasons, strict=True):
         assert message.startswith(reason)
         assert "rank 1" not in message
+
+
+def test_where_another_rank_cannot_write_all_ranks_stop(tmp_path: Path, run_workers: RunWorkers) -> None:
+    log = tmp_path / "run" / "cells" / "rank_1.jsonl"
+    log.mkdir(parents=True)
+    first, second = run_workers(fail_to_write, 2, [overrides(tmp_path, "training.log_cell_ids=true")])
+    assert first == second
+    assert first[0].startswith(f"rank 1: training.checkpoint_dir: cannot write to {log} (Is a directory)")
+
+
+def test_a_bug_in_what_is_written_keeps_its_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(trainer, "write_run_record", lambda *_: {}["missing"])
+    with pytest.raises(TrainingError, match="KeyError: 'missing'"):
+        train.run(tiny_config(tmp_path))
+    assert "Traceback" in caplog.text

@@ -154,7 +154,7 @@ def test_errors_of_the_system_are_plain_messages(tmp_path: Path, monkeypatch: py
     assert message.endswith(f" (Not a directory). data.cache_dir {remedy}")
     message = failure(overrides(tmp_path, f"training.checkpoint_dir={file}"))
     cause = f"training.checkpoint_dir: cannot write to {file} (File exists). training.checkpoint_dir {remedy}"
-    assert message == f"Error: OSError: {cause}"
+    assert message == f"Error: {cause}"
 
     with monkeypatch.context() as patch:
         patch.setattr(stream, "MIN_CELLS_ON_DISK", 1)
@@ -307,17 +307,22 @@ def test_error_in_a_real_process(tmp_path: Path) -> None:
         (["--config-name", "11m"], "'11m': did you mean 10m? hydra_config/ has 106m, 10m, 4b, l0_sanity."),
         (["model=107m"], "Unknown model '107m': did you mean 10m or 106m? hydra_config/model/ has 106m, 10m, 4b."),
         (["training.seed=1", "-cn", "10m", "sed=1"], "sed: did you mean training.seed?"),
+        (["training.seed=1,2"], "training.seed=1,2: these are several values, for several runs"),
+        (["data.path=a,b"], """'data.path="a,b"'"""),
+        (["10m"], "'10m' is not KEY=VALUE: did you mean --config-name 10m?"),
+        (["--config-name", "defaults"], "Unknown configuration 'defaults'"),
+        (["my key=3"], "my key=3: Hydra cannot read this. See that the key is a name"),
         (["-m", "training.seed=1,2"], "--multirun is not supported"),
         (["--multi", "training.seed=1,2"], "--multirun is not supported"),
         (["learning_rate=1e-3"], "learning_rate: did you mean training.learning_rate?"),
         (["~training.sed"], "training.sed: did you mean training.seed?"),
         (["data.path=~/cells"], """for Hydra and for the shell: 'data.path="~/cells"'"""),
-        (["data.path=/a b=c.parquet"], """data.path=/a b=c.parquet: Hydra cannot read this value."""),
+        (["data.path=/a b=c.parquet"], """data.path=/a b=c.parquet: Hydra cannot read this."""),
         (["data.path=/a b=c.parquet"], """'data.path="/a b=c.parquet"'"""),
         (["--config-dir", "mine", "new=a(1)"], """'new="a(1)"'"""),
-        (["training.wandb_init_args={a: 1"], "See that quotes and brackets are closed"),
+        (["training.wandb_init_args={a: 1"], "See that the key is a name and that quotes and brackets are closed"),
         (["data.path=/a", "b=c.parquet"], "key b: is it part of a value with a space? Quote that"),
-        (["data.path=/a", "b/c.parquet"], "b/c.parquet is not KEY=VALUE: is it part of a value with a space?"),
+        (["data.path=/a", "b/c.parquet"], "'b/c.parquet' is not KEY=VALUE: is it part of a value with a space?"),
         (["data.path=/a", "b/c=d"], "key b/c: is it part of a value with a space?"),
     ],
 )
@@ -332,9 +337,30 @@ def test_arguments_that_are_left_to_hydra() -> None:
         ["model=106m", "+training.wandb_init_args.tags.x=1", "hydra.verbose=true", "--cfg", "job"],
         ["--config-name=4b.yaml", "~data.vocab_path", "data.path='~/cells'"],
         ["-c", "job", "-cn", "10m", "hydra/job_logging=disabled", """data.path="a=b c's (1)\""""],
+        ["hydra.searchpath=[file:///mine]", "model=mine", "mine.key=1"],
+        ["model=${oc.env:SIZE}"],
     ):
         given = get_args_parser().parse_args(train.check_arguments(arguments))
         assert given == get_args_parser().parse_args(arguments)
+
+
+def test_options_between_overrides_keep_their_values() -> None:
+    arguments = [
+        "training.seed=1",
+        *shlex.split("-cd training.seed=2"),
+        "training.num_workers=0",
+        "--",
+        "training.seed=2",
+    ]
+    given = get_args_parser().parse_args(train.check_arguments(arguments))
+    assert given.config_dir == "training.seed=2"
+    assert given.overrides == ["training.seed=1", "training.num_workers=0", "training.seed=2"]
+
+
+@pytest.mark.parametrize("value", ["${x", "{name:", "'a", "a=b\\"])
+def test_quotes_that_would_not_help_are_not_offered(value: str) -> None:
+    with pytest.raises(SystemExit, match=r"quotes and brackets are closed$"):
+        train.check_arguments([f"data.path={value}"])
 
 
 @pytest.mark.parametrize("value", ["a=b", "~/cells", "it's", 'a"b=c', "/a b=c(1)[2].parquet"])

@@ -18,11 +18,12 @@ def estimate(name, *overrides, world_size=1):
 @pytest.mark.parametrize(
     ("name", "overrides", "measured"),
     [
-        ("10m", PYTORCH, 5.3),
-        ("106m", PYTORCH, 15.8),
+        ("10m", PYTORCH, 5.2),
+        ("106m", PYTORCH, 16.1),
         ("4b", (*PYTORCH, "model.micro_batch_size=15"), 105.9),
-        ("4b", (*PYTORCH, "model.micro_batch_size=18"), 116.3),
+        ("4b", (*PYTORCH, "model.micro_batch_size=18"), 116.8),
         ("4b", (*PYTORCH, "training.recompute_every_n_layers=2"), 59.8),
+        ("4b", ("training.use_fp8=false", "model.micro_batch_size=16"), 107.9),
         ("4b", (*FP8, "model.micro_batch_size=15"), 115.9),
         ("4b", (*FP8, "model.micro_batch_size=16"), 121.1),
     ],

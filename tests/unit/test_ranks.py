@@ -44,6 +44,12 @@ def test_a_cause_that_the_message_names_is_told_once(cause: Exception, error: Ex
     assert reason_of(chained(cause, error)) == f"{type(error).__name__}: {error}"
 
 
+def test_the_file_of_a_cause_is_told() -> None:
+    cause = OSError(errno.ENOSPC, "No space left on device", "step_3/x.distcp")
+    told = reason_of(chained(cause, RuntimeError("cannot write: No space left on device")))
+    assert "step_3/x.distcp" in told
+
+
 def test_an_error_without_words_has_its_type() -> None:
     assert reason_of(chained(ValueError(), MemoryError())) == "ValueError:  -> MemoryError: "
 
