@@ -23,6 +23,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from transformers.activations import ACT2FN
+from yaml import YAMLError
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "hydra_config"
 
@@ -492,7 +493,12 @@ def _check_choice(kind: str, name: str, folder: Path, shared: str) -> None:
     suggestion = f"did you mean {meant}? " if meant else ""
     choice = f"{folder.relative_to(CONFIG_DIR.parent)}/ has {', '.join(names)}."
     plain = name.removesuffix(".yaml")
-    require(plain != shared and (folder / f"{plain}.yaml").is_file(), f"Unknown {kind} {name!r}: {suggestion}{choice}")
+    path = folder / f"{plain}.yaml"
+    require(plain != shared and path.is_file(), f"Unknown {kind} {name!r}: {suggestion}{choice}")
+    try:
+        OmegaConf.load(path)
+    except (YAMLError, OSError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
 
 
 def resolve(composed: DictConfig) -> Config:
@@ -513,7 +519,8 @@ def resolve(composed: DictConfig) -> Config:
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None)
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"Configuration key {key}: {reason}" if key else reason) from error
+        told = f"Configuration key {key}: {reason}" if key else reason
+        raise ConfigError(f"{told}. docs/configuration.md tells what each key may be.") from error
     assert isinstance(config, Config)
     return config
 

@@ -30,11 +30,11 @@ def check_machine(config: Config, device: torch.device) -> None:
     if config.model.use_te_layers:
         keys = "training.use_fp8=False and model.use_te_layers=False" if fp8 else "model.use_te_layers=False"
         remedy = f"set {keys} for PyTorch layers in BF16 or FP32, the same mathematics."
+        require(on_gpu, f"model.use_te_layers=True needs a CUDA GPU, and none is visible here; {remedy}")
         require(
             find_spec("transformer_engine") is not None,
             f"model.use_te_layers=True needs Transformer Engine, which is not installed; install it, or {remedy}",
         )
-        require(on_gpu, f"model.use_te_layers=True needs a CUDA GPU, and none is visible here; {remedy}")
     if fp8:
         capability = torch.cuda.get_device_capability(device)
         require(

@@ -1,5 +1,6 @@
 """What a person is told at the start and at the end of a run."""
 
+import math
 from typing import TYPE_CHECKING
 
 from modeling_bert_te import FlashAttention
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
 def describe_start(run: "Trainer") -> str:
     """The configuration, what came of it, and what may not have been meant."""
     config, world, model, shape = run.config, run.world, run.engine.model, run.data.shape
+    tokens = run.data.corpus.num_tokens - run.stream.dropped_tokens
+    filled = tokens / shape.token_budget if config.data.packing else run.data.corpus.num_cells / shape.max_cells
+    steps_of_epoch = math.ceil(filled / run.progress.packs_per_step)
     count = sum(p.numel() for p in model.parameters())
     layers = "Transformer Engine" if config.model.use_te_layers else "PyTorch"
     lines = [
@@ -30,6 +34,7 @@ def describe_start(run: "Trainer") -> str:
     lines += [
         f"micro-batch up to {shape.token_budget:,} tokens, {shape.max_cells} cells",
         f"step        {run.progress.packs_per_step} packs: {world.size} processes x {run.accumulation} micro-batches",
+        f"epoch       about {steps_of_epoch:,} steps; the run has {config.training.num_train_steps:,}",
         f"engine      {run.engine.name} on {world.device.type}",
         f"output      {run.folder}",
     ]

@@ -13,11 +13,11 @@ log = logging.getLogger(__name__)
 EXIT_CODE_SIGNAL = 75
 """Exit code of a process that saved and left because of a signal (EX_TEMPFAIL: run it again)."""
 
-HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 class StopSignals:
-    """While active, remembers a SIGTERM, SIGINT or SIGUSR1 instead of dying of it.
+    """While active, remembers a SIGTERM, SIGINT, SIGUSR1 or SIGHUP instead of dying of it.
 
     The training loop asks `received` once a step, and the ranks agree on a common last step. A second SIGINT
     interrupts at once.
@@ -33,6 +33,8 @@ class StopSignals:
 
     def __enter__(self) -> Self:
         self._previous = {number: signal.signal(number, self._handle) for number in HANDLED}
+        if self._previous[signal.SIGHUP] is signal.SIG_IGN:  # by nohup: a closed terminal is to be no reason to stop
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
         return self
 
     def __exit__(

@@ -25,7 +25,7 @@ from .data.stream import PackStream
 from .distributed import World
 from .export import gather_weights, write_model
 from .folders import writing_to
-from .metrics import MetricsLog
+from .metrics import MetricsLog, cut_back, has_results
 from .optimizer import build_optimizer, learning_rate, update
 from .parallel import architecture, build_engine
 from .precision import check_machine, compute_dtype, forward_context, fp8_state
@@ -143,6 +143,10 @@ class Trainer:
         """Load the newest good checkpoint, if there is any."""
         path = self.store.find_latest()
         if path is None:
+            interval = self.config.training.save_every_n_steps
+            previous = self._write(lambda: move_aside(self.folder) if has_results(self.folder, interval) else None)
+            if previous is not None:
+                self.say(f"{self.folder} had results but no checkpoint to go on from; they are in {previous} now.")
             return
         state = read_manifest(path)["state"]
         progress = Progress(**state["progress"])
@@ -191,9 +195,12 @@ class Trainer:
                 "there is nothing left to train."
             )
         elif progress.step == training.num_train_steps:
-            self.say(f"This run is complete: {progress.step} of {training.num_train_steps} steps are done.")
+            self.say(
+                f"This run is complete: {progress.step} of {training.num_train_steps} steps are done. Raise "
+                "training.num_train_steps to go on with it, or name another training.checkpoint_dir for a new one."
+            )
         else:
-            changes = self._write(lambda: write_run_record(self.config, self.folder, progress.step))
+            changes = self._write(self._record)
             if changes:
                 self.say("\n  ".join(["Changed since the last start:", *changes]))
             with ExitStack() as stack:
@@ -229,6 +236,10 @@ class Trainer:
                 self.save(final=is_last or self.stop_agreed)
             if self.stop_agreed:
                 return
+
+    def _record(self) -> list[str]:
+        cut_back(self.folder / "metrics.jsonl", self.progress.step)  # A damaged one is no reason to change config.yaml.
+        return write_run_record(self.config, self.folder, self.progress.step)
 
     def _open_logs(self, stack: ExitStack) -> None:
         first_step, world = self.progress.step, self.world
@@ -370,6 +381,8 @@ class Trainer:
         progress.tokens += int(tokens)
         progress.cells += int(cells)
         progress.skipped_steps += skipped
+        if skipped and not self.skipped_in_a_row:
+            log.warning("step %d is skipped: its gradients are not finite", pending.step)
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         self.stop_agreed = self.stop_agreed or stop > 0
         self.metrics.advance(pending.step, loss, pending.learning_rate, tokens / seconds)
@@ -398,7 +411,7 @@ class Trainer:
             raise TrainingError(
                 f"{self.skipped_in_a_row} updates in a row had gradients that are not finite (the last at step "
                 f"{pending.step}). Lower training.learning_rate, lengthen training.warmup_steps, or look at the data. "
-                f"This rank's packs and cells of that step: {pending.packs}"
+                f"This rank's packs of that step, each with its cells: {pending.packs}"
             )
 
     def check_validation_packs(self) -> None:

@@ -212,12 +212,12 @@ def _copy_cells(
         outside = 0
         for j in range(length):
             token = int(tokens[j])
-            outside += (token < 0) | (token >= vocab_size)
+            outside += (token < 0) | (token >= vocab_size) | (token == pad_token_id)
             ids[j] = token
             positions[j] = j
         if outside:
             for j in range(length):
-                if not 0 <= int(tokens[j]) < vocab_size:
+                if not 0 <= int(tokens[j]) < vocab_size or int(tokens[j]) == pad_token_id:
                     return _BAD_TOKEN, place, j
         filled += length
         cu_seqlens[place + 1] = filled
@@ -291,7 +291,7 @@ class BatchBuilder:
         Raises
         ------
         ValueError
-            If a token is outside the vocabulary; names the cell, position and value.
+            If a token is outside the vocabulary or padding; names the cell, position and value.
         RuntimeError
             If the plan does not fit the corpus, or more tokens are masked than there is room for.
         """
@@ -363,7 +363,7 @@ class BatchBuilder:
         attention_mask = torch.zeros(size, dtype=torch.int64, pin_memory=self.pin_memory)
         labels = torch.full(size, IGNORED_LABEL, pin_memory=self.pin_memory)
         for i, (cell, tokens) in enumerate(zip(cells.tolist(), rows, strict=True)):
-            outside = np.flatnonzero((tokens < 0) | (tokens >= self.rule.vocab_size))
+            outside = np.flatnonzero((tokens < 0) | (tokens >= self.rule.vocab_size) | (tokens == self.pad_token_id))
             if len(outside):
                 self._refuse_token(cell, int(outside[0]), int(tokens[outside[0]]))
             masked, cell_labels = mask_cell(tokens, cell, epoch, self.rule)
@@ -374,6 +374,11 @@ class BatchBuilder:
         return PaddedBatch(pack, epoch, cells, sum(map(len, rows)), num_masked, input_ids, attention_mask, labels)
 
     def _refuse_token(self, cell: int, position: int, token: int) -> None:
+        if token == self.pad_token_id:
+            raise ValueError(
+                f"{self.corpus.describe_cell(cell)}: token {token} at position {position} is padding "
+                "(model.pad_token_id); write cells without it, it would be trained on"
+            )
         raise ValueError(
             f"{self.corpus.describe_cell(cell)}: token {token} at position {position} is outside the "
             f"vocabulary [0, {self.rule.vocab_size}); correct the data, or set data.vocab_path to the vocabulary "

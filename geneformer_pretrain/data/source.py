@@ -148,11 +148,14 @@ def check_vocabulary(config: Config) -> str:
         raise ConfigError(f"data.vocab_path: no file {path}; name a vocabulary or set data.vocab_path=null.")
     content = path.read_bytes()
     try:
-        tokens = content.decode().splitlines()
+        tokens = content.decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise ConfigError(
-            f"data.vocab_path: {path} is not a text file in UTF-8 ({error}); name one with a token a line."
+            f"data.vocab_path: {path} is not a text file in UTF-8 ({error}); name one with a token a line. How to "
+            "make one of Geneformer's token_dictionary.pkl stands in docs/data.md."
         ) from error
+    if "" in tokens:
+        raise ConfigError(f"data.vocab_path: {path}, line {tokens.index('') + 1} is empty; each line is a token.")
     if len(tokens) != config.model.vocab_size:
         raise ConfigError(
             f"data.vocab_path: {path} has {len(tokens)} tokens, model.vocab_size is {config.model.vocab_size}; name "

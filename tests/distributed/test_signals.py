@@ -64,6 +64,7 @@ def stopped_at(run: Path) -> int:
     [
         (signal.SIGTERM, "torchrun"),
         (signal.SIGINT, "torchrun"),
+        (signal.SIGHUP, "torchrun"),
         (signal.SIGUSR1, "torchrun"),
         (signal.SIGUSR1, "worker"),
     ],

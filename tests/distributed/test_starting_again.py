@@ -10,6 +10,7 @@ import train
 from geneformer_pretrain.checkpoint import CheckpointError
 from geneformer_pretrain.config import ConfigError
 from geneformer_pretrain.data.source import open_training_data
+from geneformer_pretrain.trainer import TrainingError
 from tests.tiny import (
     make_cells,
     one_cpu_thread,  # noqa: F401 - an automatic fixture
@@ -82,6 +83,46 @@ def test_not_resuming_moves_the_earlier_run_aside(tmp_path: Path) -> None:
     assert [record["step"] for record in read_metrics(run)] == [1]
     assert (run / "step_1").is_dir()
     assert not (run / "step_2").exists()
+
+
+def test_results_without_a_checkpoint_are_moved_aside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    assert train.run(tiny_config(tmp_path, "training.save_every_n_steps=1")) == 0
+    for folder in run.glob("step_*"):
+        shutil.rmtree(folder)
+    earlier = (run / "metrics.jsonl").read_bytes()
+    # A finished run; then, without its export, one that had come so far that there should be a checkpoint.
+    for number in (1, 2):
+        assert train.run(tiny_config(tmp_path, "training.num_train_steps=1", "training.save_every_n_steps=1")) == 0
+        found = sorted(run.glob("previous-*"))
+        assert len(found) == number
+        assert f"had results but no checkpoint to go on from; they are in {found[-1]} now" in capsys.readouterr().out
+        assert (found[-1] / "metrics.jsonl").read_bytes() == earlier
+        assert [record["step"] for record in read_metrics(run)] == [1]
+        if number == 1:
+            shutil.rmtree(run / "final_model")
+            shutil.rmtree(run / "step_1")
+            (run / "metrics.jsonl").write_bytes(earlier)
+
+
+def test_a_run_that_was_cut_off_before_its_first_save_starts_in_place(tmp_path: Path) -> None:
+    assert train.run(tiny_config(tmp_path)) == 0
+    run = tmp_path / "run"
+    shutil.rmtree(run / "final_model")
+    shutil.rmtree(run / "step_2")
+    assert train.run(tiny_config(tmp_path)) == 0
+    assert not list(run.glob("previous-*"))
+    assert [record["step"] for record in read_metrics(run)] == [1, 2]
+
+
+def test_a_damaged_log_leaves_the_record_as_it_was(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text("mine")
+    (run / "metrics.jsonl").write_text("also mine\n")
+    with pytest.raises(TrainingError, match=r"metrics\.jsonl, line 1: not a record of a step; mend"):
+        train.run(tiny_config(tmp_path))
+    assert (run / "config.yaml").read_text() == "mine"
 
 
 def test_failed_start_moves_nothing_aside(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
 
 import train
-from geneformer_pretrain import trainer
+from geneformer_pretrain import config, trainer
 from geneformer_pretrain.checkpoint import CheckpointStore
 from geneformer_pretrain.config import CONFIG_DIR
 from geneformer_pretrain.data import stream
@@ -329,6 +329,15 @@ def test_error_in_a_real_process(tmp_path: Path) -> None:
 def test_what_hydra_would_refuse_without_advice(arguments: list[str], message: str) -> None:
     with pytest.raises(SystemExit, match="^Error: .*" + re.escape(message)):
         train.check_arguments(arguments)
+
+
+@pytest.mark.parametrize("text", ["training:\n\tfoo: 3\n", "training: {"])
+def test_a_file_that_is_not_yaml_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    (tmp_path / "mine.yaml").write_text(text)
+    monkeypatch.setattr(config, "CONFIGURATIONS", (tmp_path, "defaults"))
+    monkeypatch.setattr(config, "CONFIG_DIR", tmp_path)
+    with pytest.raises(SystemExit, match=r"^Error: .*mine\.yaml: not YAML: .* line 2, column 1"):
+        train.check_arguments(["--config-name", "mine"])
 
 
 def test_arguments_that_are_left_to_hydra() -> None:

@@ -67,7 +67,7 @@ class MemoryCorpus:
 
 def corpus_of(lengths: list[int], **options) -> MemoryCorpus:
     generator = np.random.default_rng(sum(lengths))
-    return MemoryCorpus([generator.integers(0, 200, length) for length in lengths], **options)
+    return MemoryCorpus([generator.integers(1, 200, length) for length in lengths], **options)
 
 
 def shape_for(corpus: MemoryCorpus, packing: bool = True, micro_batch_size: int = 4) -> PackShape:
@@ -296,6 +296,14 @@ def test_tokens_outside_the_vocabulary_are_named(packing, bad, dtype):
     )
     with pytest.raises(ValueError, match=message):
         list(loader_for(corpus, packing=packing))
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_padding_inside_of_a_cell_is_an_error(packing):
+    corpus = corpus_of([40] * 20)
+    corpus.cells[13][30:] = MASKING["pad_token_id"]
+    with pytest.raises(ValueError, match=r"memory, row 13: token \d+ at position 30 is padding.*without it"):
+        list(loader_for(MemoryCorpus(corpus.cells), packing=packing))
 
 
 def test_more_masked_tokens_than_room_is_an_error():
