@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +133,22 @@ def test_a_signalled_process_exits_with_75_and_resumes_bitwise(tmp_path: Path) -
         assert torch.equal(tensor, expected[name]), name
 
 
-def test_signals_are_remembered_and_handlers_given_back() -> None:
+@pytest.fixture
+def no_nohup() -> Iterator[None]:
+    """Whatever the tests themselves were started under."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+def test_nohup_holds(no_nohup: None) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with StopSignals() as signals:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert signals.received is None
+
+
+def test_signals_are_remembered_and_handlers_given_back(no_nohup: None) -> None:
     before = [signal.getsignal(number) for number in HANDLED]
     for number in HANDLED:
         with StopSignals() as signals:

@@ -55,5 +55,5 @@ def test_too_many_in_a_row_stop_all_ranks(tmp_path: Path, start: Any, tally: Any
         pack = 2 * 5 + rank
         said = process.output(rank)
         assert "Error: 3 updates in a row had gradients that are not finite (the last at step 6). Lower" in said
-        assert f"This rank's packs and cells of that step: [({pack}, {cells[pack][2]})]" in said
+        assert f"This rank's packs of that step, each with its cells: [({pack}, {cells[pack][2]})]" in said
     row.survived += 1
