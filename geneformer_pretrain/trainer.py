@@ -381,7 +381,7 @@ class Trainer:
         progress.tokens += int(tokens)
         progress.cells += int(cells)
         progress.skipped_steps += skipped
-        if skipped and not self.skipped_in_a_row:
+        if skipped and not self.skipped_in_a_row and self.world.is_main:
             log.warning("step %d is skipped: its gradients are not finite", pending.step)
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         self.stop_agreed = self.stop_agreed or stop > 0
