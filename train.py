@@ -14,8 +14,9 @@ from hydra._internal.utils import get_args_parser
 from omegaconf import DictConfig
 
 from geneformer_pretrain.checkpoint import CheckpointError
-from geneformer_pretrain.config import Config, ConfigError, check_names, read_overrides, resolve
+from geneformer_pretrain.config import Config, ConfigError, check_names, resolve
 from geneformer_pretrain.distributed import distributed_world
+from geneformer_pretrain.overrides import read_overrides
 from geneformer_pretrain.run_lock import hold_folder, is_used
 from geneformer_pretrain.stopping import EXIT_CODE_SIGNAL, write_exit
 from geneformer_pretrain.trainer import Trainer, TrainingError

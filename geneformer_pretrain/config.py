@@ -8,24 +8,20 @@ missing value is an error there, an impossible combination one in `__post_init__
 import math
 import os
 import re
-import shlex
-from contextlib import suppress
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from enum import StrEnum
-from pathlib import Path
 from typing import Any, get_type_hints
 
 from hydra import compose, initialize_config_dir
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from transformers.activations import ACT2FN
-from yaml import YAMLError
 
-CONFIG_DIR = Path(__file__).resolve().parent.parent / "hydra_config"
+from .overrides import CONFIG_DIR as CONFIG_DIR
+from .overrides import CONFIGURATIONS, IS_PART, MODELS, check_choice, read_overrides
+from .overrides import ConfigError as ConfigError
+from .overrides import require as require
 
 PATH_KEYS = (
     "training.checkpoint_dir",
@@ -34,10 +30,6 @@ PATH_KEYS = (
     "data.cache_dir",
     "data.vocab_path",
 )
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot work; the message names the key and the remedy."""
 
 
 class LrSchedule(StrEnum):
@@ -72,12 +64,6 @@ class Kernel(StrEnum):
     auto = "auto"
     triton = "triton"
     torch = "torch"
-
-
-def require(condition: bool, message: str) -> None:
-    """Raise ConfigError with `message` unless `condition` holds."""
-    if not condition:
-        raise ConfigError(message)
 
 
 @dataclass
@@ -409,56 +395,6 @@ def all_keys() -> list[str]:
     return [f"{name}.{field.name}" for name, group in groups for field in fields(group)]
 
 
-IS_PART = """is it part of a value with a space? Quote that for the shell and for Hydra: 'KEY="VALUE"'."""
-CONFIGURATIONS, MODELS = (CONFIG_DIR, "defaults"), (CONFIG_DIR / "model", "geneformer_v1")
-"""Folders with a file for each choice, and the file that the others share."""
-
-
-def read_overrides(overrides: list[str]) -> list[Override]:
-    """Read KEY=VALUE as Hydra does.
-
-    Raises
-    ------
-    ConfigError
-        What Hydra cannot read, with the quotes that it needs: Hydra's own error has no advice. Several values at once.
-    """
-    parser = OverridesParser.create()
-    read = []
-    for text in overrides:
-        try:
-            override = parser.parse_override(text)
-        except HydraException as error:
-            raise ConfigError(_advice(text)) from error
-        require(
-            not override.is_sweep_override(),
-            f"{text}: these are several values, for several runs; start one run a command. A text with commas needs "
-            f"quotes, for Hydra and for the shell: {_quoted(text)}",
-        )
-        read.append(override)
-    return read
-
-
-def _advice(text: str) -> str:
-    """What to say of what Hydra cannot read."""
-    _, is_pair, value = text.partition("=")
-    if not is_pair:
-        meant = f"did you mean --config-name {text}?" if text in _choices(*CONFIGURATIONS) else IS_PART
-        return f"{text!r} is not KEY=VALUE: {meant}"
-    advice = f"{text}: Hydra cannot read this. See that the key is a name and that quotes and brackets are closed"
-    with suppress(HydraException):
-        OverridesParser.create().parse_override(shlex.split(_quoted(text))[0])
-        if not value.startswith(("{", "[", "'", '"')) and "${" not in value:
-            advice += "; text with =, ~ or other special characters needs quotes, for Hydra and for the shell: "
-            advice += _quoted(text)
-    return advice
-
-
-def _quoted(text: str) -> str:
-    key, _, value = text.partition("=")
-    value = value.replace('"', r"\"")
-    return shlex.quote(f'{key}="{value}"')
-
-
 def check_names(config_name: str, overrides: list[str]) -> None:
     """Check that a configuration and what KEY=VALUE names exist: Hydra's advice on others leads astray.
 
@@ -470,7 +406,7 @@ def check_names(config_name: str, overrides: list[str]) -> None:
     read = read_overrides(overrides)
     if any(override.key_or_group == "hydra.searchpath" for override in read):
         return  # Other configurations may be there, and keys for them to use.
-    _check_choice("configuration", config_name, *CONFIGURATIONS)
+    check_choice("configuration", config_name, *CONFIGURATIONS)
     groups = {group.name for group in fields(Config)}
     known = {*all_keys(), *groups}
     for override in read:
@@ -479,26 +415,7 @@ def check_names(config_name: str, overrides: list[str]) -> None:
         if root != "hydra" and ".".join(key.split(".")[:2]) not in known:
             raise unknown_key(key, otherwise="" if root in groups else f"{IS_PART} ")
         if key == "model" and isinstance(value, str) and "${" not in value:
-            _check_choice("model", value, *MODELS)
-
-
-def _choices(folder: Path, shared: str) -> list[str]:
-    """Names of a folder's YAML files, other than the one that the others share."""
-    return sorted({path.stem for path in folder.glob("*.yaml")} - {shared})
-
-
-def _check_choice(kind: str, name: str, folder: Path, shared: str) -> None:
-    names = _choices(folder, shared)
-    meant = " or ".join(get_close_matches(name, names, 2))
-    suggestion = f"did you mean {meant}? " if meant else ""
-    choice = f"{folder.relative_to(CONFIG_DIR.parent)}/ has {', '.join(names)}."
-    plain = name.removesuffix(".yaml")
-    path = folder / f"{plain}.yaml"
-    require(plain != shared and path.is_file(), f"Unknown {kind} {name!r}: {suggestion}{choice}")
-    try:
-        OmegaConf.load(path)
-    except (YAMLError, OSError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+            check_choice("model", value, *MODELS)
 
 
 def resolve(composed: DictConfig) -> Config:

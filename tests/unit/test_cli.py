@@ -18,6 +18,7 @@ from hydra._internal.utils import get_args_parser
 
 import train
 from geneformer_pretrain import config, trainer
+from geneformer_pretrain import overrides as overriding
 from geneformer_pretrain.checkpoint import CheckpointStore
 from geneformer_pretrain.config import CONFIG_DIR
 from geneformer_pretrain.data import stream
@@ -337,7 +338,7 @@ def test_a_file_that_is_not_yaml_is_named(
 ) -> None:
     (tmp_path / "mine.yaml").write_text(text)
     monkeypatch.setattr(config, "CONFIGURATIONS", (tmp_path, "defaults"))
-    monkeypatch.setattr(config, "CONFIG_DIR", tmp_path)
+    monkeypatch.setattr(overriding, "CONFIG_DIR", tmp_path)
     with pytest.raises(SystemExit, match=rf"^Error: .*mine\.yaml: not YAML: .* line {line}, column \d"):
         train.check_arguments(["--config-name", "mine"])
 

@@ -15,11 +15,11 @@ def chained(cause: Exception, error: Exception, *, hide: bool = False) -> Except
     try:
         try:
             raise cause
-        except Exception:
+        except type(cause):
             if hide:
                 raise error from None
             raise error from cause
-    except Exception as raised:
+    except type(error) as raised:
         return raised
 
 
