@@ -44,7 +44,7 @@ import psutil
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.lognormal_corpus import NUM_SPECIAL_TOKENS, VOCAB_SIZE, write_corpus
-from geneformer_pretrain.config import ModelConfig, load_config
+from geneformer_pretrain.config import Config, ModelConfig, load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 VARIANTS = {
@@ -55,6 +55,11 @@ VARIANTS = {
 ENGINES = {"ddp": [], "fsdp2": ["training.use_fsdp2=true"], "nvfsdp": ["training.use_nvfsdp=true"]}
 BASELINE_CELLS = {"10m": 32, "106m": 16, "4b": 2}
 H100_BF16_TFLOPS = 989.0
+
+
+def configuration(name: str, args: argparse.Namespace) -> Config:
+    """Of one of the runs; the sizes, which are all that is read, are the same in all of them."""
+    return load_config(name, [*VARIANTS[args.variants[0]], *ENGINES[args.engines[0]], *args.overrides])
 
 
 def model_flops_per_token(model: ModelConfig, lengths: np.ndarray, mlm_probability: float) -> float:
@@ -130,7 +135,7 @@ def run_baseline(name: str, corpus: Path, kind: str, args: argparse.Namespace) -
     from geneformer_pretrain.parallel import architecture
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config = load_config(name, args.overrides)
+    config = configuration(name, args)
     vocabulary = {"<pad>": 0, "<mask>": 1} | {f"g{i}": i for i in range(NUM_SPECIAL_TOKENS, VOCAB_SIZE)}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>")),
@@ -218,7 +223,7 @@ def draw_chart(rows: list[dict[str, Any]], path: Path) -> None:
 def measure(args: argparse.Namespace, corpus: Path, lengths: np.ndarray) -> Iterator[dict[str, Any]]:
     """Run everything that was asked for, one process tree after the other."""
     for name in args.models:
-        config = load_config(name, args.overrides)
+        config = configuration(name, args)
         flops = model_flops_per_token(config.model, lengths, config.training.mlm_probability)
 
         def row(result: dict[str, Any], variant: str, engine: str, nproc: int) -> dict[str, Any]:

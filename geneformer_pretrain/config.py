@@ -199,8 +199,8 @@ class TrainingConfig:
     compile: bool | None
     """torch.compile; null compiles on CUDA where packing keeps shapes constant."""
     cuda_graphs: bool | None
-    """Launch all kernels of a micro-batch at once, which spares the host and changes no result. Needs one process on a
-    GPU, BF16, compiled PyTorch layers and no recomputing; null: where that is so, up to a hidden_size of 1,024."""
+    """Launch all kernels of a micro-batch at once, which spares the host and changes no result. Needs GPUs, DDP, BF16,
+    compiled PyTorch layers and no recomputing; null: where that is so, on one node, up to a hidden_size of 1,024."""
     deterministic: bool
     """Deterministic kernels: runs repeat bitwise on the same hardware, somewhat slower."""
     use_fp8: bool
@@ -214,6 +214,9 @@ class TrainingConfig:
     """Shard with nvFSDP (today's name: Megatron-FSDP) instead of DDP."""
     use_fsdp2: bool
     """Shard with PyTorch's FSDP2 instead of DDP."""
+    reshard_after_forward: bool
+    """FSDP2 frees a layer's gathered weights after its forward and gathers them again for its backward. false keeps
+    them: less communication, and the whole model in the compute dtype on each rank."""
     shard_group_size: int | None
     """Ranks that share one copy of the weights, and of the optimizer state; the groups are replicas of each other
     (hybrid sharding). null: all ranks share one copy."""
@@ -284,6 +287,10 @@ class TrainingConfig:
             self.shard_group_size is None or (self.shard_group_size > 0 and (self.use_nvfsdp or self.use_fsdp2)),
             f"training.shard_group_size is {self.shard_group_size}; it takes a positive number of ranks, and an engine "
             "that shards: training.use_fsdp2=True or training.use_nvfsdp=True.",
+        )
+        require(
+            self.reshard_after_forward or self.use_fsdp2,
+            "training.reshard_after_forward=False is a choice of FSDP2 alone: set training.use_fsdp2=True as well.",
         )
         require(
             self.hang_timeout_seconds <= 1e6,

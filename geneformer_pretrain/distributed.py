@@ -14,12 +14,13 @@ from .config import ConfigError
 
 @dataclass(frozen=True)
 class World:
-    """A process's place among all processes."""
+    """A process's place among all processes, which run on one or several nodes."""
 
     rank: int
     local_rank: int
     size: int
     device: torch.device
+    nodes: int = 1
 
     @property
     def is_main(self) -> bool:
@@ -42,6 +43,7 @@ def distributed_world(timeout_minutes: float = 10.0) -> Iterator[World]:
     rank = int(os.environ.get("RANK", 0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     size = int(os.environ.get("WORLD_SIZE", 1))
+    nodes = size // int(os.environ.get("LOCAL_WORLD_SIZE", size))
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
             raise ConfigError(
@@ -65,7 +67,7 @@ def distributed_world(timeout_minutes: float = 10.0) -> Iterator[World]:
     )
     failed = True
     try:
-        yield World(rank, local_rank, size, device)
+        yield World(rank, local_rank, size, device, nodes)
         failed = False
     finally:
         # NCCL waits for the collectives of ranks that this one has left behind. Leaving makes torchrun end them.

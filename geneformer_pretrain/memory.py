@@ -52,9 +52,10 @@ def estimate_peak(config: Config, world_size: int, num_parameters: int, itemsize
     in_layers = num_parameters - (model.vocab_size + model.max_position_embeddings) * model.hidden_size
     if training.use_fsdp2 or training.use_nvfsdp:
         owned = -(-num_parameters // (training.shard_group_size or world_size))
-        # Two layers and the root are gathered at a time.
+        # Two layers and the root are gathered at a time, or everything.
+        gathered_layers = 2 if training.reshard_after_forward else layers
         gathered_size = itemsize if training.use_fsdp2 else WEIGHT
-        working = gathered_size * (num_parameters - in_layers + 2 * in_layers // layers)
+        working = gathered_size * (num_parameters - in_layers + gathered_layers * in_layers // layers)
     else:
         owned = num_parameters
         working = itemsize * num_parameters if itemsize < WEIGHT else 0

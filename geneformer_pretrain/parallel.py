@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from modeling_bert_te import BertConfig, BertForMaskedLM, BertLayer
@@ -83,7 +83,9 @@ def architecture(config: ModelConfig) -> dict[str, int | float | str]:
     return {key: getattr(config, key) for key in ARCHITECTURE_KEYS}
 
 
-def build_engine(config: Config, world: World, compute_dtype: torch.dtype, compile_blocks: bool) -> Engine:
+def build_engine(
+    config: Config, world: World, compute_dtype: torch.dtype, compile_blocks: bool, with_graphs: bool = False
+) -> Engine:
     """Build, initialise, compile and distribute the model.
 
     It grows layer by layer; sharding engines shard each layer as soon as it is initialised, so that no rank
@@ -96,7 +98,7 @@ def build_engine(config: Config, world: World, compute_dtype: torch.dtype, compi
     """
     shard: Callable[[nn.Module], None] = lambda module: None  # noqa: E731
     if config.training.use_fsdp2:
-        shard = fsdp2_sharding(sharding_mesh(config, world), compute_dtype)
+        shard = fsdp2_sharding(sharding_mesh(config, world), compute_dtype, config.training.reshard_after_forward)
     elif config.training.use_nvfsdp:
         shard = nvfsdp_sharding(sharding_mesh(config, world))
     use_te = config.model.use_te_layers
@@ -131,12 +133,15 @@ def build_engine(config: Config, world: World, compute_dtype: torch.dtype, compi
         return _fsdp2(model, shard, world)
     if config.training.use_nvfsdp:
         return _nvfsdp(model, shard, world)
-    return _ddp(model, world)
+    return _ddp(model, world, with_graphs)
 
 
-def _ddp(model: BertForMaskedLM, world: World) -> Engine:
-    if world.size == 1:
+def _ddp(model: BertForMaskedLM, world: World, with_graphs: bool) -> Engine:
+    if world.size == 1 or with_graphs:
+        # Nobody to share gradients with, or they are summed where micro-batches are replayed.
         return Engine("ddp", model, model, 1.0, lambda last: nullcontext(), "full")
+    # Layers are compiled one by one already. Cut further, at DDP's buckets, they would draw other dropout than alone.
+    torch._dynamo.config.optimize_ddp = False
     module = DistributedDataParallel(
         model,
         device_ids=[world.device] if world.device.type == "cuda" else None,
@@ -168,14 +173,17 @@ def sharding_mesh(config: Config, world: World) -> DeviceMesh:
     return init_device_mesh(world.device.type, (world.size // size, size), mesh_dim_names=("replicate", "shard"))
 
 
-def fsdp2_sharding(mesh: DeviceMesh, compute_dtype: torch.dtype) -> Callable[[nn.Module], None]:
+def fsdp2_sharding(
+    mesh: DeviceMesh, compute_dtype: torch.dtype, reshard_after_forward: bool
+) -> Callable[[nn.Module], None]:
     """Sharding of a module: weights gathered in the compute dtype, gradients reduced in FP32."""
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype, reduce_dtype=torch.float32, output_dtype=None, cast_forward_inputs=False
     )
 
     def shard(module: nn.Module) -> None:
-        fully_shard(module, mesh=mesh, mp_policy=policy)
+        # None: all but the root, whose weights the backward needs at once.
+        fully_shard(module, mesh=mesh, reshard_after_forward=None if reshard_after_forward else False, mp_policy=policy)
 
     return shard
 
@@ -188,8 +196,13 @@ def _fsdp2(model: BertForMaskedLM, shard: Callable[[nn.Module], None], world: Wo
         model.set_requires_all_reduce(last)
         return nullcontext()
 
-    # Without a backward, the root's weights stay gathered: the optimizer's shards would not be its parameters.
-    return Engine("fsdp2", model, model, float(world.size), micro_batch, "sharded", model.reshard)
+    def end_evaluation() -> None:
+        # Without a backward, weights stay gathered: the optimizer's shards would not be the model's parameters.
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    return Engine("fsdp2", model, model, float(world.size), micro_batch, "sharded", end_evaluation)
 
 
 def nvfsdp_sharding(mesh: DeviceMesh) -> Callable[[nn.Module], None]:

@@ -1,5 +1,6 @@
 """The training run: build, resume, train, validate, save, export."""
 
+import gc
 import hashlib
 import logging
 import os
@@ -113,7 +114,7 @@ class Trainer:
         compiled = on_gpu and config.data.packing if training.compile is None else training.compile
         with_graphs = takes_cuda_graphs(config, world, compiled)
         self.compute_dtype = compute_dtype(training.compute_dtype, world.device)
-        self.engine = build_engine(config, world, self.compute_dtype, compiled)
+        self.engine = build_engine(config, world, self.compute_dtype, compiled, with_graphs)
         self.constant_shapes = compiled
         self.forward_context = forward_context(config)
         self.optimizer = build_optimizer(self.engine.model, training)
@@ -126,7 +127,8 @@ class Trainer:
         self.accumulation = accumulation_steps(self.progress.packs_per_step, world.size)
         self.graphs: MicroBatchGraphs | None = None
         if with_graphs:
-            self.graphs = MicroBatchGraphs(self.loss_of_packed, self.engine.model.parameters(), self.accumulation > 1)
+            parameters = self.engine.model.parameters()
+            self.graphs = MicroBatchGraphs(self.loss_of_packed, parameters, self.accumulation > 1, world.size > 1)
         self.stream = self.data.stream(self.progress.epoch, self.progress.epoch_first_pack)
 
         self.pending: PendingStep | None = None
@@ -223,9 +225,15 @@ class Trainer:
         loader = stack.enter_context(self.data.loader(self.stream, progress, world.rank, world.size))
         self._write(lambda: self._open_logs(stack), on_all_ranks=True)
         stack.enter_context(self.watchdog)
+        stack.callback(gc.unfreeze)
+        first_step = progress.step + 1
         self.clock = time.perf_counter()
         while progress.step < training.num_train_steps:
             latest = self.train_step(loader)
+            if progress.step == first_step:
+                # What has been built and compiled stays. Walking through it again would stall a later step.
+                gc.collect()
+                gc.freeze()
             self.finish_pending()
             self.pending = latest
             is_last = progress.step == training.num_train_steps
@@ -317,7 +325,7 @@ class Trainer:
         """Add the gradients of one micro-batch, maybe the last of its step; return what `forward` does."""
         if self.graphs is not None:
             assert isinstance(batch, PackedBatch)
-            return self.graphs.run(batch, dropout_seed(self.config.training.seed, batch.pack))
+            return self.graphs.run(batch, dropout_seed(self.config.training.seed, batch.pack), is_last)
         with self.engine.micro_batch(is_last):
             loss_sum, masked = self.forward(batch)
             loss_sum.backward()

@@ -3,12 +3,15 @@
 All with dropout, gradient accumulation and an epoch's end on the way.
 """
 
+import gc
 import json
 import os
 import shutil
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +27,7 @@ from geneformer_pretrain.config import ConfigError, load_config
 from geneformer_pretrain.data.batch import Batch
 from geneformer_pretrain.data.masking import MaskRule, mask_cell
 from geneformer_pretrain.distributed import World, distributed_world
-from geneformer_pretrain.trainer import Trainer
+from geneformer_pretrain.trainer import PendingStep, Trainer
 from tests.tiny import (
     RunWorkers,
     make_cells,
@@ -188,7 +191,7 @@ def test_ranks_and_engines_give_the_same_run(folder: Path, tmp_path: Path, run_w
 
     on_three = cut_off(on_one, tmp_path / "on_three", 4)
     # What the configuration says about accumulation gives way to the packs per step of the run.
-    resumed = long_run(folder, *into(on_three, 2, fsdp2))
+    resumed = long_run(folder, *into(on_three, 2, fsdp2, "training.reshard_after_forward=false"))
     assert run_workers(train_all, 3, [resumed]) == [[None]] * 3
     assert_same_run(on_three, folder / "one")
 
@@ -208,6 +211,28 @@ def test_validation_loss_equals_an_independent_computation(folder: Path) -> None
         count += int((labels != -100).sum())
     assert count > 100
     assert records[-1]["validation_loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+def graphs_compiled_under_ddp(rank: int, size: int, given: list[str]) -> list[int]:
+    """Numbers of random draws in each compiled graph of a step that has any."""
+    draws: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
+        draws.append(sum("randint" in node.name or node.target is torch.randint for node in graph.graph.nodes))
+        return graph.forward
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+        Trainer(load_config(overrides=given), World(rank, rank, size, torch.device("cpu"))).fit()
+    return [number for number in draws if number]
+
+
+def test_ddp_does_not_cut_compiled_layers(tmp_path: Path, run_workers: RunWorkers) -> None:
+    """Cut at DDP's buckets, here in the middle of a layer, it would draw its dropout in other portions than alone."""
+    wide = ("model.hidden_size=256", "model.intermediate_size=512", *DROPOUT)
+    given = overrides(tmp_path, *wide, "training.compile=true", "training.num_train_steps=1")
+    # That of the embeddings, and both of a layer.
+    assert run_workers(graphs_compiled_under_ddp, 2, given) == [[1, 2]] * 2
 
 
 # --- one process: bitwise ---------------------------------------------------------------------------------
@@ -290,6 +315,21 @@ def test_killed_run_is_bitwise_equal_and_its_logs_are_cut_back(tmp_path: Path) -
     # Earlier epochs need not be planned again to go on.
     of_epoch = [pack for pack, (_, epoch, _) in packs.items() if epoch == progress["epoch"]]
     assert 0 < progress["epoch_first_pack"] == min(of_epoch)
+
+
+def test_garbage_collection_leaves_out_what_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Objects built and compiled by the first step, half a million, are never walked through again during training."""
+    frozen = []
+    original = Trainer.train_step
+
+    def train_step(self: Trainer, batches: Iterator[Batch]) -> PendingStep:
+        frozen.append(gc.get_freeze_count() > 100_000)
+        return original(self, batches)
+
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+    assert train.run(tiny_config(tmp_path, "training.num_train_steps=3")) == 0
+    assert frozen == [False, True, True]
+    assert gc.get_freeze_count() == 0
 
 
 def test_metrics_hold_what_the_contract_names(tmp_path: Path) -> None:

@@ -59,14 +59,16 @@ def test_a_run_that_fails_is_told_with_its_output(tmp_path):
 
 def test_throughput_measures_both_sides(tmp_path):
     shrunk = ["model.num_hidden_layers=1", "model.hidden_size=64", "model.seq_length=256", "model.micro_batch_size=4"]
+    of_the_engine = "training.reshard_after_forward=false"
     results = tmp_path / "results.json"
     done = run(
-        *("throughput.py", "--models", "10m", "--steps", 6, "--skip", 1, "--cells", 300, "--save-every", 3),
-        *("--baseline", "plain", "--baseline-cells", 1, "--json", results, "--overrides", *shrunk),
+        *("throughput.py", "--models", "10m", "--engines", "fsdp2", "--steps", 6, "--skip", 1, "--cells", 300),
+        *("--save-every", 3),
+        *("--baseline", "plain", "--baseline-cells", 1, "--json", results, "--overrides", *shrunk, of_the_engine),
     )
     assert done.returncode == 0, done.stderr
     ours, baseline = json.loads(results.read_text())
-    assert (ours["engine"], baseline["engine"]) == ("ddp", "baseline")
+    assert (ours["engine"], baseline["engine"]) == ("fsdp2", "baseline")
     assert ours["tokens_per_second"] > baseline["tokens_per_second"] > 0
     # Tokens a second and FLOPs a second differ by the FLOPs a token, the same for both.
     assert ours["tflops"] / ours["tokens_per_second"] == pytest.approx(

@@ -120,6 +120,7 @@ MISTAKES = [
     ("training.adam_beta2=1.0", "training.adam_beta2"),
     ("training.keep_last_n=0", "training.keep_last_n"),
     ("training.use_fp8=true", "training.use_fp8=True needs model.use_te_layers=True"),
+    ("training.reshard_after_forward=false", "training.reshard_after_forward=False.*training.use_fsdp2=True"),
     ("training.shard_group_size=8", "training.shard_group_size is 8.*training.use_fsdp2=True"),
     ("training.recompute_every_n_layers=-1", "training.recompute_every_n_layers"),
     ("data.mask_token_id=2", "data.mask_token_id.*data.num_special_tokens"),

@@ -5,24 +5,29 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from geneformer_pretrain.config import ConfigError, load_config
-from geneformer_pretrain.cuda_graphs import MicroBatchGraphs, takes_cuda_graphs
+from geneformer_pretrain.cuda_graphs import ALIGNMENT, MicroBatchGraphs, common_buffer, takes_cuda_graphs
 from geneformer_pretrain.distributed import World
 
 
-def takes(choice, *overrides, device="cuda", size=1, compiled=True):
+def takes(choice, *overrides, device="cuda", size=1, compiled=True, nodes=1):
     config = load_config("10m", [f"training.cuda_graphs={choice}", *overrides])
-    return takes_cuda_graphs(config, World(0, 0, size, torch.device(device)), compiled)
+    return takes_cuda_graphs(config, World(0, 0, size, torch.device(device), nodes), compiled)
 
 
-def test_one_gpu_takes_graphs_unless_told_otherwise():
+def test_the_gpus_of_one_node_take_graphs_unless_told_otherwise():
     assert takes("null")
     assert takes("true")
     assert not takes("false")
+    assert takes("null", size=8)
+    assert not takes("null", size=16, nodes=2)  # gradients are to be reduced during the backward
+    assert takes("true", size=16, nodes=2)
     assert not takes("null", "model.hidden_size=2560", "model.num_attention_heads=40")  # nothing to gain
     assert takes("true", "model.hidden_size=2560", "model.num_attention_heads=40")
 
@@ -32,7 +37,6 @@ def test_one_gpu_takes_graphs_unless_told_otherwise():
     [
         ([], {"device": "cpu"}, "a GPU"),
         ([], {"compiled": False}, "training.compile=true"),
-        ([], {"size": 2}, "one process"),
         (["training.use_fsdp2=true"], {}, "training.use_fsdp2=false"),
         (["training.use_nvfsdp=true"], {}, "training.use_nvfsdp=false"),
         (["model.use_te_layers=true"], {}, "model.use_te_layers=false"),
@@ -88,8 +92,7 @@ class Stream:
         pass
 
 
-@pytest.fixture
-def network(monkeypatch):
+def network_with_pretended_graphs(monkeypatch):
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.3), nn.ReLU(), nn.Linear(16, 1))
 
@@ -110,6 +113,49 @@ def network(monkeypatch):
     return network
 
 
+@pytest.fixture
+def network(monkeypatch):
+    return network_with_pretended_graphs(monkeypatch)
+
+
+def gradients_of_two_steps(rank, size):
+    """Of two micro-batches each, for a rank of several; and what they should be, found by one rank alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        network = network_with_pretended_graphs(patch).eval()  # dropout belongs to the rank
+
+        def loss(batch):
+            return network(batch.buffer).square().sum(), torch.ones(())
+
+        graphs = MicroBatchGraphs(loss, network.parameters(), accumulates=True, reduces=size > 1)
+        generator, seen, expected = torch.Generator().manual_seed(5), [], []
+        for _ in range(2):
+            batches = [Batch(torch.randn(4, 8, generator=generator)) for _ in range(2 * size)]
+            for micro, batch in enumerate(batches[rank::size]):
+                graphs.run(batch, 0, micro == 1)
+            seen += [parameter.grad.clone() for parameter in network.parameters()]
+            together = loss(Batch(torch.cat([batch.buffer for batch in batches])))[0]
+            expected += torch.autograd.grad(together, list(network.parameters()))
+            torch.optim.SGD(network.parameters()).zero_grad(set_to_none=True)
+        return seen, expected
+
+
+def test_gradients_are_summed_over_ranks_once_a_step(run_workers):
+    for seen, expected in run_workers(gradients_of_two_steps, 2):
+        torch.testing.assert_close(seen, expected)
+
+
+@given(st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=3), min_size=1, max_size=5))
+def test_the_common_buffer_has_a_place_for_each_tensor(shapes):
+    tensors = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    buffer, views = common_buffer(tensors)
+    for view, tensor in zip(views, tensors, strict=True):
+        assert view.storage_offset() % ALIGNMENT == 0
+        view.copy_(tensor.detach())
+    for view, tensor in zip(views, tensors, strict=True):
+        assert torch.equal(view, tensor)
+    assert buffer.count_nonzero() == sum(tensor.numel() for tensor in tensors)
+
+
 def test_replayed_micro_batches_train_as_others_do(network):
     """Three steps of three micro-batches, with dropout: losses, gradients and weights are the same."""
     start = [parameter.detach().clone() for parameter in network.parameters()]
@@ -119,7 +165,7 @@ def test_replayed_micro_batches_train_as_others_do(network):
         calls.append(batch)
         return network(batch.buffer).square().sum(), (batch.buffer > 0).sum()
 
-    def eager(batch, seed):
+    def eager(batch, seed, is_last):
         torch.manual_seed(seed)
         loss_sum, masked = loss(batch)
         loss_sum.backward()
@@ -134,7 +180,7 @@ def test_replayed_micro_batches_train_as_others_do(network):
         for step in range(3):
             for micro in range(3):
                 batch = Batch(torch.randn(4, 8, generator=generator))
-                seen += [value.item() for value in micro_batch(batch, 10 * step + micro)]
+                seen += [value.item() for value in micro_batch(batch, 10 * step + micro, micro == 2)]
             seen += [parameter.grad.clone() for parameter in network.parameters()]
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -142,7 +188,7 @@ def test_replayed_micro_batches_train_as_others_do(network):
 
     expected = train(eager)
     calls.clear()
-    found = train(MicroBatchGraphs(loss, network.parameters(), accumulates=True).run)
+    found = train(MicroBatchGraphs(loss, network.parameters(), accumulates=True, reduces=False).run)
     torch.testing.assert_close(found, expected, atol=0, rtol=0)
     assert len(calls) == 4  # two to warm up, one that writes gradients, one that adds to them
 
@@ -154,6 +200,6 @@ def test_what_cannot_be_recorded_names_the_key(network):
         return network(batch.buffer).sum(), torch.ones(())
 
     calls = []
-    graphs = MicroBatchGraphs(loss, network.parameters(), accumulates=False)
+    graphs = MicroBatchGraphs(loss, network.parameters(), accumulates=False, reduces=False)
     with pytest.raises(ConfigError, match=r"not permitted.*training\.cuda_graphs=false"):
-        graphs.run(Batch(torch.randn(4, 8)), 0)
+        graphs.run(Batch(torch.randn(4, 8)), 0, True)

@@ -9,6 +9,8 @@ GIB = 2**30
 PARAMETERS = {"10m": 10_346_322, "106m": 106_779_730, "4b": 2_910_000_000}
 FP8 = ("model.use_te_layers=true", "training.use_fp8=true")
 PYTORCH = ("model.use_te_layers=false", "training.use_fp8=false")
+FSDP2 = ("training.use_fsdp2=true",)
+LAYER_OF_4B = 12 * 2560**2
 
 
 def estimate(name, *overrides, world_size=1):
@@ -45,8 +47,13 @@ def test_recomputing_every_nth_layer_keeps_the_others():
 
 
 def test_sharding_divides_weights_and_optimizer_state():
-    fsdp2 = "training.use_fsdp2=true"
-    four, eight = (estimate("4b", fsdp2, world_size=size) for size in (4, 8))
+    four, eight = (estimate("4b", *FSDP2, world_size=size) for size in (4, 8))
     assert (four - eight) * GIB == pytest.approx(16 * PARAMETERS["4b"] / 8, rel=0.01)
-    assert estimate("4b", fsdp2, "training.shard_group_size=4", world_size=8) == pytest.approx(four, rel=1e-6)
+    assert estimate("4b", *FSDP2, "training.shard_group_size=4", world_size=8) == pytest.approx(four, rel=1e-6)
     assert estimate("4b", world_size=8) > estimate("4b", world_size=1)
+
+
+def test_weights_that_stay_gathered_are_counted():
+    more = estimate("4b", *FSDP2, "training.reshard_after_forward=false", world_size=8)
+    # All layers in BF16, of which two were counted before.
+    assert (more - estimate("4b", *FSDP2, world_size=8)) * GIB == pytest.approx(34 * 2 * LAYER_OF_4B, rel=1e-2)
