@@ -29,11 +29,15 @@ def describe_start(run: "Trainer") -> str:
     if run.validation_data is not None:
         corpus, packs = run.validation_data.corpus, run.validation_packs(run.validation_data.stream())
         lines.append(
-            f"held out    {corpus.num_cells:,} cells, {corpus.num_tokens:,} tokens; a validation reads {packs} packs"
+            f"held out    {corpus.num_cells:,} cells, {corpus.num_tokens:,} tokens; a validation reads "
+            f"{number(packs, 'pack')}"
         )
+        if corpus.fingerprint == run.data.corpus.fingerprint:
+            lines.append("            they are the cells of data.path: validation says nothing about cells not seen")
     lines += [
         f"micro-batch up to {shape.token_budget:,} tokens, {shape.max_cells} cells",
-        f"step        {run.progress.packs_per_step} packs: {world.size} processes x {run.accumulation} micro-batches",
+        f"step        {number(run.progress.packs_per_step, 'pack')}: {number(world.size, 'process', 'processes')} x "
+        f"{number(run.accumulation, 'micro-batch', 'micro-batches')}",
         f"epoch       about {steps_of_epoch:,} steps; the run has {config.training.num_train_steps:,}",
         f"engine      {run.engine.name} on {world.device.type}",
         f"output      {run.folder}",
@@ -62,13 +66,18 @@ def describe_start(run: "Trainer") -> str:
     return "\n".join(lines)
 
 
+def number(count: int, one: str, many: str | None = None) -> str:
+    """A count with its noun."""
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
+
+
 def describe_end(run: "Trainer") -> str:
     """What was done, and where it lies."""
     progress = run.progress
     skipped = f", {progress.skipped_steps} updates skipped" if progress.skipped_steps else ""
     return "\n".join(
         [
-            f"Done: {progress.step} steps, {progress.cells:,} cells, {progress.tokens:,} tokens{skipped}.",
+            f"Done: {number(progress.step, 'step')}, {progress.cells:,} cells, {progress.tokens:,} tokens{skipped}.",
             f"model        {run.folder / 'final_model'}",
             f"checkpoints  {run.folder / f'step_{progress.step}'}",
             f"metrics      {run.folder / 'metrics.jsonl'}",

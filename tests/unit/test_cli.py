@@ -230,14 +230,19 @@ def test_a_damaged_plan_is_a_plain_message(tmp_path: Path, monkeypatch: pytest.M
     assert "delete the folder" in message
 
 
-@pytest.mark.parametrize(("most", "read"), [(64, "2"), (1, "1")])
+@pytest.mark.parametrize(("most", "read"), [(64, "2 packs"), (1, "1 pack")])
 def test_held_out_cells_are_counted_at_the_start(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], most: int, read: str
 ) -> None:
     write_parquet(tmp_path / "held_out.parquet", [[7] * 30] * 5)  # packs of 4 x 32 tokens
     given = [f"data.validation_path={tmp_path / 'held_out.parquet'}", f"data.validation_packs={most}"]
     assert train.run(tiny_config(tmp_path, *given)) == 0
-    assert f"held out    5 cells, 150 tokens; a validation reads {read} packs\n" in capsys.readouterr().out
+    assert f"held out    5 cells, 150 tokens; a validation reads {read}\n" in capsys.readouterr().out
+
+
+def test_held_out_cells_that_are_trained_on_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.run(tiny_config(tmp_path, f"data.validation_path={tmp_path / 'cells.parquet'}")) == 0
+    assert "they are the cells of data.path" in capsys.readouterr().out
 
 
 def test_going_on_with_another_configuration_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
