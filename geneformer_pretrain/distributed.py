@@ -43,7 +43,7 @@ def distributed_world(timeout_minutes: float = 10.0) -> Iterator[World]:
     rank = int(os.environ.get("RANK", 0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     size = int(os.environ.get("WORLD_SIZE", 1))
-    nodes = size // int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    nodes = int(os.environ.get("GROUP_WORLD_SIZE", 1))  # as torchrun calls them
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
             raise ConfigError(

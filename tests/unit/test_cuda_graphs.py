@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from geneformer_pretrain.config import ConfigError, load_config
 from geneformer_pretrain.cuda_graphs import ALIGNMENT, MicroBatchGraphs, common_buffer, takes_cuda_graphs
-from geneformer_pretrain.distributed import World
+from geneformer_pretrain.distributed import World, distributed_world
 
 
 def takes(choice, *overrides, device="cuda", size=1, compiled=True, nodes=1):
@@ -30,6 +30,16 @@ def test_the_gpus_of_one_node_take_graphs_unless_told_otherwise():
     assert takes("true", size=16, nodes=2)
     assert not takes("null", "model.hidden_size=2560", "model.num_attention_heads=40")  # nothing to gain
     assert takes("true", "model.hidden_size=2560", "model.num_attention_heads=40")
+
+
+def test_all_ranks_count_the_same_nodes(monkeypatch):
+    """Also where nodes have different numbers of GPUs; a process without torchrun is one node."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with distributed_world() as world:
+        assert world.nodes == 1
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "3")
+    with distributed_world() as world:
+        assert world.nodes == 3
 
 
 @pytest.mark.parametrize(
