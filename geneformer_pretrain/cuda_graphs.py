@@ -49,10 +49,10 @@ class MicroBatchGraphs:
     """Forward and backward of packed micro-batches, recorded once and then replayed.
 
     Launching the kernels of a small model one by one takes the host as long as running them takes the device. Replayed
-    kernels are the same, with the same random numbers: results do not change by a bit.
+    kernels are the same, with the same random numbers: results of one process do not change by a bit.
 
     With several processes, gradients lie in one buffer, which is summed over the ranks after the last micro-batch of a
-    step. Within a node that costs less than overlapping it with the backward does, where the kernels of NCCL take
+    step. Over NVLink that costs less than overlapping it with the backward does, where the kernels of NCCL take
     multiprocessors that matrix products count on.
 
     Parameters

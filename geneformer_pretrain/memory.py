@@ -20,7 +20,9 @@ def layer_activations(config: Config, itemsize: int) -> int:
     return itemsize * (8 * h + f)
 
 
-def estimate_peak(config: Config, world_size: int, num_parameters: int, itemsize: int) -> int:
+def estimate_peak(
+    config: Config, world_size: int, num_parameters: int, itemsize: int, with_graphs: bool = False
+) -> int:
     """Peak memory of one GPU in bytes, without what PyTorch and the CUDA context hold besides.
 
     The larger of two moments: the start of the backward, when all activations are there, and its end, when all
@@ -34,6 +36,8 @@ def estimate_peak(config: Config, world_size: int, num_parameters: int, itemsize
         Of the whole model.
     itemsize
         Bytes of the compute dtype.
+    with_graphs
+        Whether micro-batches are replayed: several ranks then copy gradients into one buffer.
     """
     model, training = config.model, config.training
     tokens, layers = model.token_budget, model.num_hidden_layers
@@ -65,4 +69,5 @@ def estimate_peak(config: Config, world_size: int, num_parameters: int, itemsize
     # Gradients are there from the start where DDP keeps buckets, and from the second micro-batch on.
     early = gradients if world_size > 1 or training.gradient_accumulation_steps > 1 else 0
     start = early + working + activations
-    return (WEIGHT + MOMENTS) * owned + max(start, gradients)
+    end = 2 * gradients if with_graphs and world_size > 1 else gradients
+    return (WEIGHT + MOMENTS) * owned + max(start, end)

@@ -46,7 +46,7 @@ def describe_start(run: "Trainer") -> str:
         attention = "PyTorch" if isinstance(model.bert.attention, FlashAttention) else "Triton"
         fused = "PyTorch" if model.head.fused is None else "Triton"
         launched = "one by one" if run.graphs is None else "a micro-batch at once (CUDA graphs)"
-        peak = estimate_peak(config, world.size, count, run.compute_dtype.itemsize)
+        peak = estimate_peak(config, world.size, count, run.compute_dtype.itemsize, run.graphs is not None)
         lines += [
             f"kernels     {attention} for attention, {fused} beside matrix products; launched {launched}",
             f"memory      about {peak / 2**30:.1f} GiB a GPU, by estimate",

@@ -113,6 +113,7 @@ class Trainer:
             ranks.together(self.check_validation_packs, ConfigError)
         compiled = on_gpu and config.data.packing if training.compile is None else training.compile
         with_graphs = takes_cuda_graphs(config, world, compiled)
+        ranks.agree_on({"whether to take CUDA graphs": with_graphs}, ConfigError)
         self.compute_dtype = compute_dtype(training.compute_dtype, world.device)
         self.engine = build_engine(config, world, self.compute_dtype, compiled, with_graphs)
         self.constant_shapes = compiled

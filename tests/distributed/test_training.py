@@ -8,10 +8,8 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -211,28 +209,6 @@ def test_validation_loss_equals_an_independent_computation(folder: Path) -> None
         count += int((labels != -100).sum())
     assert count > 100
     assert records[-1]["validation_loss"] == pytest.approx(total / count, rel=1e-5)
-
-
-def graphs_compiled_under_ddp(rank: int, size: int, given: list[str]) -> list[int]:
-    """Numbers of random draws in each compiled graph of a step that has any."""
-    draws: list[int] = []
-
-    def backend(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
-        draws.append(sum("randint" in node.name or node.target is torch.randint for node in graph.graph.nodes))
-        return graph.forward
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "compile", partial(torch.compile, backend=backend))
-        Trainer(load_config(overrides=given), World(rank, rank, size, torch.device("cpu"))).fit()
-    return [number for number in draws if number]
-
-
-def test_ddp_does_not_cut_compiled_layers(tmp_path: Path, run_workers: RunWorkers) -> None:
-    """Cut at DDP's buckets, here in the middle of a layer, it would draw its dropout in other portions than alone."""
-    wide = ("model.hidden_size=256", "model.intermediate_size=512", *DROPOUT)
-    given = overrides(tmp_path, *wide, "training.compile=true", "training.num_train_steps=1")
-    # That of the embeddings, and both of a layer.
-    assert run_workers(graphs_compiled_under_ddp, 2, given) == [[1, 2]] * 2
 
 
 # --- one process: bitwise ---------------------------------------------------------------------------------

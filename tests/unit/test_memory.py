@@ -53,6 +53,14 @@ def test_sharding_divides_weights_and_optimizer_state():
     assert estimate("4b", world_size=8) > estimate("4b", world_size=1)
 
 
+def test_graphs_of_several_ranks_have_gradients_twice():
+    small = load_config("4b", [*PYTORCH, "model.micro_batch_size=1"])
+    parameters = PARAMETERS["4b"]
+    peaks = {size: estimate_peak(small, size, parameters, 2, with_graphs=True) for size in (1, 2)}
+    assert peaks[2] == (16 + 4) * parameters
+    assert peaks[1] < peaks[2]
+
+
 def test_weights_that_stay_gathered_are_counted():
     more = estimate("4b", *FSDP2, "training.reshard_after_forward=false", world_size=8)
     # All layers in BF16, of which two were counted before.
