@@ -214,9 +214,10 @@ class TrainingConfig:
     """Shard with nvFSDP (today's name: Megatron-FSDP) instead of DDP."""
     use_fsdp2: bool
     """Shard with PyTorch's FSDP2 instead of DDP."""
-    reshard_after_forward: bool
+    reshard_after_forward: bool | None
     """FSDP2 frees a layer's gathered weights after its forward and gathers them again for its backward. false keeps
-    them: less communication, and the whole model in the compute dtype on each rank."""
+    them: less communication, and the whole model in the compute dtype on each rank. null keeps them on GPUs whose
+    memory suffices by the estimate."""
     shard_group_size: int | None
     """Ranks that share one copy of the weights, and of the optimizer state; the groups are replicas of each other
     (hybrid sharding). null: all ranks share one copy."""
@@ -289,8 +290,9 @@ class TrainingConfig:
             "that shards: training.use_fsdp2=True or training.use_nvfsdp=True.",
         )
         require(
-            self.reshard_after_forward or self.use_fsdp2,
-            "training.reshard_after_forward=False is a choice of FSDP2 alone: set training.use_fsdp2=True as well.",
+            self.reshard_after_forward is None or self.use_fsdp2,
+            f"training.reshard_after_forward={self.reshard_after_forward} is a choice of FSDP2 alone: set "
+            "training.use_fsdp2=True as well.",
         )
         require(
             self.hang_timeout_seconds <= 1e6,

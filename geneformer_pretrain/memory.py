@@ -21,7 +21,12 @@ def layer_activations(config: Config, itemsize: int) -> int:
 
 
 def estimate_peak(
-    config: Config, world_size: int, num_parameters: int, itemsize: int, with_graphs: bool = False
+    config: Config,
+    world_size: int,
+    num_parameters: int,
+    itemsize: int,
+    with_graphs: bool = False,
+    reshards: bool = True,
 ) -> int:
     """Peak memory of one GPU in bytes, without what PyTorch and the CUDA context hold besides.
 
@@ -38,6 +43,8 @@ def estimate_peak(
         Bytes of the compute dtype.
     with_graphs
         Whether micro-batches are replayed: several ranks then copy gradients into one buffer.
+    reshards
+        Whether a sharding engine frees gathered weights between forward and backward.
     """
     model, training = config.model, config.training
     tokens, layers = model.token_budget, model.num_hidden_layers
@@ -57,7 +64,7 @@ def estimate_peak(
     if training.use_fsdp2 or training.use_nvfsdp:
         owned = -(-num_parameters // (training.shard_group_size or world_size))
         # Two layers and the root are gathered at a time, or everything.
-        gathered_layers = 2 if training.reshard_after_forward else layers
+        gathered_layers = 2 if reshards else layers
         gathered_size = itemsize if training.use_fsdp2 else WEIGHT
         working = gathered_size * (num_parameters - in_layers + gathered_layers * in_layers // layers)
     else:

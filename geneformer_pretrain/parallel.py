@@ -19,9 +19,13 @@ from .config import Config, ModelConfig, require
 from .distributed import World
 from .initialization import initialize_weights
 from .kernels import choose_attention, choose_fused
+from .memory import estimate_peak
 from .optimizer import full_tensor
 
 NVFSDP_RELEASES = "0.6."
+
+KEEPING_SHARE = 0.85
+"""Of a GPU's memory: FSDP2 keeps weights gathered where the estimate, which may be 6% off, then stays below it."""
 
 ARCHITECTURE_KEYS = (
     "vocab_size",
@@ -84,7 +88,12 @@ def architecture(config: ModelConfig) -> dict[str, int | float | str]:
 
 
 def build_engine(
-    config: Config, world: World, compute_dtype: torch.dtype, compile_blocks: bool, with_graphs: bool = False
+    config: Config,
+    world: World,
+    compute_dtype: torch.dtype,
+    compile_blocks: bool,
+    with_graphs: bool = False,
+    reshards: bool = True,
 ) -> Engine:
     """Build, initialise, compile and distribute the model.
 
@@ -98,7 +107,7 @@ def build_engine(
     """
     shard: Callable[[nn.Module], None] = lambda module: None  # noqa: E731
     if config.training.use_fsdp2:
-        shard = fsdp2_sharding(sharding_mesh(config, world), compute_dtype, config.training.reshard_after_forward)
+        shard = fsdp2_sharding(sharding_mesh(config, world), compute_dtype, reshards)
     elif config.training.use_nvfsdp:
         shard = nvfsdp_sharding(sharding_mesh(config, world))
     use_te = config.model.use_te_layers
@@ -173,9 +182,26 @@ def sharding_mesh(config: Config, world: World) -> DeviceMesh:
     return init_device_mesh(world.device.type, (world.size // size, size), mesh_dim_names=("replicate", "shard"))
 
 
-def fsdp2_sharding(
-    mesh: DeviceMesh, compute_dtype: torch.dtype, reshard_after_forward: bool
-) -> Callable[[nn.Module], None]:
+def reshards_after_forward(config: Config, world: World, itemsize: int) -> bool:
+    """Whether FSDP2 is to free gathered weights until the backward: if asked, or if keeping them may take too much.
+
+    Parameters
+    ----------
+    itemsize
+        Bytes of the compute dtype.
+    """
+    asked = config.training.reshard_after_forward
+    if asked is not None:
+        return asked
+    if not config.training.use_fsdp2 or world.device.type != "cuda":
+        return True
+    with torch.device("meta"):
+        count = sum(p.numel() for p in BertForMaskedLM(BertConfig(**architecture(config.model))).parameters())
+    room = KEEPING_SHARE * torch.cuda.get_device_properties(world.device).total_memory
+    return estimate_peak(config, world.size, count, itemsize, reshards=False) > room
+
+
+def fsdp2_sharding(mesh: DeviceMesh, compute_dtype: torch.dtype, reshards: bool) -> Callable[[nn.Module], None]:
     """Sharding of a module: weights gathered in the compute dtype, gradients reduced in FP32."""
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype, reduce_dtype=torch.float32, output_dtype=None, cast_forward_inputs=False
@@ -183,7 +209,7 @@ def fsdp2_sharding(
 
     def shard(module: nn.Module) -> None:
         # None: all but the root, whose weights the backward needs at once.
-        fully_shard(module, mesh=mesh, reshard_after_forward=None if reshard_after_forward else False, mp_policy=policy)
+        fully_shard(module, mesh=mesh, reshard_after_forward=None if reshards else False, mp_policy=policy)
 
     return shard
 

@@ -42,11 +42,15 @@ def describe_start(run: "Trainer") -> str:
         f"engine      {run.engine.name} on {world.device.type}",
         f"output      {run.folder}",
     ]
+    if config.training.use_fsdp2:
+        gathered = "for the forward and again for the backward" if run.reshards else "once a micro-batch"
+        lines.append(f"weights     gathered {gathered}")
     if world.device.type == "cuda":
         attention = "PyTorch" if isinstance(model.bert.attention, FlashAttention) else "Triton"
         fused = "PyTorch" if model.head.fused is None else "Triton"
         launched = "one by one" if run.graphs is None else "a micro-batch at once (CUDA graphs)"
-        peak = estimate_peak(config, world.size, count, run.compute_dtype.itemsize, run.graphs is not None)
+        itemsize = run.compute_dtype.itemsize
+        peak = estimate_peak(config, world.size, count, itemsize, run.graphs is not None, run.reshards)
         lines += [
             f"kernels     {attention} for attention, {fused} beside matrix products; launched {launched}",
             f"memory      about {peak / 2**30:.1f} GiB a GPU, by estimate",

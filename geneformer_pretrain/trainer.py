@@ -28,7 +28,7 @@ from .export import gather_weights, write_model
 from .folders import writing_to
 from .metrics import MetricsLog, cut_back, has_results
 from .optimizer import build_optimizer, learning_rate, update
-from .parallel import architecture, build_engine
+from .parallel import architecture, build_engine, reshards_after_forward
 from .precision import check_machine, compute_dtype, forward_context, fp8_state
 from .ranks import Ranks
 from .report import describe_end, describe_start
@@ -115,7 +115,9 @@ class Trainer:
         with_graphs = takes_cuda_graphs(config, world, compiled)
         ranks.agree_on({"whether to take CUDA graphs": with_graphs}, ConfigError)
         self.compute_dtype = compute_dtype(training.compute_dtype, world.device)
-        self.engine = build_engine(config, world, self.compute_dtype, compiled, with_graphs)
+        # Where ranks have GPUs of different sizes, the smallest decides.
+        self.reshards = any(ranks.gather(reshards_after_forward(config, world, self.compute_dtype.itemsize)))
+        self.engine = build_engine(config, world, self.compute_dtype, compiled, with_graphs, self.reshards)
         self.constant_shapes = compiled
         self.forward_context = forward_context(config)
         self.optimizer = build_optimizer(self.engine.model, training)

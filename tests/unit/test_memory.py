@@ -1,9 +1,14 @@
 """The memory estimate against peaks measured on an H200 (docs/performance.md)."""
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 
 from geneformer_pretrain.config import load_config
+from geneformer_pretrain.distributed import World
 from geneformer_pretrain.memory import estimate_peak
+from geneformer_pretrain.parallel import reshards_after_forward
 
 GIB = 2**30
 PARAMETERS = {"10m": 10_346_322, "106m": 106_779_730, "4b": 2_910_000_000}
@@ -13,8 +18,8 @@ FSDP2 = ("training.use_fsdp2=true",)
 LAYER_OF_4B = 12 * 2560**2
 
 
-def estimate(name, *overrides, world_size=1):
-    return estimate_peak(load_config(name, list(overrides)), world_size, PARAMETERS[name], 2) / GIB
+def estimate(name, *overrides, world_size=1, reshards=True):
+    return estimate_peak(load_config(name, list(overrides)), world_size, PARAMETERS[name], 2, reshards=reshards) / GIB
 
 
 @pytest.mark.parametrize(
@@ -62,6 +67,24 @@ def test_graphs_of_several_ranks_have_gradients_twice():
 
 
 def test_weights_that_stay_gathered_are_counted():
-    more = estimate("4b", *FSDP2, "training.reshard_after_forward=false", world_size=8)
+    more = estimate("4b", *FSDP2, world_size=8, reshards=False)
     # All layers in BF16, of which two were counted before.
     assert (more - estimate("4b", *FSDP2, world_size=8)) * GIB == pytest.approx(34 * 2 * LAYER_OF_4B, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "gib", "world_size", "reshards"),
+    [
+        ((), 139.8, 2, False),  # 81 GiB, half of it activations
+        ((), 79.2, 4, True),  # 70 GiB would fit, but with too little to spare for an estimate
+        ((), 79.2, 8, False),
+        (("training.shard_group_size=2",), 79.2, 8, True),  # each GPU holds a half of the model, not an eighth
+        (("training.reshard_after_forward=false",), 79.2, 4, False),
+        (("training.reshard_after_forward=true",), 139.8, 2, True),
+    ],
+)
+def test_weights_stay_gathered_where_memory_allows(overrides, gib, world_size, reshards, monkeypatch):
+    gpu = SimpleNamespace(total_memory=int(gib * GIB))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    world = World(0, 0, world_size, torch.device("cuda"))
+    assert reshards_after_forward(load_config("4b", [*FSDP2, *overrides]), world, 2) is reshards
