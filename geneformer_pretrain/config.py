@@ -216,8 +216,8 @@ class TrainingConfig:
     """Shard with PyTorch's FSDP2 instead of DDP."""
     reshard_after_forward: bool | None
     """FSDP2 frees a layer's gathered weights after its forward and gathers them again for its backward. false keeps
-    them: less communication, and the whole model in the compute dtype on each rank. null keeps them on GPUs whose
-    memory suffices by the estimate."""
+    them until the step's end: less communication, and the whole model in the compute dtype on each rank. null keeps
+    them on GPUs whose memory suffices by the estimate."""
     shard_group_size: int | None
     """Ranks that share one copy of the weights, and of the optimizer state; the groups are replicas of each other
     (hybrid sharding). null: all ranks share one copy."""

@@ -139,7 +139,7 @@ def build_engine(
         model.compile_ends()
     model.train()
     if config.training.use_fsdp2:
-        return _fsdp2(model, shard, world)
+        return _fsdp2(model, shard, world, reshards)
     if config.training.use_nvfsdp:
         return _nvfsdp(model, shard, world)
     return _ddp(model, world, with_graphs)
@@ -214,12 +214,13 @@ def fsdp2_sharding(mesh: DeviceMesh, compute_dtype: torch.dtype, reshards: bool)
     return shard
 
 
-def _fsdp2(model: BertForMaskedLM, shard: Callable[[nn.Module], None], world: World) -> Engine:
+def _fsdp2(model: BertForMaskedLM, shard: Callable[[nn.Module], None], world: World, reshards: bool) -> Engine:
     shard(model)
 
     def micro_batch(last: bool) -> AbstractContextManager[None]:
         # Gradients are scattered after each micro-batch: whole ones in FP32 would not fit. Replicas add theirs once.
         model.set_requires_all_reduce(last)
+        model.set_reshard_after_backward(reshards or last)  # The next micro-batch has the same weights.
         return nullcontext()
 
     def end_evaluation() -> None:

@@ -43,7 +43,7 @@ def describe_start(run: "Trainer") -> str:
         f"output      {run.folder}",
     ]
     if config.training.use_fsdp2:
-        gathered = "for the forward and again for the backward" if run.reshards else "once a micro-batch"
+        gathered = "for the forward and again for the backward" if run.reshards else "once a step"
         lines.append(f"weights     gathered {gathered}")
     if world.device.type == "cuda":
         attention = "PyTorch" if isinstance(model.bert.attention, FlashAttention) else "Triton"

@@ -77,8 +77,8 @@ def test_ranks_that_differ_in_taking_graphs_stop_together(tmp_path: Path, run_wo
         assert "whether to take CUDA graphs is False on rank 0, True on rank 1" in message
 
 
-def gathered_after_forward(rank: int, size: int, given: list[str]) -> list[bool]:
-    """Whether each layer holds whole weights between forward and backward; and after an evaluation's end."""
+def when_gathered(rank: int, size: int, given: list[str]) -> dict[str, list[bool]]:
+    """Whether each layer holds whole weights at several moments."""
     trainer = build(rank, size, given)
     layers = list(trainer.engine.model.bert.encoder["layer"])
 
@@ -86,14 +86,31 @@ def gathered_after_forward(rank: int, size: int, given: list[str]) -> list[bool]
         return [not any(isinstance(weight, DTensor) for weight in layer.parameters()) for layer in layers]
 
     with trainer.data.loader(trainer.stream, trainer.progress, rank, size) as loader:
-        trainer.forward(next_batch(loader, "data.path"))
-    between = gathered()
+        batch = next_batch(loader, "data.path")
+    trainer.forward(batch)
+    found = {"after a forward": gathered()}
     trainer.engine.end_evaluation()
-    return [*between, *gathered()]
+    found["after an evaluation"] = gathered()
+    for is_last in (False, True):
+        trainer.forward_backward(batch, is_last)
+        found[f"after a micro-batch, the last: {is_last}"] = gathered()
+    return found
 
 
 @pytest.mark.parametrize("reshard", ["true", "false"])
 def test_weights_stay_gathered_where_asked(tmp_path: Path, run_workers: RunWorkers, reshard: str) -> None:
     given = overrides(tmp_path, "training.use_fsdp2=true", f"training.reshard_after_forward={reshard}")
-    stay = reshard == "false"
-    assert run_workers(gathered_after_forward, 2, given) == [[stay, stay, False, False]] * 2
+    stay = [reshard == "false"] * 2
+    never = [False, False]
+    assert (
+        run_workers(when_gathered, 2, given)
+        == [
+            {
+                "after a forward": stay,
+                "after an evaluation": never,
+                "after a micro-batch, the last: False": stay,
+                "after a micro-batch, the last: True": never,
+            }
+        ]
+        * 2
+    )
