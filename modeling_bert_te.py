@@ -389,13 +389,17 @@ class BertModel(nn.Module):
         token_type_ids: Tensor | None,
         cu_seqlens: Tensor,
         max_seqlen: int,
+        output_hidden_states: bool,
     ) -> list[Tensor]:
-        """[T] -> the embedding output and each layer's output, [T, H] each."""
+        """[T] -> [T, H] each: the last layer's output, preceded on request by the embeddings and the others."""
         plan = self.attention.plan(cu_seqlens, max_seqlen, len(input_ids))
-        hidden_states = [self.embeddings(input_ids, position_ids, token_type_ids)]
+        x = self.embeddings(input_ids, position_ids, token_type_ids)
+        before = []
         for layer in self.encoder["layer"].children():
-            hidden_states.append(layer(hidden_states[-1], plan))
-        return hidden_states
+            if output_hidden_states:  # Otherwise they are freed: in FP8, the backward does without.
+                before.append(x)
+            x = layer(x, plan)
+        return [*before, x]
 
 
 class BertPredictions(nn.Module):
@@ -587,7 +591,9 @@ class BertForMaskedLM(PreTrainedModel):
             )
         if (labels is None) != (masked_index is None):
             raise ValueError("Packed calls take labels [K] and masked_index [K] together.")
-        hidden_states = self.bert(input_ids, position_ids, token_type_ids, cu_seqlens, max_seqlen)
+        hidden_states = self.bert(
+            input_ids, position_ids, token_type_ids, cu_seqlens, max_seqlen, output_hidden_states
+        )
         word_embeddings = self.bert.embeddings.word_embeddings.weight
         parts: dict[str, Any] = {"hidden_states": tuple(hidden_states)} if output_hidden_states else {}
         if labels is None:
@@ -636,6 +642,7 @@ class BertForMaskedLM(PreTrainedModel):
             None if token_type_ids is None else unpad(token_type_ids),
             cu_seqlens,
             length,
+            output_hidden_states,
         )
         logits = self.head.logits(hidden_states[-1], self.bert.embeddings.word_embeddings.weight)
         loss = None

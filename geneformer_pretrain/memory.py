@@ -50,31 +50,34 @@ def estimate_peak(
     tokens, layers = model.token_budget, model.num_hidden_layers
     every = training.recompute_every_n_layers
     recomputed = -(-layers // every) if every else 0
+    kept = layers - recomputed + bool(recomputed)  # Recomputed layers come back one at a time.
     of_layer = layer_activations(config, itemsize) * tokens
     of_input = itemsize * model.hidden_size * tokens
-    # Recomputed layers come back one at a time.
-    activations = (layers - recomputed + bool(recomputed)) * of_layer + recomputed * of_input
+    activations = kept * of_layer + recomputed * of_input
     embeddings = 2 * of_input
     logits = masked_capacity(tokens, training.mlm_probability) * model.vocab_size * itemsize
     activations += embeddings + logits
     if model.use_te_layers:  # The activation function is a kernel of its own: its input and output, with gradients.
         activations += 2 * itemsize * model.intermediate_size * tokens
 
-    in_layers = num_parameters - (model.vocab_size + model.max_position_embeddings) * model.hidden_size
-    if training.use_fsdp2 or training.use_nvfsdp:
-        owned = -(-num_parameters // (training.shard_group_size or world_size))
+    root = (model.vocab_size + model.max_position_embeddings) * model.hidden_size
+    weights_of_layer = (num_parameters - root) // layers
+    # What is cast stays for the backward: in FP8 by rows and by columns.
+    copies = itemsize if training.use_fp8 or itemsize < WEIGHT else 0
+    shards = training.use_fsdp2 or training.use_nvfsdp
+    owned = -(-num_parameters // (training.shard_group_size or world_size)) if shards else num_parameters
+    working = copies * (root + kept * weights_of_layer)
+    if shards:
+        # The gradients of two layers as they come and in FP32, on their way to their owners.
+        reduced = 2 * (itemsize + GRADIENT) * weights_of_layer
         # Two layers and the root are gathered at a time, or everything.
-        gathered_layers = 2 if reshards else layers
-        gathered_size = itemsize if training.use_fsdp2 else WEIGHT
-        working = gathered_size * (num_parameters - in_layers + gathered_layers * in_layers // layers)
-    else:
-        owned = num_parameters
-        working = itemsize * num_parameters if itemsize < WEIGHT else 0
-    if training.use_fp8:
-        working += 2 * in_layers  # by rows and by columns
+        gathered = root + (2 if reshards else layers) * weights_of_layer
+        # FSDP2 gathers in the compute dtype, and Transformer Engine then keeps no copies.
+        working = reduced + (itemsize * gathered if training.use_fsdp2 else WEIGHT * gathered + working)
     gradients = GRADIENT * owned
-    # Gradients are there from the start where DDP keeps buckets, and from the second micro-batch on.
-    early = gradients if world_size > 1 or training.gradient_accumulation_steps > 1 else 0
+    # Gradients are there from the start where DDP or nvFSDP keep buffers, and from the second micro-batch on.
+    buffers = world_size > 1 and not training.use_fsdp2
+    early = gradients if buffers or training.gradient_accumulation_steps > 1 else 0
     start = early + working + activations
     end = 2 * gradients if with_graphs and world_size > 1 else gradients
     return (WEIGHT + MOMENTS) * owned + max(start, end)

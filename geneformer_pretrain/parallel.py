@@ -25,7 +25,7 @@ from .optimizer import full_tensor
 NVFSDP_RELEASES = "0.6."
 
 KEEPING_SHARE = 0.85
-"""Of a GPU's memory: FSDP2 keeps weights gathered where the estimate, which may be 6% off, then stays below it."""
+"""Of a GPU's memory: FSDP2 keeps weights gathered where the estimate, which may be 4% off, then stays below it."""
 
 ARCHITECTURE_KEYS = (
     "vocab_size",

@@ -1,6 +1,7 @@
 """The model against stock Hugging Face BERT in float32."""
 
 import importlib.util
+import weakref
 
 import pytest
 import torch
@@ -133,6 +134,17 @@ def test_hidden_states_position_and_token_types_equal_stock():
     assert len(found) == len(expected) == SIZES["num_hidden_layers"] + 1
     for a, b in zip(found, expected, strict=True):
         assert_close(a[mask.bool()], b[mask.bool()], atol=2e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_outputs_of_layers_are_freed_when_not_asked_for():
+    ours, _ = make_pair()
+    outputs, alive = [], []
+    for layer in ours.bert.encoder["layer"].children():
+        layer.register_forward_hook(lambda module, inputs, output: outputs.append(weakref.ref(output)))
+    ours.head.register_forward_pre_hook(lambda *_: alive.append([o() is not None for o in outputs]))
+    ours(**packed_arguments(*make_cells([3, 5])))
+    assert alive == [[False] * (SIZES["num_hidden_layers"] - 1) + [True]]
 
 
 def test_padding_is_inert():
