@@ -591,9 +591,7 @@ class BertForMaskedLM(PreTrainedModel):
             )
         if (labels is None) != (masked_index is None):
             raise ValueError("Packed calls take labels [K] and masked_index [K] together.")
-        hidden_states = self.bert(
-            input_ids, position_ids, token_type_ids, cu_seqlens, max_seqlen, output_hidden_states
-        )
+        hidden_states = self.bert(input_ids, position_ids, token_type_ids, cu_seqlens, max_seqlen, output_hidden_states)
         word_embeddings = self.bert.embeddings.word_embeddings.weight
         parts: dict[str, Any] = {"hidden_states": tuple(hidden_states)} if output_hidden_states else {}
         if labels is None:
