@@ -1,4 +1,9 @@
-"""GPU memory of a training step, counted from the architecture; compared with measurements in docs/performance.md."""
+"""GPU memory of a training step, counted from the architecture (docs/performance.md compares), and what to do without."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
 
 from .config import Config
 from .data.plan import masked_capacity
@@ -81,3 +86,38 @@ def estimate_peak(
     start = early + working + activations
     end = 2 * gradients if with_graphs and world_size > 1 else gradients
     return (WEIGHT + MOMENTS) * owned + max(start, end)
+
+
+def remedies(config: Config) -> list[str]:
+    """What makes a training step take less memory, first what a run can change without starting anew."""
+    model, training = config.model, config.training
+    found = []
+    if training.recompute_every_n_layers != 1:
+        found.append("training.recompute_every_n_layers=1 (or 2: half of the layers)")
+    if not (training.use_fsdp2 or training.use_nvfsdp):
+        found.append("several GPUs and training.use_fsdp2=True")
+    elif training.use_fsdp2 and training.reshard_after_forward is not True:
+        found.append("training.reshard_after_forward=True")
+    if model.micro_batch_size > 1:
+        found.append(f"for a new run a model.micro_batch_size below {model.micro_batch_size}")
+    return found
+
+
+@contextmanager
+def explaining_lack_of_memory(config: Config) -> Iterator[None]:
+    """Say what to change where memory is not enough.
+
+    Raises
+    ------
+    MemoryError
+        In place of PyTorch's error, with its first line and what would take less memory.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        on_gpu, in_host_memory = isinstance(error, torch.OutOfMemoryError), "DefaultCPUAllocator" in str(error)
+        if not (on_gpu or in_host_memory):
+            raise
+        reason = str(error).partition("\n")[0].rstrip(".")
+        advice = "; ".join([*remedies(config), "a smaller model"])
+        raise MemoryError(f"{reason}. What takes less: {advice}.") from error

@@ -7,7 +7,7 @@ import torch
 
 from geneformer_pretrain.config import load_config
 from geneformer_pretrain.distributed import World
-from geneformer_pretrain.memory import estimate_peak
+from geneformer_pretrain.memory import estimate_peak, explaining_lack_of_memory
 from geneformer_pretrain.parallel import reshards_after_forward
 
 GIB = 2**30
@@ -115,3 +115,30 @@ def test_weights_stay_gathered_where_memory_allows(overrides, gib, world_size, r
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
     world = World(0, 0, world_size, torch.device("cuda"))
     assert reshards_after_forward(load_config("4b", [*FSDP2, *overrides]), world, 2) is reshards
+
+
+@pytest.mark.parametrize(
+    ("overrides", "advised", "not_advised"),
+    [
+        ((), ("recompute_every_n_layers=1", "use_fsdp2=True", "micro_batch_size below 10"), ("reshard",)),
+        (FSDP2, ("reshard_after_forward=True", "micro_batch_size below 10"), ("use_fsdp2",)),
+        ((*FSDP2, "training.reshard_after_forward=true"), ("recompute_every_n_layers=1",), ("reshard",)),
+        (("training.recompute_every_n_layers=1", "model.micro_batch_size=1"), ("use_fsdp2",), ("recompute", "below")),
+    ],
+)
+def test_lack_of_memory_says_what_to_change(overrides, advised, not_advised):
+    given = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nException raised from malloc")
+    with (
+        pytest.raises(MemoryError, match=r"^CUDA out of memory. Tried to allocate 2.00 GiB. What") as error,
+        explaining_lack_of_memory(load_config("4b", list(overrides))),
+    ):
+        raise given
+    for words in advised:
+        assert words in str(error.value)
+    for words in not_advised:
+        assert words not in str(error.value)
+
+
+def test_other_errors_pass():
+    with pytest.raises(RuntimeError, match="^no memory of it$"), explaining_lack_of_memory(load_config("4b")):
+        raise RuntimeError("no memory of it")
