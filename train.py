@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from geneformer_pretrain.checkpoint import CheckpointError
 from geneformer_pretrain.config import Config, ConfigError, check_names, resolve
 from geneformer_pretrain.distributed import distributed_world
+from geneformer_pretrain.memory import explaining_lack_of_memory
 from geneformer_pretrain.overrides import read_overrides
 from geneformer_pretrain.run_lock import hold_folder, is_used
 from geneformer_pretrain.stopping import EXIT_CODE_SIGNAL, write_exit
@@ -30,8 +31,9 @@ def run(config: Config) -> int:
     with distributed_world(timeout_minutes) as world, hold_folder(folder):
         trainer: Trainer | None = None
         try:
-            trainer = Trainer(config, world)
-            reason, code = ("completed", 0) if trainer.fit() else ("signal", EXIT_CODE_SIGNAL)
+            with explaining_lack_of_memory(config):
+                trainer = Trainer(config, world)
+                reason, code = ("completed", 0) if trainer.fit() else ("signal", EXIT_CODE_SIGNAL)
             if world.is_main:
                 write_exit(folder, reason, code, step=trainer.progress.step)
             # torchrun ends all other ranks as soon as one has left with a code other than 0.
@@ -53,7 +55,7 @@ def main(composed: DictConfig) -> None:
     logging.basicConfig(format="%(levelname)s %(message)s", force=True)
     try:
         code = run(resolve(composed))
-    except (ConfigError, CheckpointError, TrainingError, OSError) as error:
+    except (ConfigError, CheckpointError, TrainingError, OSError, MemoryError) as error:
         sys.exit(f"Error: {error}")
     except KeyboardInterrupt:
         sys.exit("Interrupted.")

@@ -1,4 +1,4 @@
-"""GPU memory of a training step, counted from the architecture (docs/performance.md compares), and what to do without."""
+"""GPU memory of a step, counted from the architecture (docs/performance.md compares), and what takes less of it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -144,6 +144,13 @@ def test_a_model_of_another_size_is_a_short_message(tmp_path: Path) -> None:
     assert len(message) < 500
 
 
+def test_a_model_too_large_for_the_memory_is_a_plain_message(tmp_path: Path) -> None:
+    message = failure(overrides(tmp_path, f"model.hidden_size={2**34}"))
+    assert message.startswith("Error: ")
+    assert "can't allocate memory" in message
+    assert "training.recompute_every_n_layers" in message
+
+
 def test_errors_of_the_system_are_plain_messages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "file"
     file.touch()

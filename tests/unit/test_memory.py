@@ -129,10 +129,11 @@ def test_weights_stay_gathered_where_memory_allows(overrides, gib, world_size, r
 def test_lack_of_memory_says_what_to_change(overrides, advised, not_advised):
     given = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nException raised from malloc")
     with (
-        pytest.raises(MemoryError, match=r"^CUDA out of memory. Tried to allocate 2.00 GiB. What") as error,
+        pytest.raises(MemoryError) as error,
         explaining_lack_of_memory(load_config("4b", list(overrides))),
     ):
         raise given
+    assert str(error.value).startswith("CUDA out of memory. Tried to allocate 2.00 GiB. What takes less: ")
     for words in advised:
         assert words in str(error.value)
     for words in not_advised:
@@ -140,5 +141,7 @@ def test_lack_of_memory_says_what_to_change(overrides, advised, not_advised):
 
 
 def test_other_errors_pass():
-    with pytest.raises(RuntimeError, match="^no memory of it$"), explaining_lack_of_memory(load_config("4b")):
-        raise RuntimeError("no memory of it")
+    given = RuntimeError("no memory of it")
+    with pytest.raises(RuntimeError) as error, explaining_lack_of_memory(load_config("4b")):
+        raise given
+    assert error.value is given
