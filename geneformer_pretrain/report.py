@@ -3,6 +3,8 @@
 import math
 from typing import TYPE_CHECKING
 
+import torch
+
 from modeling_bert_te import FlashAttention
 
 from .memory import estimate_peak
@@ -49,11 +51,12 @@ def describe_start(run: "Trainer") -> str:
         attention = "PyTorch" if isinstance(model.bert.attention, FlashAttention) else "Triton"
         fused = "PyTorch" if model.head.fused is None else "Triton"
         launched = "one by one" if run.graphs is None else "a micro-batch at once (CUDA graphs)"
+        there = torch.cuda.get_device_properties(world.device).total_memory
         itemsize = run.compute_dtype.itemsize
         peak = estimate_peak(config, world.size, count, itemsize, run.graphs is not None, run.reshards)
         lines += [
             f"kernels     {attention} for attention, {fused} beside matrix products; launched {launched}",
-            f"memory      about {peak / 2**30:.1f} GiB a GPU, by estimate",
+            f"memory      about {peak / 2**30:.1f} of {there / 2**30:.1f} GiB a GPU, by estimate",
         ]
     warmup, steps = warmup_steps(config.training), config.training.num_train_steps
     if warmup > steps:
