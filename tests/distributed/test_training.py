@@ -157,6 +157,7 @@ def test_ranks_and_engines_give_the_same_run(folder: Path, tmp_path: Path, run_w
     Recomputing activations changes nothing.
     """
     fsdp2, recompute = "training.use_fsdp2=true", "training.recompute_every_n_layers=1"
+    kept = "training.reshard_after_forward=false"
     runs = [into(tmp_path / "ddp_2", 2), into(tmp_path / "fsdp2_2", 2, fsdp2, recompute)]
     assert run_workers(train_all, 2, [long_run(folder, *run) for run in runs]) == [[None, None]] * 2
     for name in ("ddp_2", "fsdp2_2"):
@@ -167,7 +168,7 @@ def test_ranks_and_engines_give_the_same_run(folder: Path, tmp_path: Path, run_w
     uneven = tmp_path / "uneven"
     train.run(tiny_config(folder, f"training.checkpoint_dir={uneven}", "training.gradient_accumulation_steps=6"))
     runs = [
-        long_run(folder, *into(on_four, 4, fsdp2, "training.shard_group_size=2")),
+        long_run(folder, *into(on_four, 4, fsdp2, "training.shard_group_size=2", kept)),
         long_run(folder, *into(tmp_path / "ddp_4", 4, recompute)),
         overrides(folder, f"training.checkpoint_dir={uneven}", "training.num_train_steps=4"),
         long_run(folder, *into(tmp_path / "groups_of_3", 4, fsdp2, "training.shard_group_size=3")),
@@ -189,7 +190,7 @@ def test_ranks_and_engines_give_the_same_run(folder: Path, tmp_path: Path, run_w
 
     on_three = cut_off(on_one, tmp_path / "on_three", 4)
     # What the configuration says about accumulation gives way to the packs per step of the run.
-    resumed = long_run(folder, *into(on_three, 2, fsdp2, "training.reshard_after_forward=false"))
+    resumed = long_run(folder, *into(on_three, 2, fsdp2, kept))
     assert run_workers(train_all, 3, [resumed]) == [[None]] * 3
     assert_same_run(on_three, folder / "one")
 
