@@ -206,16 +206,21 @@ def draw_chart(rows: list[dict[str, Any]], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["svg.fonttype"] = "none"  # text, not outlines
     from matplotlib import pyplot
 
     names = list(dict.fromkeys(row["model"] for row in rows))
-    figure, axes = pyplot.subplots(1, len(names), figsize=(5 * len(names), 4), squeeze=False)
-    for axis, name in zip(axes[0], names, strict=True):
+    figure, axes = pyplot.subplots(len(names), 1, figsize=(8, 1 + 0.5 * len(rows)), squeeze=False)
+    for axis, name in zip(axes[:, 0], names, strict=True):
         mine = [row for row in rows if row["model"] == name]
-        labels = [f"{row['variant']}\n{row['engine']} x{row['nproc']}" for row in mine]
+        labels = [f"{row['variant']}, {row['engine']}, {row['nproc']} GPU" for row in mine]
         colors = ["tab:gray" if row["engine"] == "baseline" else "tab:blue" for row in mine]
-        axis.bar(labels, [row["tokens_per_second"] / 1e3 for row in mine], color=colors)
-        axis.set(title=name, ylabel="thousand unpadded tokens/s per GPU")
+        bars = axis.barh(labels, [row["tokens_per_second"] / 1e3 for row in mine], color=colors)
+        axis.bar_label(bars, fmt="{:,.1f}", padding=3)
+        axis.invert_yaxis()
+        axis.margins(x=0.12)
+        axis.set(title=name)
+    axes[-1, 0].set(xlabel="thousand unpadded tokens/s per GPU")
     figure.tight_layout()
     figure.savefig(path)
 

@@ -7,12 +7,12 @@ cd "$(dirname "$0")/.."
 gitingest=$(realpath --no-symlinks "$(command -v "$1")")
 git rev-parse --git-dir > /dev/null
 
-# A copy of the files that git knows, without data, licence text and the digest itself: nothing local gets in.
+# A copy of the files that git knows, without data, charts, licence text and the digest itself: nothing local gets in.
 copy=$(mktemp -d)
 trap 'rm -rf "$copy"' EXIT
 mkdir "$copy/geneformer-pretrain"
 git ls-files -z --cached --others --exclude-standard -- . \
-    ':!LICENSE' ':!internal/gitingest.txt' ':!sample_data/*.parquet' ':!sample_data/vocab.txt' |
+    ':!LICENSE' ':!internal/gitingest.txt' ':!docs/*.svg' ':!sample_data/*.parquet' ':!sample_data/vocab.txt' |
     while IFS= read -r -d '' file; do
         if [ -f "$file" ]; then cp --parents "$file" "$copy/geneformer-pretrain"; fi
     done
