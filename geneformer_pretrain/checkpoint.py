@@ -82,7 +82,7 @@ class CheckpointStore:
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._in_flight: Future[None] | None = None
         self.ranks.agree("torch version", lambda: str(torch.__version__), CheckpointError)
-        self.ranks.share(self.directory, CheckpointError)
+        self.ranks.share(self.directory, "training.checkpoint_dir", CheckpointError)
         self.ranks.on_first(self._tidy, CheckpointError)
 
     # Saving
