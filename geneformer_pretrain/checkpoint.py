@@ -79,6 +79,7 @@ class CheckpointStore:
         self.ranks = Ranks(timeout)
         self._host = HostBuffers()
         self._verified: dict[Path, object] = {}
+        self._undeletable: set[Path] = set()
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._in_flight: Future[None] | None = None
         self.ranks.agree("torch version", lambda: str(torch.__version__), CheckpointError)
@@ -229,10 +230,19 @@ class CheckpointStore:
         """Delete a folder in such a way that a crash leaves nothing half deleted under a good name."""
         trash = folder.with_suffix(".trash")
         if trash.exists():
-            _delete(trash)
+            self._delete(trash)
         folder.rename(trash)
-        _delete(trash)
+        self._delete(trash)
         self._verified.pop(folder, None)
+
+    def _delete(self, folder: Path) -> None:
+        """Delete a folder that no one needs; if that fails, say so once and let training go on."""
+        try:
+            shutil.rmtree(folder)
+        except OSError as error:
+            if folder not in self._undeletable:
+                log.error("could not delete %s: %s", folder, error)
+            self._undeletable.add(folder)
 
     def _tidy(self) -> None:
         """Undo or finish what a crash or a failed save interrupted."""
@@ -245,7 +255,7 @@ class CheckpointStore:
             elif match and match[2] == "old":
                 self._discard(path)
             elif match:
-                _delete(path)
+                self._delete(path)
 
     # Finding and loading
 
@@ -357,14 +367,6 @@ class CheckpointStore:
             return str(error)
         self._verified[folder] = unchanged
         return None
-
-
-def _delete(folder: Path) -> None:
-    """Delete a folder that no one needs; if that fails, say so and let training go on."""
-    try:
-        shutil.rmtree(folder)
-    except OSError as error:
-        log.error("could not delete %s: %s", folder, error)
 
 
 def move_aside(directory: str | Path) -> Path | None:
