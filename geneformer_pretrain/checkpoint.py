@@ -39,7 +39,7 @@ from geneformer_pretrain.checkpoint_manifest import (
     write_manifest,
 )
 from geneformer_pretrain.checkpoint_tensors import HostBuffers, Shards
-from geneformer_pretrain.ranks import Ranks
+from geneformer_pretrain.ranks import Ranks, agreed
 from geneformer_pretrain.run_lock import EARLIER_EXIT_FILE, EXIT_FILE, LOCK_FILE
 
 __all__ = ["CheckpointError", "CheckpointSaveError", "CheckpointStore", "move_aside", "read_manifest"]
@@ -287,10 +287,11 @@ class CheckpointStore:
             if self.ranks.rank == 0:
                 log.error("checkpoint %s is damaged and will not be used: %s", folder, fault)
         if faults:
-            raise CheckpointError(
+            error = CheckpointError(
                 f"none of the checkpoints is good. {'; '.join(faults)}. Restore one of these folders from a copy, or "
                 "start over with training.resume_from_checkpoint=false, which moves the earlier run aside"
             )
+            raise agreed(error, self.ranks.size)
         return None
 
     def load(self, path: str | Path, targets: Mapping[str, torch.Tensor], *, optional: str | None = None) -> None:

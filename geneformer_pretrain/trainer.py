@@ -175,14 +175,19 @@ class Trainer:
             return
         state = read_manifest(path)["state"]
         progress = Progress(**state["progress"])
-        require_same_model(architecture(self.config.model), state.get("model", {}), str(path))
-        if self.config.training.accept_changed_data and asdict(self.data.identity) != state["data"]:
+        other_data = self.config.training.accept_changed_data and asdict(self.data.identity) != state["data"]
+
+        def check() -> None:
+            require_same_model(architecture(self.config.model), state.get("model", {}), str(path))
+            accumulation_steps(progress.packs_per_step, self.world.size)
+            if not other_data:
+                self.data.identity.require_same(state["data"], str(path), self.data.files, state.get("data_files", {}))
+
+        self.ranks.together(check, ConfigError)
+        if other_data:
             self.say("The data changed: going on from the start of a new epoch.")
             progress.epoch, progress.epoch_first_pack = progress.epoch + 1, progress.next_pack
-        else:
-            self.data.identity.require_same(state["data"], str(path), self.data.files, state.get("data_files", {}))
         tensors = self._tensors()
-        accumulation_steps(progress.packs_per_step, self.world.size)  # or it is refused, before anything is loaded
         self.store.load(path, tensors, optional=FP8_PREFIX)
         spread_optimizer_step(self.optimizer, tensors["optimizer.step"])
         wanted = self.progress.packs_per_step

@@ -124,3 +124,15 @@ def test_a_killed_rank_is_told_of_plainly(tmp_path: Path, start: Any) -> None:
     assert "gloo" not in told["error"]
     assert f"Error: {said}" in process.output().splitlines()[-1]
     assert "Traceback" not in process.output()
+
+
+def test_accumulation_is_announced_only_where_it_follows(tmp_path: Path, start: Any) -> None:
+    given, two = overrides(tmp_path, "training.num_train_steps=4"), "training.gradient_accumulation_steps=2"
+    start([*overrides(tmp_path), two], 2).complete()
+    refused = start(given, 3)
+    assert refused.wait(30) == [1, 1, 1]
+    assert refused.output().splitlines()[-1].startswith("Error: This run takes 4 packs per step, which 3 processes")
+    assert "Accumulation follows" not in refused.output()
+    resumed = start(given, 1)
+    resumed.complete()
+    assert "keeps its 4 packs per step; the configuration now asks for 1. Accumulation follows." in resumed.output()
