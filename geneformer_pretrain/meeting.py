@@ -90,18 +90,22 @@ def end(error: Exception) -> NoReturn:
     Each node has a log of its own, or a terminal.
     """
     message = f"Error: {error}"
-    if not is_agreed(error):
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         sys.exit(message)
-    node, prints = os.environ.get("GROUP_RANK", "0"), os.environ.get("LOCAL_RANK", "0") == "0"
-    if prints:
+    node, speaks = os.environ.get("GROUP_RANK", "0"), os.environ.get("LOCAL_RANK", "0") == "0"
+    if speaks or not is_agreed(error):
         print(message, file=sys.stderr, flush=True)
-    try:
-        store = open_store("telling")
-        if prints:
-            store.set(node, "")
-        # torchrun ends the rank that is about to print as soon as another one has left.
-        store.wait([node], TELLING)
-    except dist.DistError:
-        if not prints:
-            sys.exit(message)
-    sys.exit(1)
+    if is_agreed(error):
+        try:
+            store = open_store("telling")
+            if speaks:
+                store.set(node, "")
+            # torchrun ends the rank that is about to print as soon as another one has left.
+            store.wait([node], TELLING)
+        except dist.DistError:
+            if not speaks:
+                print(message, file=sys.stderr, flush=True)
+    # The process group's threads are still there: the interpreter's own end aborts at times while it is taken down
+    # under them ("terminate called without an active exception").
+    sys.stdout.flush()
+    os._exit(1)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from geneformer_pretrain import meeting
 from tests.faults.results import ENDLESS
@@ -27,6 +28,11 @@ def never_come(rank: int, absent: int) -> None:
         os._exit(0)
 
 
+def too_few_gpus(rank: int) -> None:
+    if rank == 1:
+        torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 1
+
+
 @pytest.mark.parametrize("wrong", [0, 1])
 def test_a_wrong_option_on_one_rank_ends_all(tmp_path: Path, start: Any, wrong: int) -> None:
     more = [WRONG if rank == wrong else () for rank in range(2)]
@@ -44,6 +50,12 @@ def test_each_node_says_why(tmp_path: Path, start: Any) -> None:
     for rank in range(2):
         assert process.output(rank).startswith(f"Error: rank 1: {SAID}")
         assert process.output(rank).count("\n") == 1
+
+
+def test_a_node_with_too_few_gpus_ends_all(tmp_path: Path, start: Any) -> None:
+    process = start(overrides(tmp_path), 2, too_few_gpus)
+    assert process.wait(20) == [1, 1]
+    assert process.output().startswith("Error: rank 1: Local rank 1 has no GPU: this node has 1. ")
 
 
 def test_a_mistake_of_all_names_no_rank(tmp_path: Path, start: Any) -> None:
