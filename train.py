@@ -5,20 +5,22 @@ Configurations lie in hydra_config/; `--cfg job` shows the composed one, `--help
 
 import logging
 import sys
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import hydra
 import torch.distributed as dist
 from hydra._internal.utils import get_args_parser
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from geneformer_pretrain.checkpoint import CheckpointError
-from geneformer_pretrain.config import Config, ConfigError, check_names, resolve
+from geneformer_pretrain.config import Config, ConfigError, check_names, require, resolve
 from geneformer_pretrain.distributed import distributed_world
+from geneformer_pretrain.meeting import end, telling_all_ranks
 from geneformer_pretrain.memory import explaining_lack_of_memory
 from geneformer_pretrain.overrides import read_overrides
-from geneformer_pretrain.run_lock import hold_folder, is_used
+from geneformer_pretrain.ranks import naming_lost_connections
+from geneformer_pretrain.run_lock import hold_folder, is_used, telling_of_failed_start
 from geneformer_pretrain.stopping import EXIT_CODE_SIGNAL, write_exit
 from geneformer_pretrain.trainer import Trainer, TrainingError
 
@@ -28,16 +30,19 @@ def run(config: Config) -> int:
     folder = Path(config.training.checkpoint_dir)
     # The watchdog comes before the time limit of collectives, which cannot tell whom they wait for.
     timeout_minutes = 10 + config.training.hang_timeout_seconds / 60
-    with distributed_world(timeout_minutes) as world, hold_folder(folder):
+    with ExitStack() as stack:
+        with telling_of_failed_start(config.training.checkpoint_dir), naming_lost_connections():
+            world = stack.enter_context(distributed_world(timeout_minutes))
+            stack.enter_context(hold_folder(folder))
         trainer: Trainer | None = None
         try:
-            with explaining_lack_of_memory(config):
+            with naming_lost_connections(), explaining_lack_of_memory(config):
                 trainer = Trainer(config, world)
                 reason, code = ("completed", 0) if trainer.fit() else ("signal", EXIT_CODE_SIGNAL)
-            if world.is_main:
-                write_exit(folder, reason, code, step=trainer.progress.step)
-            # torchrun ends all other ranks as soon as one has left with a code other than 0.
-            dist.barrier()
+                if world.is_main:
+                    write_exit(folder, reason, code, step=trainer.progress.step)
+                # torchrun ends all other ranks as soon as one has left with a code other than 0.
+                dist.barrier()
         except BaseException as error:
             # A mistake in the first start leaves no folder behind; Ctrl-C outside of the steps is no error.
             if not isinstance(error, KeyboardInterrupt) and (trainer is not None or is_used(folder)):
@@ -54,35 +59,46 @@ def main(composed: DictConfig) -> None:
     """Check the composed configuration and train; errors of the user's are one plain message."""
     logging.basicConfig(format="%(levelname)s %(message)s", force=True)
     try:
-        code = run(resolve(composed))
+        folder = OmegaConf.select(composed, "training.checkpoint_dir", throw_on_resolution_failure=False)
+        with telling_of_failed_start(folder), telling_all_ranks():
+            config = resolve(composed)
+        code = run(config)
     except (ConfigError, CheckpointError, TrainingError, OSError, MemoryError) as error:
-        sys.exit(f"Error: {error}")
+        end(error)
     except KeyboardInterrupt:
         sys.exit("Interrupted.")
     sys.exit(code)
 
 
 def check_arguments(arguments: list[str]) -> list[str]:
-    """End with a plain message where Hydra would have no advice, or do what makes no sense here.
+    """Refuse what Hydra would have no advice on, or do although it makes no sense here.
 
     Returns
     -------
     The arguments in an order that Hydra's parser understands: it does not take options between overrides.
+
+    Raises
+    ------
+    ConfigError
+        On every rank, if any has such arguments.
     """
     given = get_args_parser().parse_intermixed_args(arguments)
-    if given.multirun:
-        sys.exit("Error: --multirun is not supported; start one run a command, each with its own checkpoint_dir.")
-    try:
+    with telling_all_ranks():
+        require(
+            not given.multirun,
+            "--multirun is not supported; start one run a command, each with its own checkpoint_dir.",
+        )
         if given.config_dir or given.config_path:  # Other configurations may be there, and keys for them to use.
             read_overrides(given.overrides)
         else:
             check_names(given.config_name or "l0_sanity", given.overrides)
-    except ConfigError as error:
-        sys.exit(f"Error: {error}")
     taken = {id(override) for override in given.overrides}  # An option may have a value that reads the same.
     return given.overrides + [argument for argument in arguments if id(argument) not in taken and argument != "--"]
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = check_arguments(sys.argv[1:])
+    try:
+        sys.argv[1:] = check_arguments(sys.argv[1:])
+    except (ConfigError, OSError) as mistake:
+        end(mistake)
     main()

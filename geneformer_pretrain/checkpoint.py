@@ -39,7 +39,7 @@ from geneformer_pretrain.checkpoint_manifest import (
     write_manifest,
 )
 from geneformer_pretrain.checkpoint_tensors import HostBuffers, Shards
-from geneformer_pretrain.ranks import Ranks
+from geneformer_pretrain.ranks import Ranks, agreed
 from geneformer_pretrain.run_lock import EARLIER_EXIT_FILE, EXIT_FILE, LOCK_FILE
 
 __all__ = ["CheckpointError", "CheckpointSaveError", "CheckpointStore", "move_aside", "read_manifest"]
@@ -79,10 +79,11 @@ class CheckpointStore:
         self.ranks = Ranks(timeout)
         self._host = HostBuffers()
         self._verified: dict[Path, object] = {}
+        self._undeletable: set[Path] = set()
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._in_flight: Future[None] | None = None
         self.ranks.agree("torch version", lambda: str(torch.__version__), CheckpointError)
-        self.ranks.share(self.directory, CheckpointError)
+        self.ranks.share(self.directory, "training.checkpoint_dir", CheckpointError)
         self.ranks.on_first(self._tidy, CheckpointError)
 
     # Saving
@@ -229,10 +230,19 @@ class CheckpointStore:
         """Delete a folder in such a way that a crash leaves nothing half deleted under a good name."""
         trash = folder.with_suffix(".trash")
         if trash.exists():
-            _delete(trash)
+            self._delete(trash)
         folder.rename(trash)
-        _delete(trash)
+        self._delete(trash)
         self._verified.pop(folder, None)
+
+    def _delete(self, folder: Path) -> None:
+        """Delete a folder that no one needs; if that fails, say so once and let training go on."""
+        try:
+            shutil.rmtree(folder)
+        except OSError as error:
+            if folder not in self._undeletable:
+                log.error("could not delete %s: %s", folder, error)
+            self._undeletable.add(folder)
 
     def _tidy(self) -> None:
         """Undo or finish what a crash or a failed save interrupted."""
@@ -245,7 +255,7 @@ class CheckpointStore:
             elif match and match[2] == "old":
                 self._discard(path)
             elif match:
-                _delete(path)
+                self._delete(path)
 
     # Finding and loading
 
@@ -277,10 +287,11 @@ class CheckpointStore:
             if self.ranks.rank == 0:
                 log.error("checkpoint %s is damaged and will not be used: %s", folder, fault)
         if faults:
-            raise CheckpointError(
+            error = CheckpointError(
                 f"none of the checkpoints is good. {'; '.join(faults)}. Restore one of these folders from a copy, or "
                 "start over with training.resume_from_checkpoint=false, which moves the earlier run aside"
             )
+            raise agreed(error, self.ranks.size)
         return None
 
     def load(self, path: str | Path, targets: Mapping[str, torch.Tensor], *, optional: str | None = None) -> None:
@@ -357,14 +368,6 @@ class CheckpointStore:
             return str(error)
         self._verified[folder] = unchanged
         return None
-
-
-def _delete(folder: Path) -> None:
-    """Delete a folder that no one needs; if that fails, say so and let training go on."""
-    try:
-        shutil.rmtree(folder)
-    except OSError as error:
-        log.error("could not delete %s: %s", folder, error)
 
 
 def move_aside(directory: str | Path) -> Path | None:

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from .config import ConfigError
+from .meeting import meet, telling_all_ranks
 
 
 @dataclass(frozen=True)
@@ -38,31 +39,25 @@ def distributed_world(timeout_minutes: float = 10.0) -> Iterator[World]:
     Raises
     ------
     ConfigError
-        More processes on this node than GPUs.
+        On every rank: more processes on a node than GPUs, or another mistake of a rank.
+    TimeoutError
+        Some ranks did not come.
     """
     rank = int(os.environ.get("RANK", 0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     size = int(os.environ.get("WORLD_SIZE", 1))
     nodes = int(os.environ.get("GROUP_WORLD_SIZE", 1))  # as torchrun calls them
-    if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
-            raise ConfigError(
-                f"Local rank {local_rank} has no GPU: this node has {torch.cuda.device_count()}. "
-                "Give torchrun an --nproc_per_node of at most that number."
-            )
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-        backend = "cpu:gloo,cuda:nccl"
-    else:
-        device = torch.device("cpu")
-        backend = "gloo"
-    store = None if "RANK" in os.environ else dist.HashStore()
+    with telling_all_ranks():
+        device = choose_device(local_rank)
+    store = meet()
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    store.set_timeout(timeout)
     dist.init_process_group(
-        backend,
-        rank=rank if store else -1,
-        world_size=size if store else -1,
-        store=store,
-        timeout=datetime.timedelta(minutes=timeout_minutes),
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        rank=rank,
+        world_size=size,
+        store=dist.PrefixStore("default_pg", store),
+        timeout=timeout,
         device_id=device if device.type == "cuda" else None,
     )
     failed = True
@@ -73,3 +68,17 @@ def distributed_world(timeout_minutes: float = 10.0) -> Iterator[World]:
         # NCCL waits for the collectives of ranks that this one has left behind. Leaving makes torchrun end them.
         if not failed or size == 1:
             dist.destroy_process_group()
+
+
+def choose_device(local_rank: int) -> torch.device:
+    """Return the GPU of a local rank, now the current one, or the CPU where there is no GPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"Local rank {local_rank} has no GPU: this node has {torch.cuda.device_count()}. "
+            "Give torchrun an --nproc_per_node of at most that number."
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device

@@ -1,8 +1,10 @@
 """Final export: a plain Hugging Face BERT in FP32, one safetensors file, none of this project's keys."""
 
+import errno
 import json
 import os
 import shutil
+import stat
 from pathlib import Path
 
 import torch
@@ -29,23 +31,38 @@ def gather_weights(engine: Engine, is_main: bool) -> dict[str, Tensor]:
 def write_model(tensors: dict[str, Tensor], config: ModelConfig, folder: Path) -> None:
     """Write `config.json` and `model.safetensors`; called on one rank.
 
-    The folder appears under its name only when it is complete; an earlier export is replaced.
+    The folder appears under its name only when it is complete; an earlier export is replaced, unless it is read-only.
+
+    Raises
+    ------
+    OSError
+        Naming the path that cannot be written, replaced or deleted.
     """
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    if folder.exists() and not os.access(folder, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+    temporary, previous = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old")
+    _remove(temporary)  # as an interrupted export leaves it
     temporary.mkdir(parents=True)
-    save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+    weights, description = temporary / "model.safetensors", temporary / "config.json"
+    save_file(tensors, weights, metadata={"format": "pt"})
     stock = {"architectures": ["BertForMaskedLM"], "model_type": "bert", "torch_dtype": "float32"}
-    content = json.dumps({**stock, **architecture(config)}, indent=2) + "\n"
-    (temporary / "config.json").write_text(content)
-    for path in temporary.iterdir():
+    description.write_text(json.dumps({**stock, **architecture(config)}, indent=2) + "\n")
+    weights.chmod(stat.S_IMODE(description.stat().st_mode))  # safetensors lets nobody else read it, whatever the umask
+    for path in (weights, description):
         with path.open("rb") as file:
             os.fsync(file.fileno())
     if folder.exists():
-        previous = folder.with_name(folder.name + ".old")
-        shutil.rmtree(previous, ignore_errors=True)
+        _remove(previous)
         folder.rename(previous)
-        temporary.rename(folder)
-        shutil.rmtree(previous)
-    else:
-        temporary.rename(folder)
+    temporary.rename(folder)
+    _remove(previous)
+
+
+def _remove(folder: Path) -> None:
+    """Delete a folder, if it is there; errors name it, where those of `rmtree` name only a file inside."""
+    try:
+        shutil.rmtree(folder)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder)) from error

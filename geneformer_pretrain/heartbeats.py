@@ -1,11 +1,11 @@
 """What ranks tell each other about their progress, and what follows for a run that stands still."""
 
 import json
-import os
 from dataclasses import dataclass
-from datetime import timedelta
 
 import torch.distributed as dist
+
+from .ranks import name_ranks
 
 FINISHED = "finished"
 """Phase of a rank that has left the training loop."""
@@ -22,15 +22,6 @@ class Heartbeat:
     pid: int
     agent: str | None
     """Number of the torchrun process that started the rank."""
-
-
-def open_store() -> dist.Store:
-    """Connect to the run's store anew: the process group's connection is locked while the loop waits on it."""
-    if "RANK" not in os.environ:
-        return dist.HashStore()
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(minutes=1))
-    return dist.PrefixStore(f"watchdog/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def read_heartbeats(store: dist.Store, world_size: int) -> dict[int, Heartbeat]:
@@ -87,9 +78,3 @@ def places(ranks: list[int], heartbeats: dict[int, Heartbeat]) -> str:
         at = heartbeats.get(rank)
         groups.setdefault(f"step {at.step}, {at.phase}" if at else "no sign of it yet", []).append(rank)
     return "; ".join(f"{name_ranks(group)} ({place})" for place, group in groups.items())
-
-
-def name_ranks(ranks: list[int]) -> str:
-    """For example "rank 3" or "ranks 1, 2"; a long list is cut."""
-    names = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
-    return f"rank{'s' * (len(ranks) > 1)} {names}"

@@ -1,8 +1,10 @@
 """Agreement between the ranks of a run: all succeed, or all fail with the same reasons."""
 
 import logging
+import os
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
@@ -13,6 +15,16 @@ from torch.distributed.checkpoint.api import CheckpointException
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+E = TypeVar("E", bound=Exception)
+
+ON_ALL_RANKS = "All ranks of the run raise this error."
+"""Note on an error that the ranks agreed on: it need not be printed by each of them."""
+
+MAX_DIFFERENCES = 20
+"""Values that differ between ranks, of which a message tells."""
+
+LOST_CONNECTION = ("/gloo/transport/", "ncclRemoteError")
+"""What errors of collectives have in them when another rank left or does not answer."""
 
 
 class Ranks:
@@ -47,7 +59,7 @@ class Ranks:
         ------
         Exception
             Of type `error`, on every rank, naming each rank that failed and its reason. What fails with this type
-            already is told in its own words.
+            already is told in its own words. A rank that failed and then finds the others gone still tells its reason.
         """
         results: list[T] = []
         failures: dict[int, str] = {}
@@ -59,11 +71,15 @@ class Ranks:
         except Exception as exc:
             failures = {self.rank: str(exc) if isinstance(exc, error) else reason_of(exc)}
             log.debug("rank %d failed", self.rank, exc_info=True)
-        outcomes = self.gather((results, failures))
+        try:
+            outcomes = self.gather((results, failures))
+        except RuntimeError as lost:
+            if failures:
+                raise error(merge(failures, self.size)) from lost
+            raise
         merged = {rank: reason for _, failed in outcomes for rank, reason in failed.items()}
         if merged:
-            told = [f"rank {rank}: {reason}" if self.size > 1 else reason for rank, reason in sorted(merged.items())]
-            raise error("; ".join(told))
+            raise agreed(error(merge(merged, self.size)), self.size)
         return [result for results, _ in outcomes for result in results]
 
     def on_first(self, action: Callable[[], None], error: type[Exception]) -> None:
@@ -82,7 +98,7 @@ class Ranks:
         differing = [rank for rank, value in enumerate(values) if value != values[0]]
         if differing:
             listed = "; ".join(f"rank {rank}: {values[rank]}" for rank in [0, *differing])
-            raise error(f"ranks {differing} differ from rank 0 in {what}: {listed}")
+            raise agreed(error(f"ranks {differing} differ from rank 0 in {what}: {listed}"), self.size)
 
     def agree_on(self, values: Mapping[str, object], error: type[Exception]) -> None:
         """Check that named values are the same on all ranks.
@@ -93,24 +109,30 @@ class Ranks:
             Of type `error`, on every rank, naming each value that differs from rank 0's and the ranks.
         """
         first, *others = self.gather(dict(values))
-        differences = [
-            f"{name} is {first.get(name)!r} on rank 0, {other.get(name)!r} on rank {rank}"
-            for rank, other in enumerate(others, 1)
-            for name in sorted(first.keys() | other.keys())
-            if first.get(name) != other.get(name)
-        ]
+        differences = []
+        for name in sorted(set(first).union(*others)):
+            differing: dict[str, list[int]] = {}
+            for rank, other in enumerate(others, 1):
+                if first.get(name) != other.get(name):
+                    differing.setdefault(repr(other.get(name)), []).append(rank)
+            if differing:
+                theirs = [f"{value} on {name_ranks(ranks)}" for value, ranks in differing.items()]
+                differences.append(f"{name} is " + ", ".join([f"{first.get(name)!r} on rank 0", *theirs]))
         if differences:
-            raise error("The ranks of this run differ; give all of them the same: " + "; ".join(differences[:20]))
+            more = len(differences) - MAX_DIFFERENCES
+            told = "; ".join(differences[:MAX_DIFFERENCES]) + (f"; and {more} more" if more > 0 else "")
+            raise agreed(error(f"The ranks of this run differ; give all of them the same: {told}"), self.size)
 
-    def share(self, folder: Path, error: type[Exception]) -> None:
-        """Make a folder if need be, and check that rank 0 can write to it and all ranks see the same one.
+    def share(self, folder: Path, key: str, error: type[Exception]) -> None:
+        """Make the folder that a key names if need be, check that rank 0 can write to it and all ranks see the same.
 
         Raises
         ------
         Exception
             Of type `error`, on every rank, naming the ranks that see another folder.
         """
-        probe = folder / f".probe-{self.gather(uuid.uuid4().hex)[0]}"
+        name, place = self.gather((uuid.uuid4().hex, folder.absolute()))[0]
+        probe = folder / f".probe-{name}"
 
         def leave() -> None:
             folder.mkdir(parents=True, exist_ok=True)
@@ -118,7 +140,10 @@ class Ranks:
 
         def look() -> None:
             if not probe.exists():
-                raise FileNotFoundError(f"{folder} is not the folder that rank 0 sees: all must share one")
+                raise error(
+                    f"{key}: {folder.absolute()} is not the folder that rank 0 sees as {place}. All ranks must share "
+                    "one, on several nodes in a file system that all of them have."
+                )
 
         self.on_first(leave, error)
         try:
@@ -126,6 +151,59 @@ class Ranks:
         finally:
             if self.rank == 0:
                 probe.unlink()
+
+
+@contextmanager
+def naming_lost_connections() -> Iterator[None]:
+    """Say in plain words that another rank is gone: what gloo, NCCL and the store say of it is about sockets.
+
+    Raises
+    ------
+    ConnectionError
+        Instead of their error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistNetworkError) or any(sign in str(error) for sign in LOST_CONNECTION)):
+            raise
+        raise ConnectionError(
+            f"rank {os.environ.get('RANK', 0)} lost its connection to another rank, or waited too long for it. Maybe "
+            "that one died: look at torchrun's summary of failures and at the last lines of that rank."
+        ) from error
+
+
+def agreed(error: E, size: int) -> E:
+    """Mark an error as one that all of several ranks raise."""
+    if size > 1:
+        error.add_note(ON_ALL_RANKS)
+    return error
+
+
+def is_agreed(error: BaseException) -> bool:
+    """Whether all of several ranks raise this error, or the one that it follows from."""
+    current: BaseException | None = error
+    while current is not None:
+        if ON_ALL_RANKS in getattr(current, "__notes__", ()):
+            return True
+        current = current.__cause__ or current.__context__
+    return False
+
+
+def merge(failures: Mapping[int, str], size: int) -> str:
+    """One text for the reasons of the ranks that failed, of `size` ranks; what all say names none of them."""
+    ranks_of: dict[str, list[int]] = {}
+    for rank, reason in sorted(failures.items()):
+        ranks_of.setdefault(reason, []).append(rank)
+    return "; ".join(
+        reason if len(ranks) == size else f"{name_ranks(ranks)}: {reason}" for reason, ranks in ranks_of.items()
+    )
+
+
+def name_ranks(ranks: list[int]) -> str:
+    """For example "rank 3" or "ranks 1, 2"; a long list is cut."""
+    names = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
+    return f"rank{'s' * (len(ranks) > 1)} {names}"
 
 
 def reason_of(error: BaseException) -> str:

@@ -14,7 +14,9 @@ from pathlib import Path
 
 from .checkpoint_manifest import CheckpointError
 from .folders import writing_to
+from .overrides import ConfigError
 from .ranks import Ranks
+from .stopping import write_exit
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +50,23 @@ def hold_folder(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
+def telling_of_failed_start(checkpoint_dir: str | None) -> Iterator[None]:
+    """Replace exit.json of an earlier run by what keeps this one from holding the folder; rank 0 alone does it.
+
+    Nothing is written into a folder that another run holds, that is not there yet, or of no name.
+    """
+    try:
+        yield
+    except (ConfigError, OSError) as error:
+        folder = Path(checkpoint_dir or "").expanduser()
+        with suppress(CheckpointError, OSError):
+            if checkpoint_dir and os.environ.get("RANK", "0") == "0" and is_used(folder):
+                with _start_in(folder):
+                    write_exit(folder, "error", 1, rank=0, error=f"{type(error).__name__}: {error}")
+        raise
+
+
+@contextmanager
 def _start_in(folder: Path) -> Iterator[None]:
     """Lock a folder, and take away what an earlier run left to say.
 
@@ -70,11 +89,13 @@ def _start_in(folder: Path) -> Iterator[None]:
                 (folder / EXIT_FILE).replace(folder / EARLIER_EXIT_FILE)
         yield
     finally:
-        (folder / EARLIER_EXIT_FILE).unlink(missing_ok=True)
-        path.unlink(missing_ok=True)
-        if made:
-            with suppress(OSError):  # It is not empty.
+        try:
+            (folder / EARLIER_EXIT_FILE).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+            if made and not any(folder.iterdir()):
                 folder.rmdir()
+        except OSError as error:  # It must not take the place of the error that ends the run.
+            log.error("cannot remove %s: %s", path, error)
         os.close(descriptor)
 
 

@@ -21,7 +21,7 @@ from .checkpoint import CheckpointSaveError, CheckpointStore, move_aside, read_m
 from .config import Config, ConfigError
 from .cuda_graphs import MicroBatchGraphs, takes_cuda_graphs
 from .data.batch import Batch, PackedBatch, build_batches
-from .data.source import open_training_data, open_validation_data
+from .data.source import check_data, open_training_data, open_validation_data
 from .data.stream import PackStream
 from .distributed import World
 from .export import gather_weights, write_model
@@ -46,6 +46,9 @@ FP8_PREFIX = "fp8."
 
 MAX_FAILED_SAVES = 3
 """Saves that may fail in a row before training stops with an error."""
+
+CONVERSION_TIMEOUT = timedelta(days=2)
+"""How long ranks wait for the one that converts the corpus."""
 
 TOTALS = ("loss_sum", "masked_tokens", "tokens", "cells", "stop")
 """What is summed over micro-batches and ranks in each step."""
@@ -103,11 +106,10 @@ class Trainer:
 
         self.ranks = ranks = Ranks(timeout=timedelta(minutes=30))
         ranks.agree_on(identity_of_rank(config), ConfigError)
-        check_machine(config, world.device)
+        ranks.together(lambda: check_machine(config, world.device), ConfigError)
         on_gpu = world.device.type == "cuda"
-        self.data = open_training_data(config, world.is_main, pin_memory=on_gpu)
+        self._open_data(on_gpu)
         ranks.agree_on(asdict(self.data.identity), ConfigError)
-        self.validation_data = open_validation_data(self.data, world.is_main)
         if self.validation_data is not None:
             ranks.agree_on({"held-out corpus": self.validation_data.corpus.fingerprint}, ConfigError)
             ranks.together(self.check_validation_packs, ConfigError)
@@ -144,6 +146,26 @@ class Trainer:
         self.watchdog = Watchdog(training.hang_timeout_seconds, self.folder, world)
         self.clock = time.perf_counter()
 
+    def _open_data(self, on_gpu: bool) -> None:
+        """Open the corpora. One rank of each node comes first: it may have to convert them, or fail at it, for hours.
+
+        Raises
+        ------
+        ConfigError
+            On every rank, if any of them cannot, with its reason.
+        """
+
+        def open_all() -> None:
+            with logging_bugs(self.world.rank):
+                self.data = open_training_data(self.config, self.world.is_main, pin_memory=on_gpu)
+                self.validation_data = open_validation_data(self.data, self.world.is_main)
+
+        self.ranks.together(lambda: check_data(self.config), ConfigError)
+        patient = Ranks(CONVERSION_TIMEOUT)
+        for converts in (True, False):
+            is_turn = (self.world.local_rank == 0) is converts
+            patient.together(open_all if is_turn else lambda: None, ConfigError)
+
     def _resume(self) -> None:
         """Load the newest good checkpoint, if there is any."""
         path = self.store.find_latest()
@@ -155,12 +177,18 @@ class Trainer:
             return
         state = read_manifest(path)["state"]
         progress = Progress(**state["progress"])
-        require_same_model(architecture(self.config.model), state.get("model", {}), str(path))
-        if self.config.training.accept_changed_data and asdict(self.data.identity) != state["data"]:
+        other_data = self.config.training.accept_changed_data and asdict(self.data.identity) != state["data"]
+
+        def check() -> None:
+            require_same_model(architecture(self.config.model), state.get("model", {}), str(path))
+            accumulation_steps(progress.packs_per_step, self.world.size)
+            if not other_data:
+                self.data.identity.require_same(state["data"], str(path), self.data.files, state.get("data_files", {}))
+
+        self.ranks.together(check, ConfigError)
+        if other_data:
             self.say("The data changed: going on from the start of a new epoch.")
             progress.epoch, progress.epoch_first_pack = progress.epoch + 1, progress.next_pack
-        else:
-            self.data.identity.require_same(state["data"], str(path), self.data.files, state.get("data_files", {}))
         tensors = self._tensors()
         self.store.load(path, tensors, optional=FP8_PREFIX)
         spread_optimizer_step(self.optimizer, tensors["optimizer.step"])
@@ -271,13 +299,10 @@ class Trainer:
             if not (on_all_ranks or self.world.is_main):
                 return None
             try:
-                with writing_to(self.folder, "training.checkpoint_dir"):
+                with logging_bugs(self.world.rank), writing_to(self.folder, "training.checkpoint_dir"):
                     return action()
             except (ConfigError, OSError) as error:
                 raise TrainingError(str(error)) from error
-            except Exception:  # A bug: what the ranks agree on has no room for its traceback.
-                log.exception("rank %d failed", self.world.rank)
-                raise
 
         return cast(T, self.ranks.together(write, TrainingError)[0])
 
@@ -509,6 +534,18 @@ class Trainer:
             self.say(f"Saving failed ({self.failed_saves} of {MAX_FAILED_SAVES} in a row): {error}")
             if final or self.failed_saves >= MAX_FAILED_SAVES:
                 raise
+
+
+@contextmanager
+def logging_bugs(rank: int) -> Iterator[None]:
+    """Log the traceback of what is no error of the user's: what the ranks agree on has no room for it."""
+    try:
+        yield
+    except (ConfigError, OSError):
+        raise
+    except Exception:
+        log.exception("rank %d failed", rank)
+        raise
 
 
 def next_batch(batches: Iterator[Batch], key: str) -> Batch:

@@ -26,7 +26,8 @@ from typing import Self
 import torch.distributed as dist
 
 from .distributed import World
-from .heartbeats import FINISHED, Heartbeat, diagnose, open_store, read_heartbeats
+from .heartbeats import FINISHED, Heartbeat, diagnose, read_heartbeats
+from .meeting import open_store
 from .stopping import write_exit
 
 EXIT_CODE_HANG = 76
@@ -69,9 +70,9 @@ class Watchdog:
     def __enter__(self) -> Self:
         if self.timeout > 0:
             self._watcher = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-            self._exchanger = threading.Thread(
-                target=self._exchange, args=[open_store()], name="heartbeat", daemon=True
-            )
+            # Not the process group's connection, which is locked while the loop waits on it.
+            store = open_store("watchdog")
+            self._exchanger = threading.Thread(target=self._exchange, args=[store], name="heartbeat", daemon=True)
             self._watcher.start()
             self._exchanger.start()
         return self

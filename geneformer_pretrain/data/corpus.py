@@ -138,6 +138,19 @@ def open_corpus(
     return _open_parquet(files, Path(cache_dir), vocab_size, show_progress)
 
 
+def require_corpus(path: str | Path) -> None:
+    """Check that there is something to open, without opening it.
+
+    Raises
+    ------
+    FileNotFoundError
+        If nothing is found at ``path``.
+    """
+    location = Path(path)
+    if not any((location / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        _find_parquet(location)
+
+
 def _find_parquet(location: Path) -> list[Path]:
     if location.is_file():
         return [location]

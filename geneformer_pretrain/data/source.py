@@ -9,7 +9,7 @@ import xxhash
 
 from geneformer_pretrain.config import Config, ConfigError
 from geneformer_pretrain.data.batch import BatchBuilder
-from geneformer_pretrain.data.corpus import Corpus, open_corpus
+from geneformer_pretrain.data.corpus import Corpus, open_corpus, require_corpus
 from geneformer_pretrain.data.loader import Loader
 from geneformer_pretrain.data.plan import PLANNER_VERSION, PackShape
 from geneformer_pretrain.data.stream import PackStream
@@ -127,11 +127,31 @@ def open_validation_data(training: DataSource, is_main: bool) -> DataSource | No
     )
 
 
+def check_data(config: Config) -> None:
+    """Check what takes no time: that both corpora are there, and the vocabulary.
+
+    Raises
+    ------
+    ConfigError
+        Naming the key and the file.
+    """
+    if config.data.vocab_path is not None:
+        check_vocabulary(config)
+    for key, path in (("data.path", config.data.path), ("data.validation_path", config.data.validation_path)):
+        if path is not None:
+            try:
+                require_corpus(path)
+            except FileNotFoundError as error:
+                raise ConfigError(f"{key}: {error}") from error
+
+
 def _open(key: str, path: str, config: Config, is_main: bool) -> Corpus:
     try:
         return open_corpus(path, config.data.cache_dir, vocab_size=config.model.vocab_size, show_progress=is_main)
     except (ValueError, FileNotFoundError) as error:
         raise ConfigError(f"{key}: {error}") from error
+    except (OSError, RuntimeError) as error:  # of the cache, whose key it names
+        raise ConfigError(str(error)) from error
 
 
 def check_vocabulary(config: Config) -> str:

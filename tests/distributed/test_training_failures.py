@@ -182,7 +182,7 @@ def test_where_rank_0_cannot_write_all_ranks_stop(tmp_path: Path, run_workers: R
     reasons = [
         f"{cannot} {record}/config.yaml.tmp (Is a directory)",
         f"{cannot} {metrics}/metrics.jsonl (Is a directory)",
-        f"{cannot} {export}/final_model.tmp (File exists)",
+        f"{cannot} {export}/final_model.tmp (Not a directory)",
         f"rank 0: {torn}/metrics.jsonl, line 1: not a record of a step",
     ]
     for message, reason in zip(first, reasons, strict=True):

@@ -38,7 +38,7 @@ def crash_at_second_save(rank: int, place: str) -> None:
 
         setattr(owner, name, replaced)
 
-    def delete_one_file(folder: Path) -> None:
+    def delete_one_file(_: checkpoint.CheckpointStore, folder: Path) -> None:
         next(path for path in folder.iterdir() if path.name != "manifest.json").unlink()
         die()
 
@@ -48,9 +48,9 @@ def crash_at_second_save(rank: int, place: str) -> None:
         case "before pruning":
             replace(checkpoint.CheckpointStore, "_prune", die)
         case "before deleting":
-            replace(checkpoint, "_delete", die)
+            replace(checkpoint.CheckpointStore, "_delete", die)
         case "while deleting":
-            replace(checkpoint, "_delete", delete_one_file)
+            replace(checkpoint.CheckpointStore, "_delete", delete_one_file)
 
 
 def limit_files_in_saves(rank: int, steps: Collection[int]) -> None:

@@ -101,9 +101,9 @@ def test_no_good_checkpoint_is_an_error(
         row.injected += 1
         process = start([*given, here], 2)
         assert process.wait() == [1, 1]
-        for rank in range(2):
-            assert "Error: none of the checkpoints is good. " in process.output(rank)
-            assert "Traceback" not in process.output(rank)
+        assert "Error: none of the checkpoints is good. " in process.output()
+        assert "Traceback" not in process.output()
+        assert not process.output(1)
         assert "none of the checkpoints is good" in read_exit(copy)["error"]
         assert reported(copy) == reported(run)
         assert steps_saved(copy) == [9, 6, 3]
@@ -165,7 +165,7 @@ def test_malicious_pickles_are_not_executed(
             row.injected += 1
             process = start([*given, here, "training.num_train_steps=10"], 2)
             assert process.wait() == [1, 1]
-            assert "Error: rank " in process.output()
+            assert "Error: " in process.output()
             assert not bomb.folder.exists()
             assert steps_saved(copy) == [9, 6, 3]
             row.survived += 1

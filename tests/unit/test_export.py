@@ -1,9 +1,12 @@
 """The exported model in a process that has stock transformers and nothing of this project."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from stat import S_IMODE
 
 import pytest
 import torch
@@ -12,6 +15,8 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import BertConfig
 
+from geneformer_pretrain import export
+from geneformer_pretrain.trainer import TrainingError
 from modeling_bert_te import BertForMaskedLM
 from tests.tiny import (
     VOCAB_SIZE,
@@ -130,3 +135,61 @@ def test_a_later_export_replaces_the_earlier(exported):
     assert (exported / "model.safetensors").stat().st_ino != before
     assert not [path for path in exported.parent.iterdir() if path.suffix in (".tmp", ".old")]
     assert Path(exported / "config.json").is_file()
+
+
+@pytest.mark.parametrize("engine", ["training.use_fsdp2=false", "training.use_fsdp2=true"])
+def test_files_have_the_mode_that_the_umask_gives(tmp_path, engine):
+    before = os.umask(0o027)
+    try:
+        assert run(tiny_config(tmp_path, engine, "training.log_cell_ids=true")) == 0
+    finally:
+        os.umask(before)
+    found = {path.relative_to(tmp_path): path for path in (tmp_path / "run").rglob("*")}
+    assert {"model.safetensors", "config.json", "manifest.json", "metrics.jsonl"} <= {path.name for path in found}
+    for name, path in found.items():
+        assert S_IMODE(path.stat().st_mode) == (0o750 if path.is_dir() else 0o640), name
+
+
+def test_what_an_interrupted_export_left_is_no_obstacle(tmp_path):
+    config = tiny_config(tmp_path)
+    assert run(config) == 0
+    final_model = tmp_path / "run/final_model"
+    weights = (final_model / "model.safetensors").read_bytes()
+    final_model.rename(tmp_path / "run/final_model.old")
+    (tmp_path / "run/final_model.tmp").mkdir()
+    (tmp_path / "run/final_model.tmp/model.safetensors").touch()
+    for _ in range(2):
+        assert run(config) == 0
+        assert (final_model / "model.safetensors").read_bytes() == weights
+        assert not list((tmp_path / "run").glob("final_model.*"))
+        (tmp_path / "run/final_model.old/deep").mkdir(parents=True)
+
+
+def test_an_export_that_may_not_be_replaced_is_named(tmp_path, monkeypatch):
+    """And it stays; root, who runs tests in containers, may write everywhere."""
+    config = tiny_config(tmp_path)
+    assert run(config) == 0
+    final_model = tmp_path / "run/final_model"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda path, _: Path(path) != final_model)
+        with pytest.raises(TrainingError, match=rf"cannot write to {final_model} \(Permission denied\)"):
+            run(config)
+    assert (final_model / "config.json").is_file()
+    assert not list((tmp_path / "run").glob("final_model.*"))
+
+
+def test_a_leftover_that_cannot_be_deleted_is_named(tmp_path, monkeypatch):
+    config = tiny_config(tmp_path)
+    assert run(config) == 0
+    rmtree, left = export.shutil.rmtree, tmp_path / "run/final_model.old"
+    left.mkdir()
+
+    def refuse(folder):
+        if folder == left:
+            raise PermissionError(errno.EACCES, "Permission denied", "config.json")  # as rmtree names it
+        rmtree(folder)
+
+    monkeypatch.setattr(export.shutil, "rmtree", refuse)
+    with pytest.raises(TrainingError, match=rf"cannot write to {left} \(Permission denied\)"):
+        run(config)
+    assert (tmp_path / "run/final_model/config.json").is_file()

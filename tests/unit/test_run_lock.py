@@ -90,3 +90,24 @@ def test_the_lock_stays_when_an_earlier_run_is_moved_aside(tmp_path: Path) -> No
         assert (tmp_path / LOCK_FILE).exists()
         assert (previous / "step_1").exists()
         assert move_aside(tmp_path) is None
+
+
+def test_a_lock_that_cannot_be_removed_hides_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A folder that became read-only is told by what could not be saved, not by the lock."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    def fail_in_a_read_only_folder() -> None:
+        with hold_folder(tmp_path):
+            monkeypatch.setattr(Path, "unlink", refuse)
+            raise CheckpointError("nothing can be saved")
+
+    with pytest.raises(CheckpointError, match="nothing can be saved"):
+        fail_in_a_read_only_folder()
+    assert f"cannot remove {tmp_path / LOCK_FILE}" in caplog.text
+    monkeypatch.undo()
+    with hold_folder(tmp_path):  # The lock itself is gone.
+        pass

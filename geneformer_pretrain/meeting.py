@@ -1,0 +1,111 @@
+"""Before the process group: all ranks meet, so that what keeps one of them from joining is told by all of them.
+
+They speak through the run's store, which the launcher holds. After the end of the group it serves once more, for
+the rank that tells an error on behalf of the others.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import NoReturn
+
+import torch.distributed as dist
+
+from .overrides import ConfigError
+from .ranks import agreed, is_agreed, merge, name_ranks, naming_lost_connections
+
+MEETING = timedelta(minutes=10)
+"""How long a rank waits for the others: the first start on a slow file system takes minutes."""
+
+MEETING_OF_FAILED = timedelta(minutes=1)
+"""How long a rank that has a mistake to tell of waits for the others."""
+
+TELLING = timedelta(seconds=10)
+"""How long ranks wait for each other before they end."""
+
+
+def open_store(purpose: str) -> dist.Store:
+    """Connect to the run's store anew; keys of one purpose do not meet those of another, or of an earlier attempt."""
+    if "RANK" not in os.environ:
+        return dist.HashStore()
+    store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(minutes=1)))
+    return dist.PrefixStore(f"{purpose}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+@naming_lost_connections()
+def meet(mistake: str = "") -> dist.Store:
+    """Wait until all ranks are here; `mistake` is what keeps this one from going on.
+
+    Returns
+    -------
+    The store through which they met.
+
+    Raises
+    ------
+    ConfigError
+        On every rank, if any of them has made a mistake, with its reason.
+    TimeoutError
+        Some ranks did not come; names them.
+    """
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    store = open_store("meeting")
+    keys = [str(rank) for rank in range(size)]
+    store.set(keys[rank], mistake)
+    with suppress(dist.DistStoreError):  # Not all came in time.
+        store.wait(keys, MEETING_OF_FAILED if mistake else MEETING)
+    absent = [] if store.check(keys) else [rank for rank in range(size) if not store.check([keys[rank]])]
+    came = [rank for rank in range(size) if rank not in absent]
+    told = dict(zip(came, store.multi_get([keys[rank] for rank in came]), strict=True))
+    mistakes = {rank: reason.decode() for rank, reason in told.items() if reason}
+    if mistakes:
+        # The launcher's store ends with the first rank beside it that leaves: not before all have read.
+        with suppress(dist.DistError):
+            if store.add("have read", 1) == len(came):
+                store.set("all have read", "")
+            store.wait(["all have read"], TELLING)
+        error = ConfigError(merge(mistakes, size))
+        raise error if absent else agreed(error, size)
+    if absent:
+        raise TimeoutError(
+            f"{name_ranks(absent)} of {size} did not come within {MEETING.seconds // 60} minutes; look at the output "
+            "of the nodes that they run on, and start all nodes again."
+        )
+    return store
+
+
+@contextmanager
+def telling_all_ranks() -> Iterator[None]:
+    """Tell all ranks of a ConfigError before the process group is there: they would wait for this one in vain."""
+    try:
+        yield
+    except ConfigError as error:
+        meet(str(error))
+
+
+def end(error: Exception) -> NoReturn:
+    """End this process with a plain message. Where all ranks have the same one, one rank of each node prints it.
+
+    Each node has a log of its own, or a terminal.
+    """
+    message = f"Error: {error}"
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        sys.exit(message)
+    node, speaks = os.environ.get("GROUP_RANK", "0"), os.environ.get("LOCAL_RANK", "0") == "0"
+    if speaks or not is_agreed(error):
+        print(message, file=sys.stderr, flush=True)
+    if is_agreed(error):
+        try:
+            store = open_store("telling")
+            if speaks:
+                store.set(node, "")
+            # torchrun ends the rank that is about to print as soon as another one has left.
+            store.wait([node], TELLING)
+        except dist.DistError:
+            if not speaks:
+                print(message, file=sys.stderr, flush=True)
+    # The process group's threads are still there: the interpreter's own end aborts at times while it is taken down
+    # under them ("terminate called without an active exception").
+    sys.stdout.flush()
+    os._exit(1)
