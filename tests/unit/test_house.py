@@ -199,7 +199,7 @@ def test_pinned_tools_agree() -> None:
 
 
 def test_digest_leaves_out_data_and_itself(tmp_path: Path) -> None:
-    """The digest hands gitingest every file of the repository but data, licence text and itself."""
+    """The digest hands gitingest every file of the repository but data, charts, licence text and itself."""
     files = {str(path) for path in _repository_files()}
     stand_in = tmp_path / "gitingest"
     stand_in.write_text('#!/usr/bin/env bash\ncd "$1" && find . -type f > "$3"\n')
@@ -212,5 +212,5 @@ def test_digest_leaves_out_data_and_itself(tmp_path: Path) -> None:
     subprocess.run(["git", "init", "--quiet", tmp_path / "copy"], check=True)
     subprocess.run([tmp_path / "copy" / "internal" / "digest.sh", stand_in], check=True, capture_output=True)
     given = (tmp_path / "copy" / "internal" / "gitingest.txt").read_text().split()
-    data = {name for name in files if re.fullmatch(r"sample_data/(.*\.parquet|vocab\.txt)", name)}
+    data = {name for name in files if re.fullmatch(r"sample_data/(.*\.parquet|vocab\.txt)|docs/.*\.svg", name)}
     assert {name.removeprefix("./") for name in given} == files - data - {"LICENSE", "internal/gitingest.txt"}
