@@ -21,8 +21,8 @@ from geneformer_pretrain.memory import explaining_lack_of_memory
 from geneformer_pretrain.overrides import read_overrides
 from geneformer_pretrain.ranks import naming_lost_connections
 from geneformer_pretrain.run_lock import hold_folder, is_used, telling_of_failed_start
-from geneformer_pretrain.stopping import EXIT_CODE_SIGNAL, write_exit
-from geneformer_pretrain.trainer import Trainer, TrainingError
+from geneformer_pretrain.stopping import EXIT_CODE_SIGNAL, TrainingError, write_exit
+from geneformer_pretrain.trainer import Trainer
 
 
 def run(config: Config) -> int:

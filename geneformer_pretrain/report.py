@@ -28,8 +28,8 @@ def describe_start(run: "Trainer") -> str:
         f"model       {count:,} parameters, {layers} layers",
         f"corpus      {run.data.corpus.num_cells:,} cells, {run.data.corpus.num_tokens:,} tokens",
     ]
-    if run.validation_data is not None:
-        corpus, packs = run.validation_data.corpus, run.validation_packs(run.validation_data.stream())
+    if run.validation is not None:
+        corpus, packs = run.validation.corpus, run.validation.num_packs(run.validation.data.stream())
         lines.append(
             f"held out    {corpus.num_cells:,} cells, {corpus.num_tokens:,} tokens; a validation reads "
             f"{number(packs, 'pack')}"

@@ -7,10 +7,10 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -20,9 +20,8 @@ from torch import Tensor
 from .checkpoint import CheckpointSaveError, CheckpointStore, move_aside, read_manifest
 from .config import Config, ConfigError
 from .cuda_graphs import MicroBatchGraphs, takes_cuda_graphs
-from .data.batch import Batch, PackedBatch, build_batches
+from .data.batch import Batch, PackedBatch
 from .data.source import check_data, open_training_data, open_validation_data
-from .data.stream import PackStream
 from .distributed import World
 from .export import gather_weights, write_model
 from .folders import writing_to
@@ -34,7 +33,9 @@ from .ranks import Ranks
 from .report import describe_end, describe_start
 from .run_record import CellLog, identity_of_rank, write_run_record
 from .state import Progress, accumulation_steps, named_tensors, require_same_model, spread_optimizer_step
-from .stopping import StopSignals
+from .step_results import PendingStep, StepResults, to_host
+from .stopping import StopSignals, TrainingError
+from .validation import Validation
 from .watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -49,40 +50,6 @@ MAX_FAILED_SAVES = 3
 
 CONVERSION_TIMEOUT = timedelta(days=2)
 """How long ranks wait for the one that converts the corpus."""
-
-TOTALS = ("loss_sum", "masked_tokens", "tokens", "cells", "stop")
-"""What is summed over micro-batches and ranks in each step."""
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on."""
-
-
-@dataclass
-class PendingStep:
-    """A step whose totals are still on their way to the host.
-
-    Attributes
-    ----------
-    step
-        Completed steps, this one included.
-    totals
-        TOTALS and the gradient norm, float64 in host memory, valid once `ready` has happened.
-    launched
-        Host time at the end of the step; on a CPU the step is over by then.
-    packs
-        (pack, cells) of this rank's micro-batches.
-    """
-
-    step: int
-    learning_rate: float
-    totals: Tensor
-    ready: torch.cuda.Event | None
-    launched: float
-    packs: list[tuple[int, list[int]]]
-    epoch: int
-    loader_wait: float
-    validation_loss: float | None = None
 
 
 class Trainer:
@@ -110,9 +77,9 @@ class Trainer:
         on_gpu = world.device.type == "cuda"
         self._open_data(on_gpu)
         ranks.agree_on(asdict(self.data.identity), ConfigError)
-        if self.validation_data is not None:
-            ranks.agree_on({"held-out corpus": self.validation_data.corpus.fingerprint}, ConfigError)
-            ranks.together(self.check_validation_packs, ConfigError)
+        if self.validation is not None:
+            ranks.agree_on({"held-out corpus": self.validation.corpus.fingerprint}, ConfigError)
+            ranks.together(self.validation.check, ConfigError)
         compiled = on_gpu and config.data.packing if training.compile is None else training.compile
         with_graphs = takes_cuda_graphs(config, world, compiled)
         ranks.agree_on({"whether to take CUDA graphs": with_graphs}, ConfigError)
@@ -136,15 +103,9 @@ class Trainer:
             self.graphs = MicroBatchGraphs(self.loss_of_packed, parameters, self.accumulation > 1, world.size > 1)
         self.stream = self.data.stream(self.progress.epoch, self.progress.epoch_first_pack)
 
-        self.pending: PendingStep | None = None
-        self.last_saved = self.progress.step
         self.failed_saves = 0
         self.unconfirmed_save = False
-        self.skipped_in_a_row = 0
-        self.stop_agreed = False
-        self.warned_of_no_mask = False
         self.watchdog = Watchdog(training.hang_timeout_seconds, self.folder, world)
-        self.clock = time.perf_counter()
 
     def _open_data(self, on_gpu: bool) -> None:
         """Open the corpora. One rank of each node comes first: it may have to convert them, or fail at it, for hours.
@@ -158,7 +119,8 @@ class Trainer:
         def open_all() -> None:
             with logging_bugs(self.world.rank):
                 self.data = open_training_data(self.config, self.world.is_main, pin_memory=on_gpu)
-                self.validation_data = open_validation_data(self.data, self.world.is_main)
+                held_out = open_validation_data(self.data, self.world.is_main)
+                self.validation = None if held_out is None else Validation(held_out, self.world)
 
         self.ranks.together(lambda: check_data(self.config), ConfigError)
         patient = Ranks(CONVERSION_TIMEOUT)
@@ -258,22 +220,22 @@ class Trainer:
         stack.enter_context(self.watchdog)
         stack.callback(gc.unfreeze)
         first_step = progress.step + 1
-        self.clock = time.perf_counter()
+        results = StepResults(self.config, world, progress, self.metrics, self.watchdog)
         while progress.step < training.num_train_steps:
             latest = self.train_step(loader)
             if progress.step == first_step:
                 # What has been built and compiled stays. Walking through it again would stall a later step.
                 gc.collect()
                 gc.freeze()
-            self.finish_pending()
-            self.pending = latest
+            results.finish()
+            results.pending = latest
             is_last = progress.step == training.num_train_steps
             if self._due(training.validate_every_n_steps, is_last):
                 latest.validation_loss = self.validate()
-            if self.stop_agreed or self._due(training.save_every_n_steps, is_last):
-                self.finish_pending()  # so that the checkpoint counts this step's cells, and metrics.jsonl has it
-                self.save(final=is_last or self.stop_agreed)
-            if self.stop_agreed:
+            if results.stop_agreed or self._due(training.save_every_n_steps, is_last):
+                results.finish()  # so that the checkpoint counts this step's cells, and metrics.jsonl has it
+                self.save(final=is_last or results.stop_agreed)
+            if results.stop_agreed:
                 return
 
     def _record(self) -> list[str]:
@@ -282,7 +244,7 @@ class Trainer:
 
     def _open_logs(self, stack: ExitStack) -> None:
         first_step, world = self.progress.step, self.world
-        self.metrics = stack.enter_context(MetricsLog(self.folder, first_step, self.config, world.is_main))
+        self.metrics: MetricsLog = stack.enter_context(MetricsLog(self.folder, first_step, self.config, world.is_main))
         is_wanted = self.config.training.log_cell_ids
         self.cell_log = stack.enter_context(CellLog(self.folder, world, first_step)) if is_wanted else None
 
@@ -393,108 +355,23 @@ class Trainer:
         )
         return loss_sum, num_labels
 
-    def finish_pending(self) -> None:
-        """Read the totals of the step before the one that is running now, and report them.
-
-        The device is never kept waiting: by now it works on the next step.
-        """
-        pending, self.pending = self.pending, None
-        if pending is None:
-            return
-        finished = pending.launched
-        if pending.ready is not None:
-            self.watchdog.beat(pending.step, "waiting for the device")
-            pending.ready.synchronize()
-            finished = time.perf_counter()
-        loss_sum, masked, tokens, cells, stop, norm = pending.totals.tolist()
-        seconds, self.clock = finished - self.clock, finished
-        loss = loss_sum / masked if masked else float("nan")
-        if not masked and not self.warned_of_no_mask:
-            self.warned_of_no_mask = True
-            self.say(f"No token of step {pending.step} is masked: there is nothing to learn from it.")
-        skipped = not norm < float("inf")
-        progress, training = self.progress, self.config.training
-        progress.tokens += int(tokens)
-        progress.cells += int(cells)
-        progress.skipped_steps += skipped
-        if skipped and not self.skipped_in_a_row and self.world.is_main:
-            log.warning("step %d is skipped: its gradients are not finite", pending.step)
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
-        self.stop_agreed = self.stop_agreed or stop > 0
-        self.metrics.advance(pending.step, loss, pending.learning_rate, tokens / seconds)
-        is_last = pending.step == training.num_train_steps
-        if is_last or pending.step % training.log_every_n_steps == 0 or pending.validation_loss is not None:
-            record: dict[str, Any] = {
-                "step": pending.step,
-                "loss": loss,
-                "learning_rate": pending.learning_rate,
-                "grad_norm": norm,
-                "tokens_per_second": tokens / seconds,
-                "cells": int(cells),
-                "masked_tokens": int(masked),
-                "tokens": int(tokens),
-                "epoch": pending.epoch,
-                "seconds": seconds,
-                "loader_wait_seconds": pending.loader_wait,
-                "skipped_steps": progress.skipped_steps,
-            }
-            if self.world.device.type == "cuda":
-                record["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-            if pending.validation_loss is not None:
-                record["validation_loss"] = pending.validation_loss
-            self.metrics.write(record)
-        if self.skipped_in_a_row >= training.max_skipped_steps:
-            raise TrainingError(
-                f"{self.skipped_in_a_row} updates in a row had gradients that are not finite (the last at step "
-                f"{pending.step}). Lower training.learning_rate, lengthen training.warmup_steps, or look at the data. "
-                f"This rank's packs of that step, each with its cells: {pending.packs}"
-            )
-
-    def check_validation_packs(self) -> None:
-        """Build this rank's packs of the held-out corpus once: a bad token should not wait for the last step."""
-        assert self.validation_data is not None
-        stream, builder = self.validation_data.stream(), self.validation_data.builder()
-        packs = range(self.world.rank, self.validation_packs(stream), self.world.size)
-        try:
-            for _ in build_batches(builder, stream, packs):
-                pass
-        except (ValueError, RuntimeError) as error:
-            raise ConfigError(f"data.validation_path: {error}") from error
-
-    def validation_packs(self, stream: PackStream) -> int:
-        """Packs of the held-out corpus that a validation reads."""
-        return min(self.config.data.validation_packs, stream.plan(0).num_packs)
-
     @torch.no_grad()
     def validate(self) -> float | None:
-        """Mean cross-entropy over the first packs of the held-out corpus, without dropout, masks fixed.
-
-        None without a held-out corpus, or if none of its tokens is masked.
-
-        Ranks share the packs; one that has fewer runs its last pack again and leaves it out of the sum, since
-        sharding engines need all ranks in each forward.
-        """
-        if self.validation_data is None:
+        """Loss on held-out cells, without dropout; None if there are none, or if none of their tokens is masked."""
+        if self.validation is None:
             return None
-        stream, builder = self.validation_data.stream(), self.validation_data.builder()
-        packs = self.validation_packs(stream)
-        totals = torch.zeros(2, dtype=torch.float64, device=self.world.device)
-        self.engine.model.eval()
-        for first in range(0, packs, self.world.size):
+
+        def forward(batches: Iterator[Batch]) -> tuple[Tensor, Tensor]:
             self.watchdog.beat(self.progress.step, "validating")
-            mine = first + self.world.rank
-            batches = build_batches(builder, stream, [min(mine, packs - 1)])
-            loss_sum, masked = self.forward(next_batch(batches, "data.validation_path"))
-            if mine < packs:
-                totals += torch.stack([loss_sum.double(), masked.double()])
+            return self.forward(next_batch(batches, "data.validation_path"))
+
+        self.engine.model.eval()
+        loss = self.validation.mean_loss(forward)
         self.engine.model.train()
         self.engine.end_evaluation()
-        dist.all_reduce(totals)
-        loss_sum, masked = totals.tolist()
-        if not masked:
+        if loss is None:
             self.say("No token of the held-out cells is masked: there is no validation loss.")
-            return None
-        return loss_sum / masked
+        return loss
 
     def save(self, final: bool) -> None:
         """Save a checkpoint; a failed save is survived, unless it is the last one or one too many."""
@@ -556,17 +433,6 @@ def next_batch(batches: Iterator[Batch], key: str) -> Batch:
         raise TrainingError(f"{key}: {error}") from error
     except RuntimeError as error:
         raise TrainingError(str(error)) from error
-
-
-def to_host(values: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
-    """Start copying a small tensor to host memory; it is there once the event has happened."""
-    if values.device.type != "cuda":
-        return values, None
-    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-    host.copy_(values, non_blocking=True)
-    ready = torch.cuda.Event()
-    ready.record()
-    return host, ready
 
 
 def dropout_seed(seed: int, pack: int) -> int:

@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from transformers import BertConfig
 
 from geneformer_pretrain import export
-from geneformer_pretrain.trainer import TrainingError
+from geneformer_pretrain.stopping import TrainingError
 from modeling_bert_te import BertForMaskedLM
 from tests.tiny import (
     VOCAB_SIZE,
