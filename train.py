@@ -60,7 +60,7 @@ def main(composed: DictConfig) -> None:
     logging.basicConfig(format="%(levelname)s %(message)s", force=True)
     try:
         folder = OmegaConf.select(composed, "training.checkpoint_dir", throw_on_resolution_failure=False)
-        with telling_of_failed_start(folder), telling_all_ranks():
+        with telling_of_failed_start(None if folder is None else str(folder)), telling_all_ranks():
             config = resolve(composed)
         code = run(config)
     except (ConfigError, CheckpointError, TrainingError, OSError, MemoryError) as error:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from .config import ConfigError
 from .meeting import meet, telling_all_ranks
+from .ranks import naming_failed_connections
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ def distributed_world(timeout_minutes: float = 10.0) -> Iterator[World]:
     ------
     ConfigError
         On every rank: more processes on a node than GPUs, or another mistake of a rank.
+    ConnectionError
+        The ranks cannot speak to each other.
     TimeoutError
         Some ranks did not come.
     """
@@ -52,14 +55,15 @@ def distributed_world(timeout_minutes: float = 10.0) -> Iterator[World]:
     store = meet()
     timeout = datetime.timedelta(minutes=timeout_minutes)
     store.set_timeout(timeout)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        rank=rank,
-        world_size=size,
-        store=dist.PrefixStore("default_pg", store),
-        timeout=timeout,
-        device_id=device if device.type == "cuda" else None,
-    )
+    with naming_failed_connections():
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            rank=rank,
+            world_size=size,
+            store=dist.PrefixStore("default_pg", store),
+            timeout=timeout,
+            device_id=device if device.type == "cuda" else None,
+        )
     failed = True
     try:
         yield World(rank, local_rank, size, device, nodes)

@@ -14,7 +14,7 @@ from typing import NoReturn
 import torch.distributed as dist
 
 from .overrides import ConfigError
-from .ranks import agreed, is_agreed, merge, name_ranks, naming_lost_connections
+from .ranks import agreed, is_agreed, merge, name_ranks, naming_failed_connections, naming_lost_connections
 
 MEETING = timedelta(minutes=10)
 """How long a rank waits for the others: the first start on a slow file system takes minutes."""
@@ -26,11 +26,29 @@ TELLING = timedelta(seconds=10)
 """How long ranks wait for each other before they end."""
 
 
-def open_store(purpose: str) -> dist.Store:
-    """Connect to the run's store anew; keys of one purpose do not meet those of another, or of an earlier attempt."""
-    if "RANK" not in os.environ:
+ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What torchrun tells each process."""
+
+
+@naming_failed_connections()
+def open_store(purpose: str, timeout: timedelta = timedelta(minutes=1)) -> dist.Store:
+    """Connect to the run's store anew; keys of one purpose do not meet those of another, or of before a restart.
+
+    Raises
+    ------
+    ConnectionError
+        The store does not answer in time, or the environment says only in part where it is.
+    """
+    missing = [name for name in ENVIRONMENT if name not in os.environ]
+    if "RANK" in missing and "WORLD_SIZE" in missing:
         return dist.HashStore()
-    store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(minutes=1)))
+    if missing:
+        raise ConnectionError(
+            f"{', '.join(ENVIRONMENT)} belong together, and {', '.join(missing)} is not set in this process's "
+            "environment: start with torchrun, or unset RANK and WORLD_SIZE for a single process."
+        )
+    # Without torchrun, the first rank's store waits here for all others.
+    store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
     return dist.PrefixStore(f"{purpose}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
@@ -46,15 +64,18 @@ def meet(mistake: str = "") -> dist.Store:
     ------
     ConfigError
         On every rank, if any of them has made a mistake, with its reason.
+    ConnectionError
+        The ranks cannot speak to each other.
     TimeoutError
         Some ranks did not come; names them.
     """
+    patience = MEETING_OF_FAILED if mistake else MEETING
+    store = open_store("meeting", patience)
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    store = open_store("meeting")
     keys = [str(rank) for rank in range(size)]
     store.set(keys[rank], mistake)
     with suppress(dist.DistStoreError):  # Not all came in time.
-        store.wait(keys, MEETING_OF_FAILED if mistake else MEETING)
+        store.wait(keys, patience)
     absent = [] if store.check(keys) else [rank for rank in range(size) if not store.check([keys[rank]])]
     came = [rank for rank in range(size) if rank not in absent]
     told = dict(zip(came, store.multi_get([keys[rank] for rank in came]), strict=True))
@@ -77,11 +98,14 @@ def meet(mistake: str = "") -> dist.Store:
 
 @contextmanager
 def telling_all_ranks() -> Iterator[None]:
-    """Tell all ranks of a ConfigError before the process group is there: they would wait for this one in vain."""
+    """Tell all ranks of a mistake before the process group is there: they would wait for this one in vain."""
     try:
         yield
-    except ConfigError as error:
-        meet(str(error))
+    except (ConfigError, OSError) as error:
+        try:
+            meet(str(error))
+        except ConnectionError as lost:
+            raise error from lost
 
 
 def end(error: Exception) -> NoReturn:
@@ -102,7 +126,7 @@ def end(error: Exception) -> NoReturn:
                 store.set(node, "")
             # torchrun ends the rank that is about to print as soon as another one has left.
             store.wait([node], TELLING)
-        except dist.DistError:
+        except (dist.DistError, ConnectionError):
             if not speaks:
                 print(message, file=sys.stderr, flush=True)
     # The process group's threads are still there: the interpreter's own end aborts at times while it is taken down

@@ -154,6 +154,27 @@ class Ranks:
 
 
 @contextmanager
+def naming_failed_connections() -> Iterator[None]:
+    """Say where to look if ranks cannot connect to each other in the first place.
+
+    Raises
+    ------
+    ConnectionError
+        Instead of the errors of gloo, NCCL and the store, with their words.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or any(sign in str(error) for sign in LOST_CONNECTION)):
+            raise
+        reason = " ".join(str(error).split())[:500]
+        raise ConnectionError(
+            f"rank {os.environ.get('RANK', 0)} cannot connect to the others: {reason}. Check MASTER_ADDR and "
+            "MASTER_PORT, and GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME if they are set."
+        ) from error
+
+
+@contextmanager
 def naming_lost_connections() -> Iterator[None]:
     """Say in plain words that another rank is gone: what gloo, NCCL and the store say of it is about sockets.
 

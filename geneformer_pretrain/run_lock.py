@@ -14,7 +14,6 @@ from pathlib import Path
 
 from .checkpoint_manifest import CheckpointError
 from .folders import writing_to
-from .overrides import ConfigError
 from .ranks import Ranks
 from .stopping import write_exit
 
@@ -53,32 +52,33 @@ def hold_folder(folder: Path) -> Iterator[None]:
 def telling_of_failed_start(checkpoint_dir: str | None) -> Iterator[None]:
     """Replace exit.json of an earlier run by what keeps this one from holding the folder; rank 0 alone does it.
 
-    Nothing is written into a folder that another run holds, that is not there yet, or of no name.
+    Nothing is written into a folder that another run holds or may hold, that is not there yet, or of no name.
     """
     try:
         yield
-    except (ConfigError, OSError) as error:
+    except Exception as error:
         folder = Path(checkpoint_dir or "").expanduser()
         with suppress(CheckpointError, OSError):
             if checkpoint_dir and os.environ.get("RANK", "0") == "0" and is_used(folder):
-                with _start_in(folder):
+                with _start_in(folder, needs_lock=True):
                     write_exit(folder, "error", 1, rank=0, error=f"{type(error).__name__}: {error}")
         raise
 
 
 @contextmanager
-def _start_in(folder: Path) -> Iterator[None]:
+def _start_in(folder: Path, needs_lock: bool = False) -> Iterator[None]:
     """Lock a folder, and take away what an earlier run left to say.
 
     What counts is the system's lock on the file, not the file. It ends with the process, even by SIGKILL, and
-    other nodes respect it where the file system has such locks (NFS, GPFS, Lustre mounted with `flock`).
+    other nodes respect it where the file system has such locks (NFS, GPFS, Lustre mounted with `flock`). Elsewhere
+    there is a warning, or with `needs_lock` an OSError.
     The folder is made if need be, and removed if nothing was put into it.
     """
     path = folder / LOCK_FILE
     with writing_to(folder, "training.checkpoint_dir"):
         made = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = _open_locked(path)
+        descriptor = _open_locked(path, needs_lock)
     holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
     try:
         with writing_to(folder, "training.checkpoint_dir"):
@@ -107,7 +107,7 @@ def is_used(folder: Path) -> bool:
         return False
 
 
-def _open_locked(path: Path) -> int:
+def _open_locked(path: Path, needs_lock: bool) -> int:
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         is_held = False
@@ -115,6 +115,9 @@ def _open_locked(path: Path) -> int:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             is_held = error.errno in (errno.EWOULDBLOCK, errno.EACCES)
+            if not is_held and needs_lock:
+                os.close(descriptor)
+                raise
             if not is_held:
                 log.warning(
                     "no locks on this file system (%s): take care to start only one run in %s", error, path.parent

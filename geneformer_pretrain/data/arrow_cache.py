@@ -156,7 +156,7 @@ def _convert(files: Sequence[Path], key: str, cache_dir: Path, show_progress: bo
         except _TokensNeedInt32:
             manifest = _write(sources, temporary, np.dtype(np.int32), show_progress)
         if _cache_key(files) != key:
-            raise RuntimeError(
+            raise ValueError(
                 f"a source file changed while {cache_dir / key} was made from it: start again once "
                 f"{', '.join(map(str, files[:3]))}{', ...' if len(files) > 3 else ''} are complete"
             )

@@ -141,7 +141,7 @@ def check_data(config: Config) -> None:
         if path is not None:
             try:
                 require_corpus(path)
-            except FileNotFoundError as error:
+            except OSError as error:
                 raise ConfigError(f"{key}: {error}") from error
 
 
@@ -150,7 +150,7 @@ def _open(key: str, path: str, config: Config, is_main: bool) -> Corpus:
         return open_corpus(path, config.data.cache_dir, vocab_size=config.model.vocab_size, show_progress=is_main)
     except (ValueError, FileNotFoundError) as error:
         raise ConfigError(f"{key}: {error}") from error
-    except (OSError, RuntimeError) as error:  # of the cache, whose key it names
+    except OSError as error:  # of the cache, whose key it names
         raise ConfigError(str(error)) from error
 
 

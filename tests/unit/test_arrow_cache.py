@@ -104,7 +104,7 @@ def test_source_that_changes_during_the_conversion(
         return manifest
 
     monkeypatch.setattr(arrow_cache, "_write", write_while_source_changes)
-    with pytest.raises(RuntimeError, match=r"changed while .*cells\.parquet are complete"):
+    with pytest.raises(ValueError, match=r"changed while .*cells\.parquet are complete"):
         open_corpus(path, cache)
     assert [path.suffix for path in cache.iterdir()] == [".lock"]
 

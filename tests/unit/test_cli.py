@@ -144,8 +144,14 @@ def test_a_model_of_another_size_is_a_short_message(tmp_path: Path) -> None:
     assert len(message) < 500
 
 
+@pytest.mark.parametrize("folder", ["2026", "[a]"])
+def test_a_folder_that_yaml_reads_as_something_else(tmp_path: Path, folder: str) -> None:
+    """Another mistake is told all the same."""
+    assert "training.seed" in failure(overrides(tmp_path, f"training.checkpoint_dir={folder}", "training.seed=abc"))
+
+
 def test_a_model_too_large_for_the_memory_is_a_plain_message(tmp_path: Path) -> None:
-    message = failure(overrides(tmp_path, f"model.hidden_size={2**34}"))
+    message = failure(overrides(tmp_path, f"model.hidden_size={2**48}"))
     assert message.startswith("Error: ")
     assert "can't allocate memory" in message
     assert "training.recompute_every_n_layers" in message

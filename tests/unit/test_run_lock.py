@@ -2,15 +2,18 @@
 
 import errno
 import fcntl
+import json
 import logging
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from geneformer_pretrain.checkpoint import CheckpointError, move_aside
-from geneformer_pretrain.run_lock import EARLIER_EXIT_FILE, LOCK_FILE, hold_folder, is_used
+from geneformer_pretrain.config import ConfigError
+from geneformer_pretrain.run_lock import EARLIER_EXIT_FILE, LOCK_FILE, hold_folder, is_used, telling_of_failed_start
 
 
 def test_held_until_the_end_and_then_gone(tmp_path: Path) -> None:
@@ -111,3 +114,31 @@ def test_a_lock_that_cannot_be_removed_hides_no_error(
     monkeypatch.undo()
     with hold_folder(tmp_path):  # The lock itself is gone.
         pass
+
+
+COMPLETED = '{"reason": "completed", "exit_code": 0, "step": 2}\n'
+
+
+@pytest.mark.parametrize("error", [ConfigError("wrong"), dist.DistBackendError("NCCL error"), KeyError("a bug")])
+def test_whatever_fails_a_start_replaces_the_earlier_end(tmp_path: Path, error: Exception) -> None:
+    (tmp_path / "exit.json").write_text(COMPLETED)
+    with pytest.raises(type(error)), telling_of_failed_start(str(tmp_path)):
+        raise error
+    told = json.loads((tmp_path / "exit.json").read_text())
+    assert told == {"reason": "error", "exit_code": 1, "rank": 0, "error": f"{type(error).__name__}: {error}"}
+    assert [path.name for path in tmp_path.iterdir()] == ["exit.json"]
+
+
+def test_without_locks_a_failed_start_leaves_a_folder_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another run may be under way in it."""
+
+    def flock(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    (tmp_path / LOCK_FILE).write_text("held by another run")
+    (tmp_path / "metrics.jsonl").touch()
+    with pytest.raises(ConfigError), telling_of_failed_start(str(tmp_path)):
+        raise ConfigError("wrong")
+    assert (tmp_path / LOCK_FILE).read_text() == "held by another run"
+    assert not (tmp_path / "exit.json").exists()
