@@ -67,8 +67,8 @@ def estimate_peak(
 
     root = (model.vocab_size + model.max_position_embeddings) * model.hidden_size
     weights_of_layer = (num_parameters - root) // layers
-    # What is cast stays for the backward: in FP8 by rows and by columns.
-    copies = itemsize if training.use_fp8 or itemsize < WEIGHT else 0
+    # What is cast stays for the backward: a copy in BF16, or two in FP8, by rows and by columns.
+    copies = 2 if training.use_fp8 or itemsize < WEIGHT else 0
     shards = training.use_fsdp2 or training.use_nvfsdp
     owned = -(-num_parameters // (training.shard_group_size or world_size)) if shards else num_parameters
     working = copies * (root + kept * weights_of_layer)
