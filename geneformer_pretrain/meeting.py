@@ -74,10 +74,15 @@ def meet(mistake: str = "") -> dist.Store:
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     keys = [str(rank) for rank in range(size)]
     store.set(keys[rank], mistake)
-    with suppress(dist.DistStoreError):  # Not all came in time.
-        store.wait(keys, patience)
-    absent = [] if store.check(keys) else [rank for rank in range(size) if not store.check([keys[rank]])]
-    came = [rank for rank in range(size) if rank not in absent]
+    if store.add("number of ranks here", 1) == size:
+        store.compare_set("outcome", "", "complete")
+    try:
+        store.wait(["outcome"], patience)
+    except dist.DistStoreError:  # Not all came in time. Whoever gives up first lets the others go, too.
+        store.compare_set("outcome", "", "given up")
+    complete = store.get("outcome") == b"complete"
+    came = [rank for rank in range(size) if complete or store.check([keys[rank]])]
+    absent = [rank for rank in range(size) if rank not in came]
     told = dict(zip(came, store.multi_get([keys[rank] for rank in came]), strict=True))
     mistakes = {rank: reason.decode() for rank, reason in told.items() if reason}
     if mistakes:
@@ -88,10 +93,11 @@ def meet(mistake: str = "") -> dist.Store:
             store.wait(["all have read"], TELLING)
         error = ConfigError(merge(mistakes, size))
         raise error if absent else agreed(error, size)
-    if absent:
+    if not complete:
+        who = f"{name_ranks(absent)} of {size}" if absent else "a rank"
         raise TimeoutError(
-            f"{name_ranks(absent)} of {size} did not come within {MEETING.seconds // 60} minutes; look at the output "
-            "of the nodes that they run on, and start all nodes again."
+            f"{who} did not come within {MEETING.seconds // 60} minutes; look at the output of the nodes that they run "
+            "on, and start all nodes again."
         )
     return store
 

@@ -30,6 +30,12 @@ def never_come(rank: int, absent: int) -> None:
         os._exit(0)
 
 
+def last_never_comes(rank: int) -> None:
+    meeting.MEETING_OF_FAILED = timedelta(seconds=2)
+    if rank == 2:
+        os._exit(0)
+
+
 def too_few_gpus(rank: int) -> None:
     if rank == 1:
         torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 1
@@ -116,6 +122,15 @@ def test_a_rank_that_does_not_come_is_named(tmp_path: Path, start: Any) -> None:
     assert process.wait() == [1, 0]
     assert "Error: rank 1 of 2 did not come within" in process.output()
     assert "Traceback" not in process.output()
+
+
+def test_a_mistake_is_told_without_waiting_for_all(tmp_path: Path, start: Any) -> None:
+    """A rank that has made none would have waited for minutes."""
+    process = start(overrides(tmp_path), 3, last_never_comes, more=[(), WRONG, ()])
+    assert process.wait() == [1, 1, 0]
+    for rank in range(2):
+        (message,) = errors(process, rank)
+        assert message.startswith(f"Error: rank 1: {SAID}")
 
 
 def test_a_start_that_fails_leaves_no_earlier_end(tmp_path: Path, start: Any) -> None:
