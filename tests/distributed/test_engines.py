@@ -102,15 +102,10 @@ def test_weights_stay_gathered_where_asked(tmp_path: Path, run_workers: RunWorke
     given = overrides(tmp_path, "training.use_fsdp2=true", f"training.reshard_after_forward={reshard}")
     stay = [reshard == "false"] * 2
     never = [False, False]
-    assert (
-        run_workers(when_gathered, 2, given)
-        == [
-            {
-                "after a forward": stay,
-                "after an evaluation": never,
-                "after a micro-batch, the last: False": stay,
-                "after a micro-batch, the last: True": never,
-            }
-        ]
-        * 2
-    )
+    expected = {
+        "after a forward": stay,
+        "after an evaluation": never,
+        "after a micro-batch, the last: False": stay,
+        "after a micro-batch, the last: True": never,
+    }
+    assert run_workers(when_gathered, 2, given) == [expected] * 2

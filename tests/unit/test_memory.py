@@ -1,4 +1,4 @@
-"""The memory estimate against peaks measured on an H200 (docs/performance.md)."""
+"""The memory estimate against peaks measured on H200s and H100s (docs/performance.md); what a lack of memory says."""
 
 from types import SimpleNamespace
 
@@ -128,10 +128,7 @@ def test_weights_stay_gathered_where_memory_allows(overrides, gib, world_size, r
 )
 def test_lack_of_memory_says_what_to_change(overrides, advised, not_advised):
     given = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nException raised from malloc")
-    with (
-        pytest.raises(MemoryError) as error,
-        explaining_lack_of_memory(load_config("4b", list(overrides))),
-    ):
+    with pytest.raises(MemoryError) as error, explaining_lack_of_memory(load_config("4b", list(overrides))):
         raise given
     assert str(error.value).startswith("CUDA out of memory. Tried to allocate 2.00 GiB. What takes less: ")
     for words in advised:
