@@ -272,6 +272,7 @@ def _nvfsdp(model: BertForMaskedLM, shard: Callable[[nn.Module], None], world: W
     from megatron_fsdp.uneven_dtensor import preprocess_state_dict_for_uneven_dtensor, uneven_dtensor_to_full_tensor
 
     shard(model)
+    _keep_gradients_until_reduced(model)
     return Engine(
         "nvfsdp",
         model,
@@ -282,3 +283,18 @@ def _nvfsdp(model: BertForMaskedLM, shard: Callable[[nn.Module], None], world: W
         gather=uneven_dtensor_to_full_tensor,
         describe_shards=preprocess_state_dict_for_uneven_dtensor,
     )
+
+
+def _keep_gradients_until_reduced(model: nn.Module) -> None:
+    """Tell the allocator which stream reads the buffers that hold the first step's gradients.
+
+    With replicas, megatron-fsdp replaces each of them as soon as their sum over the replicas is under way. The memory,
+    which is this stream's, would go to the backward's next tensors while it is still being read.
+    """
+    from megatron_fsdp.experimental.module import FsdpModule
+
+    sharded = [module for module in model.modules() if isinstance(module, FsdpModule)]
+    sharded[0]._lazy_init_context()  # the root's: makes the stream
+    for module in sharded:
+        for group in module.parameter_groups:
+            group.main_grad.local_buffer.record_stream(module.context.reduce_scatter_stream)
