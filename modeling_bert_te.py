@@ -141,6 +141,9 @@ def hashed(shape: torch.Size, seed: Tensor) -> Tensor:
 class Attention(Protocol):
     """A way to compute self-attention within each cell of a pack; exchangeable, see `set_attention`."""
 
+    finds_bias_gradient: bool
+    """Whether it finds the gradient of the bias in qkv, out of autograd's sight until then."""
+
     def plan(self, cu_seqlens: Tensor, max_seqlen: int, num_tokens: int) -> Any:
         """Prepare what all layers of one call share.
 
@@ -148,8 +151,11 @@ class Attention(Protocol):
         bounds the lengths.
         """
 
-    def __call__(self, qkv: Tensor, plan: Any, dropout: float) -> Tensor:
-        """[T, 3, A, D] -> [T, A, D]; `dropout` is the probability of dropping an attention weight."""
+    def __call__(self, qkv: Tensor, plan: Any, dropout: float, bias: Tensor | None = None) -> Tensor:
+        """[T, 3, A, D] -> [T, A, D]; `dropout` is the probability of dropping an attention weight.
+
+        `bias`, [3 * A * D], is given where its gradient is to be found; qkv holds it already.
+        """
 
 
 class FusedKernels(Protocol):
@@ -163,10 +169,16 @@ class FusedKernels(Protocol):
         Weight and bias are LayerNorm's, [H]; they and b may have any dtype.
         """
 
-    def linear_beside_residual(self, x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> tuple[Tensor, Tensor]:
-        """Project x, by ReLU after it if asked for; and x: [T, H], [F, H], [F] of one dtype -> [T, F], [T, H].
+    def linear_beside_residual(self, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """Project x; and x itself: [T, H], [F, H], [F] of one dtype -> [T, F], [T, H].
 
         The x returned is for the residual connection alone, so that its two gradients may be added in place.
+        """
+
+    def feed_forward(self, x: Tensor, expand: Tensor, bias: Tensor, contract: Tensor) -> tuple[Tensor, Tensor]:
+        """Project x, by ReLU after it, project again; and x: [T, H], [F, H], [F], [H, F] -> [T, H], [T, H].
+
+        All are of one dtype, and the x returned is as above.
         """
 
     def linear_cross_entropy(self, x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
@@ -176,10 +188,12 @@ class FusedKernels(Protocol):
 class FlashAttention:
     """PyTorch's FlashAttention, for half precision on CUDA; elsewhere one exact call per cell."""
 
+    finds_bias_gradient = False
+
     def plan(self, cu_seqlens: Tensor, max_seqlen: int, num_tokens: int) -> tuple[Tensor, int]:
         return cu_seqlens, max_seqlen
 
-    def __call__(self, qkv: Tensor, plan: tuple[Tensor, int], dropout: float) -> Tensor:
+    def __call__(self, qkv: Tensor, plan: tuple[Tensor, int], dropout: float, bias: Tensor | None = None) -> Tensor:
         cu_seqlens, max_seqlen = plan
         q, k, v = qkv.unbind(1)
         if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
@@ -281,23 +295,27 @@ class BertSelfAttention(nn.Module):
         self.attention: Attention = FlashAttention()
         self.fused: FusedKernels | None = None
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Query, key and value, x for the residual connection, and the bias if attention is to find its gradient."""
         if self.use_te_layers:
-            return self.qkv(x), x
+            return self.qkv(x), x, None
         projections = (self.query, self.key, self.value)
         if not all(is_plain(projection) for projection in projections):
-            return torch.cat([projection(x) for projection in projections], dim=-1), x
+            return torch.cat([projection(x) for projection in projections], dim=-1), x, None
         weight = torch.cat([p.weight for p in projections]).to(x.dtype)
         bias = torch.cat([p.bias for p in projections]).to(x.dtype)
-        if self.fused is not None:
-            return self.fused.linear_beside_residual(x, weight, bias, relu=False)
-        return F.linear(x, weight, bias), x
+        if self.fused is None:
+            return F.linear(x, weight, bias), x, None
+        left = self.attention.finds_bias_gradient
+        qkv, x = self.fused.linear_beside_residual(x, weight, bias.detach() if left else bias)
+        return qkv, x, bias if left else None
 
     def forward(self, x: Tensor, plan: Any) -> tuple[Tensor, Tensor]:
         """[T, H] -> [T, H]; and x, for the residual connection."""
-        qkv, residual = self.project(x)
+        qkv, residual, bias = self.project(x)
         qkv = qkv.view(x.shape[0], 3, self.num_heads, -1)
-        return self.attention(qkv, plan, self.dropout_prob if self.training else 0.0).reshape(x.shape), residual
+        dropout = self.dropout_prob if self.training else 0.0
+        return self.attention(qkv, plan, dropout, bias).reshape(x.shape), residual
 
 
 class BertResidualOutput(nn.Module):
@@ -350,18 +368,18 @@ class BertLayer(nn.Module):
         return checkpoint_function(self.use_te_layers)(self.compute, x, plan, use_reentrant=False)
 
     def compute(self, x: Tensor, plan: Any) -> Tensor:
-        x = self.attention["output"](*self.attention["self"](x, plan))
-        return self.output(*self.expand(x))
+        return self.feed_forward(self.attention["output"](*self.attention["self"](x, plan)))
 
-    def expand(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """[T, H] -> [T, F]; and x, for the residual connection."""
-        dense = self.intermediate["dense"]
-        if not (is_plain(dense) and type(self.activation) is nn.ReLU):
-            return self.activation(dense(x)), x
-        weight, bias = dense.weight.to(x.dtype), dense.bias.to(x.dtype)
-        if self.fused is not None:
-            return self.fused.linear_beside_residual(x, weight, bias, relu=True)
-        return LinearReLU.apply(x, weight, bias), x
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """The second half of the layer: [T, H] -> [T, H]."""
+        expand, contract = self.intermediate["dense"], self.output.dense
+        if not (is_plain(expand) and type(self.activation) is nn.ReLU):
+            return self.output(self.activation(expand(x)), x)
+        weight, bias = expand.weight.to(x.dtype), expand.bias.to(x.dtype)
+        if self.fused is None or not is_plain(contract):
+            return self.output(LinearReLU.apply(x, weight, bias), x)
+        x, residual = self.fused.feed_forward(x, weight, bias, contract.weight.to(x.dtype))
+        return self.output.add_norm(x, residual, contract.bias)
 
     def compile_in_place(self) -> None:
         """Compile the layer, or what lies between the matrix products of Transformer Engine."""

@@ -6,8 +6,12 @@ from modeling_bert_te import Attention, FlashAttention, FusedKernels
 
 from .config import Config, ConfigError, Kernel
 
+CAPABILITY = (9, 0)
+"""Compute capability that Triton's kernels need: without Hopper's copy engine they crawl."""
 MAX_WIDTH, MAX_VOCABULARY = 4096, 2**16
 """Largest hidden size and vocabulary of the fused kernels: a row has to fit into the registers of one program."""
+WIDTH_MULTIPLE = 8
+"""Of which the fused kernels need the widths of a layer: the copy engine knows rows of whole 16 bytes."""
 
 
 def takes_triton(key: str, choice: Kernel, obstacles: list[str], tuned: bool) -> bool:
@@ -32,15 +36,15 @@ def takes_triton(key: str, choice: Kernel, obstacles: list[str], tuned: bool) ->
     return choice is Kernel.triton or (choice is Kernel.auto and tuned and not obstacles)
 
 
-def machine_obstacles(device: torch.device, compute_dtype: torch.dtype, capability: tuple[int, int]) -> list[str]:
-    """What keeps Triton's kernels, which need this compute capability, from running on this machine."""
+def machine_obstacles(device: torch.device, compute_dtype: torch.dtype) -> list[str]:
+    """What keeps Triton's kernels from running on this machine."""
     if device.type != "cuda":
         return ["needs a GPU"]
     obstacles = []
     if compute_dtype != torch.bfloat16:
         obstacles.append("needs training.compute_dtype=bfloat16")
-    if torch.cuda.get_device_capability(device) < capability:
-        obstacles.append(f"needs compute capability {capability[0]}.{capability[1]}")
+    if torch.cuda.get_device_capability(device) < CAPABILITY:
+        obstacles.append(f"needs compute capability {CAPABILITY[0]}.{CAPABILITY[1]}")
     return obstacles
 
 
@@ -58,7 +62,7 @@ def choose_attention(config: Config, device: torch.device, compute_dtype: torch.
         Triton's kernels asked for where they do not run.
     """
     head_size = config.model.hidden_size // config.model.num_attention_heads
-    obstacles = machine_obstacles(device, compute_dtype, (9, 0))  # without Hopper's copy engine they crawl
+    obstacles = machine_obstacles(device, compute_dtype)
     if head_size not in (16, 32, 64, 128):
         obstacles.append(f"knows head sizes 16, 32, 64 and 128, not {head_size}")
     # With heads of 128 the kernels run but spill registers.
@@ -78,11 +82,15 @@ def choose_fused(config: Config, device: torch.device, compute_dtype: torch.dtyp
     ConfigError
         Triton's kernels asked for where they do not run.
     """
-    obstacles = machine_obstacles(device, compute_dtype, (8, 0))
+    obstacles = machine_obstacles(device, compute_dtype)
     for name, most in (("hidden_size", MAX_WIDTH), ("vocab_size", MAX_VOCABULARY)):
         value = getattr(config.model, name)
         if value > most:
             obstacles.append(f"knows model.{name} up to {most:,}, not {value:,}")
+    for name in ("hidden_size", "intermediate_size"):
+        value = getattr(config.model, name)
+        if value % WIDTH_MULTIPLE:
+            obstacles.append(f"knows multiples of {WIDTH_MULTIPLE} as model.{name}, not {value:,}")
     if takes_triton("model.fused_kernels", config.model.fused_kernels, obstacles, is_hopper(device)):
         from .triton_kernels import TritonFused
 

@@ -12,7 +12,8 @@ backward. What is specific here:
 - Work is cut into tiles of each cell's own rows, so no block is spent on the difference between a cell and
   the longest cell. The list of tiles is made on the device, once for all layers.
 - Query, key and value are read from one [T, 3, A, D] tensor, and their gradients are written into one: the
-  projection's backward needs no copy.
+  projection's backward needs no copy. Nor does it read them for the gradient of its bias: each program of the backward
+  sums its rows before it writes them.
 - No dropout mask is stored. A weight is dropped where `a[row] * b[column] + rotated(a[row])` modulo 2**32 is
   below a threshold, where a and b are strong hashes of (seed, head, row) tabled once per call: multiply-shift
   hashing (Dietzfelbinger, 1996), one multiply-add, one comparison and at most one selection per weight.
@@ -235,8 +236,9 @@ def _row_dot(
 
 @triton.jit
 def _backward_keys(
-    q_rows, kv_rows, do_rows, lse, delta, grad_qkv, tiles, keys, scale, grad_scale, threshold, keep_scale, num_rows,
-    NUM_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr,
+    q_rows, kv_rows, do_rows, lse, delta, grad_qkv, sums, tiles, keys, scale, grad_scale, threshold, keep_scale,
+    num_rows, NUM_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    DROPOUT: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of keys and values: a tile of keys against all queries of its cell.
 
@@ -244,11 +246,15 @@ def _backward_keys(
     """
     tl.static_assert(128 % BLOCK_M == 0)
     start, end, first, padded = _block(tiles, BLOCK_N)
-    if first >= end:
-        return
     head = tl.program_id(1)
     width: tl.constexpr = NUM_HEADS * D
     column = head * D
+    sums += tl.program_id(0) * 3 * width + column + tl.arange(0, D)
+    if first >= end:
+        if SUMS:
+            tl.store(sums + width, tl.zeros([D], tl.float32))
+            tl.store(sums + 2 * width, tl.zeros([D], tl.float32))
+        return
     columns = first + tl.arange(0, BLOCK_N)
     k = kv_rows.load([first, width + column])
     v = kv_rows.load([first, 2 * width + column])
@@ -275,8 +281,13 @@ def _backward_keys(
     where = grad_qkv + columns[:, None] * (3 * width) + column + tl.arange(0, D)[None, :]
     valid = (columns < end)[:, None]
     kind = grad_qkv.dtype.element_ty
-    tl.store(where + width, (grad_k * grad_scale).to(kind), mask=valid)
-    tl.store(where + 2 * width, (grad_v * keep_scale).to(kind), mask=valid)
+    grad_k *= grad_scale
+    grad_v *= keep_scale
+    tl.store(where + width, grad_k.to(kind), mask=valid)
+    tl.store(where + 2 * width, grad_v.to(kind), mask=valid)
+    if SUMS:
+        tl.store(sums + width, tl.sum(tl.where(valid, grad_k, 0.0), 0))
+        tl.store(sums + 2 * width, tl.sum(tl.where(valid, grad_v, 0.0), 0))
 
 
 @triton.jit
@@ -303,17 +314,21 @@ def _backward_queries_step(
 
 @triton.jit
 def _backward_queries(
-    q_rows, kv_rows, do_rows, lse, delta, grad_qkv, tiles, keys, scale, grad_scale, threshold, keep_scale, num_rows,
-    NUM_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr,
+    q_rows, kv_rows, do_rows, lse, delta, grad_qkv, sums, tiles, keys, scale, grad_scale, threshold, keep_scale,
+    num_rows, NUM_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    DROPOUT: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
     """Gradient of queries: a tile of queries against all keys of its cell."""
     tl.static_assert(128 % BLOCK_N == 0)
     start, end, first, padded = _block(tiles, BLOCK_M)
-    if first >= end:
-        return
     head = tl.program_id(1)
     width: tl.constexpr = NUM_HEADS * D
     column = head * D
+    sums += tl.program_id(0) * 3 * width + column + tl.arange(0, D)
+    if first >= end:
+        if SUMS:
+            tl.store(sums, tl.zeros([D], tl.float32))
+        return
     rows = first + tl.arange(0, BLOCK_M)
     table_rows = head * num_rows + tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     q = q_rows.load([first, column])
@@ -336,14 +351,21 @@ def _backward_queries(
             q, do, kv_rows, column, start + whole, end, padded + whole, keys, a, rotated, row_lse, minus_delta,
             grad_q, scale, threshold, width, BLOCK_N, True, DROPOUT,
         )  # fmt: skip
+    grad_q *= grad_scale
     where = grad_qkv + rows[:, None] * (3 * width) + column + tl.arange(0, D)[None, :]
-    tl.store(where, (grad_q * grad_scale).to(grad_qkv.dtype.element_ty), mask=(rows < end)[:, None])
+    valid = (rows < end)[:, None]
+    tl.store(where, grad_q.to(grad_qkv.dtype.element_ty), mask=valid)
+    if SUMS:
+        tl.store(sums, tl.sum(tl.where(valid, grad_q, 0.0), 0))
 
 
 LOG2_E = 1.4426950408889634
+OWN_ROWS = 64
+"""Of which a program of the backward writes the gradient."""
+
 FORWARD = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2, "maxnreg": 128}
-BACKWARD_KEYS = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2, "maxnreg": 168}
-BACKWARD_QUERIES = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2, "maxnreg": 128}
+BACKWARD_KEYS = {"BLOCK_M": 64, "BLOCK_N": OWN_ROWS, "num_warps": 4, "num_stages": 2, "maxnreg": 168}
+BACKWARD_QUERIES = {"BLOCK_M": OWN_ROWS, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2, "maxnreg": 128}
 """Chosen on an H200 at head size 64. Limits on registers let 16 warps, or 12 for keys, share a multiprocessor."""
 
 
@@ -356,13 +378,18 @@ def row_blocks(x: Tensor, rows: int) -> TensorDescriptor:
 
 
 @library.custom_op("geneformer::packed_attention", mutates_args=())
-def packed_attention(qkv: Tensor, tiles: Tensor, seed: Tensor, dropout: float) -> tuple[Tensor, Tensor, Tensor]:
+def packed_attention(
+    qkv: Tensor, bias: Tensor | None, tiles: Tensor, seed: Tensor, dropout: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """Self-attention within each cell of a pack.
 
     Parameters
     ----------
     qkv
         [T, 3, A, D], contiguous, BF16, fewer than 2**31 elements, D a power of two of at least 16.
+    bias
+        [3 * A * D], or None. What has been added to all rows of qkv, out of autograd's sight: it is not read, but its
+        gradient, the sum of qkv's over T, is found on the way.
     tiles
         `tile_list` of the cells, which cover all T tokens.
     seed
@@ -401,7 +428,7 @@ def packed_attention(qkv: Tensor, tiles: Tensor, seed: Tensor, dropout: float) -
 
 
 @packed_attention.register_fake
-def _(qkv: Tensor, tiles: Tensor, seed: Tensor, dropout: float) -> tuple[Tensor, Tensor, Tensor]:
+def _(qkv: Tensor, bias: Tensor | None, tiles: Tensor, seed: Tensor, dropout: float) -> tuple[Tensor, Tensor, Tensor]:
     num_tokens, _, num_heads, d = qkv.shape
     num_rows = TILE * len(tiles)
     return (
@@ -413,44 +440,50 @@ def _(qkv: Tensor, tiles: Tensor, seed: Tensor, dropout: float) -> tuple[Tensor,
 
 @library.custom_op("geneformer::packed_attention_backward", mutates_args=())
 def packed_attention_backward(
-    grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, keys: Tensor, tiles: Tensor, dropout: float
-) -> Tensor:
-    """Gradient of `packed_attention` with respect to qkv, [T, 3, A, D]."""
+    grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, keys: Tensor, tiles: Tensor, dropout: float, sums: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradient of `packed_attention` with respect to qkv, [T, 3, A, D]; and its sum over T, FP32 [3 * A * D].
+
+    The sum is zero unless `sums` asks for it.
+    """
     _, _, num_heads, d = qkv.shape
     num_rows = TILE * len(tiles)
     grad_out = grad_out.contiguous()
     grad_qkv = torch.empty_like(qkv)
     delta = torch.empty_like(lse)
+    blocks = num_rows // OWN_ROWS if sums else 0
+    partial = torch.empty(blocks, 3 * num_heads * d, dtype=torch.float32, device=qkv.device)
     threshold, keep_scale = dropout_constants(dropout)
     _row_dot[(len(tiles), num_heads)](
         out, grad_out, delta, tiles, 1 / keep_scale, num_rows, NUM_HEADS=num_heads, D=d, BLOCK_M=TILE
     )
-    for kernel, shape, rows in (
-        (_backward_keys, BACKWARD_KEYS, BACKWARD_KEYS["BLOCK_N"]),
-        (_backward_queries, BACKWARD_QUERIES, BACKWARD_QUERIES["BLOCK_M"]),
-    ):
-        kernel[(num_rows // rows, num_heads)](
+    for kernel, shape in ((_backward_keys, BACKWARD_KEYS), (_backward_queries, BACKWARD_QUERIES)):
+        kernel[(num_rows // OWN_ROWS, num_heads)](
             row_blocks(qkv, shape["BLOCK_M"]), row_blocks(qkv, shape["BLOCK_N"]),
-            row_blocks(grad_out, shape["BLOCK_M"]), lse, delta, grad_qkv, tiles, keys,
+            row_blocks(grad_out, shape["BLOCK_M"]), lse, delta, grad_qkv, partial, tiles, keys,
             LOG2_E / d**0.5, keep_scale * d**-0.5, threshold, keep_scale, num_rows,
-            NUM_HEADS=num_heads, D=d, DROPOUT=dropout > 0, **shape,
+            NUM_HEADS=num_heads, D=d, DROPOUT=dropout > 0, SUMS=sums, **shape,
         )  # fmt: skip
-    return grad_qkv
+    return grad_qkv, partial.sum(0)
 
 
 @packed_attention_backward.register_fake
-def _(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, keys: Tensor, tiles: Tensor, dropout: float) -> Tensor:
-    return torch.empty_like(qkv)
+def _(
+    grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, keys: Tensor, tiles: Tensor, dropout: float, sums: bool
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(qkv), qkv.new_empty(qkv[0].numel(), dtype=torch.float32)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    qkv, tiles, _, ctx.dropout = inputs
+    qkv, bias, tiles, _, ctx.dropout = inputs
+    ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.save_for_backward(qkv, *output, tiles)
 
 
-def _backward(ctx: Any, grad_out: Tensor, *unused: Tensor) -> tuple[Tensor, None, None, None]:
-    grad_qkv = packed_attention_backward(grad_out, *ctx.saved_tensors, ctx.dropout)
-    return grad_qkv, None, None, None
+def _backward(ctx: Any, grad_out: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
+    sums = ctx.bias_dtype is not None
+    grad_qkv, grad_bias = packed_attention_backward(grad_out, *ctx.saved_tensors, ctx.dropout, sums)
+    return grad_qkv, grad_bias.to(ctx.bias_dtype) if sums else None, None, None, None
 
 
 packed_attention.register_autograd(_backward, setup_context=_save_for_backward)

@@ -7,20 +7,22 @@ import torch
 from torch import Tensor
 
 from .triton_attention import packed_attention, tile_list
-from .triton_linear import LinearBesideResidual, linear_cross_entropy
+from .triton_linear import FeedForward, LinearBesideResidual, linear_cross_entropy
 from .triton_norm import residual_norm
 
 
 class TritonAttention:
     """`modeling_bert_te.Attention` by the kernels of `triton_attention`."""
 
+    finds_bias_gradient = True
+
     def plan(self, cu_seqlens: Tensor, max_seqlen: int, num_tokens: int) -> Tensor:
         """The list of tiles."""
         return tile_list(cu_seqlens, num_tokens)
 
-    def __call__(self, qkv: Tensor, plan: Tensor, dropout: float) -> Tensor:
+    def __call__(self, qkv: Tensor, plan: Tensor, dropout: float, bias: Tensor | None = None) -> Tensor:
         """[T, 3, A, D] -> [T, A, D]; the seed of dropout is drawn from the device's default generator."""
-        return packed_attention(qkv, plan, draw_seed(qkv.device), dropout)[0]
+        return packed_attention(qkv, bias, plan, draw_seed(qkv.device), dropout)[0]
 
 
 class TritonFused:
@@ -32,9 +34,13 @@ class TritonFused:
         """The seed of dropout is drawn as for attention."""
         return residual_norm(x, b, residual, weight, bias, draw_seed(x.device), eps, dropout)[0]
 
-    def linear_beside_residual(self, x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> tuple[Tensor, Tensor]:
+    def linear_beside_residual(self, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """The gradients of x are added in place."""
-        return LinearBesideResidual.apply(x, weight, bias, relu)
+        return LinearBesideResidual.apply(x, weight, bias)
+
+    def feed_forward(self, x: Tensor, expand: Tensor, bias: Tensor, contract: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradients of x are added in place."""
+        return FeedForward.apply(x, expand, bias, contract)
 
     def linear_cross_entropy(self, x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
         """Logits are replaced by their gradient in place."""

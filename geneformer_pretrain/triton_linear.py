@@ -1,8 +1,8 @@
 """Linear layers with what surrounds them: residual connection, ReLU, cross-entropy over a vocabulary.
 
-The matrix products are PyTorch's. What follows or precedes them reads and writes each tensor once: the gradient of a
-residual connection is added by a matrix product, those of ReLU and bias are found in one pass, and a row of logits
-is replaced by its gradient while it is there. The last two are Triton kernels.
+What follows or precedes matrix products reads and writes each tensor once, if at all: the gradient of a residual
+connection is added by a matrix product, those of ReLU and bias are found within one, which is a Triton kernel, and a
+row of logits is replaced by its gradient while it is there, by another. All other products are PyTorch's.
 """
 
 from typing import Any
@@ -13,13 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor, library
 from torch.autograd.function import once_differentiable
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .triton_norm import MULTIPROCESSORS
-
-RELU_ROWS, RELU_COLUMNS = 8, 512
-"""Block of a program of ReLU's backward."""
-
-RELU_PROGRAMS = 8 * MULTIPROCESSORS
+PRODUCT = {"ROWS": 128, "COLUMNS": 128, "DEPTH": 64, "GROUP": 8, "num_warps": 4, "num_stages": 3}
+WIDE_PRODUCT = PRODUCT | {"COLUMNS": 256, "num_warps": 8, "num_stages": 4}
+WIDE_FROM = 2048
+"""Blocks of a product's programs, and the inner dimension from which wider ones are faster (measured on an H100)."""
 
 
 def require_contiguous(x: Tensor) -> None:
@@ -29,46 +28,60 @@ def require_contiguous(x: Tensor) -> None:
 
 
 @triton.jit
-def _relu_backward(
-    grad_out, out, grad, partial, num_rows, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < WIDTH
-    total = tl.zeros([ROWS, BLOCK], tl.float32)
-    for first in range(tl.program_id(0) * ROWS, num_rows, tl.num_programs(0) * ROWS):
-        rows = first + tl.arange(0, ROWS)
-        where = rows.to(tl.int64)[:, None] * WIDTH + columns[None, :]
-        valid = (rows < num_rows)[:, None] & inside[None, :]
-        passed = tl.load(out + where, mask=valid, other=0.0) > 0
-        value = tl.where(passed, tl.load(grad_out + where, mask=valid, other=0.0), 0.0)
-        tl.store(grad + where, value, mask=valid)
-        total += value.to(tl.float32)
-    tl.store(partial + tl.program_id(0) * WIDTH + columns, tl.sum(total, 0), mask=inside)
+def _product_where_positive(
+    a_rows, b_rows, gate_rows, product_rows, partial, num_rows, width,
+    INNER: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    # Blocks of GROUP times ROWS rows, one column after the other, so that they and b stay in the L2 cache.
+    across, down = tl.cdiv(width, COLUMNS), tl.cdiv(num_rows, ROWS)
+    group, in_group = tl.program_id(0) // (GROUP * across), tl.program_id(0) % (GROUP * across)
+    height = min(GROUP, down - group * GROUP)
+    block = group * GROUP + in_group % height
+    row, column = block * ROWS, in_group // height * COLUMNS
+    product = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for inner in tl.range(0, INNER, DEPTH):
+        product = tl.dot(a_rows.load([row, inner]), b_rows.load([inner, column]), product)
+    product = tl.where(gate_rows.load([row, column]) > 0, product, 0.0)
+    product_rows.store([row, column], product.to(product_rows.dtype))
+    columns = column + tl.arange(0, COLUMNS)
+    tl.store(partial + block * width + columns, tl.sum(product, 0), mask=columns < width)
 
 
-@library.custom_op("geneformer::relu_backward", mutates_args=())
-def relu_backward(grad_out: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradient before a ReLU, from that after it and the ReLU's output, [T, F] each; and its sum over T, FP32 [F].
+@library.custom_op("geneformer::product_where_positive", mutates_args=())
+def product_where_positive(a: Tensor, b: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    """Product of a and b where the gate is positive, elsewhere zero; and its sum over rows, FP32 [F].
+
+    Parameters
+    ----------
+    a, b, gate
+        [T, H], [H, F], [T, F] of BF16, H and F multiples of 8.
 
     Raises
     ------
     ValueError
-        The output is not contiguous.
+        b or the gate is not contiguous.
     """
-    require_contiguous(out)
-    num_rows, width = out.shape
-    grad = torch.empty_like(out)
-    blocks = triton.cdiv(width, RELU_COLUMNS)
-    partial = torch.empty(triton.cdiv(RELU_PROGRAMS, blocks), width, dtype=torch.float32, device=out.device)
-    _relu_backward[(len(partial), blocks)](
-        grad_out.contiguous(), out, grad, partial, num_rows, WIDTH=width, ROWS=RELU_ROWS, BLOCK=RELU_COLUMNS
-    )
-    return grad, partial.sum(0)
+    require_contiguous(b)
+    require_contiguous(gate)
+    num_rows, width = gate.shape
+    inner = len(b)
+    shape = WIDE_PRODUCT if inner >= WIDE_FROM else PRODUCT
+    rows, columns, depth = shape["ROWS"], shape["COLUMNS"], shape["DEPTH"]
+    product = torch.empty_like(gate)
+    partial = torch.empty(triton.cdiv(num_rows, rows), width, dtype=torch.float32, device=gate.device)
+    _product_where_positive[(len(partial) * triton.cdiv(width, columns),)](
+        TensorDescriptor.from_tensor(a.contiguous(), [rows, depth]),
+        TensorDescriptor.from_tensor(b, [depth, columns]),
+        TensorDescriptor.from_tensor(gate, [rows, columns]),
+        TensorDescriptor.from_tensor(product, [rows, columns]),
+        partial, num_rows, width, INNER=inner, **shape,
+    )  # fmt: skip
+    return product, partial.sum(0)
 
 
-@relu_backward.register_fake
-def _(grad_out: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(out), out.new_empty(out.shape[1], dtype=torch.float32)
+@product_where_positive.register_fake
+def _(a: Tensor, b: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(gate), gate.new_empty(gate.shape[1], dtype=torch.float32)
 
 
 @library.custom_op("geneformer::add_product_", mutates_args=("total",))
@@ -83,30 +96,48 @@ def _(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 class LinearBesideResidual(torch.autograd.Function):
-    """x @ weight.T + bias, after ReLU on request, and x once more, for the residual connection around it.
+    """x @ weight.T + bias; and x once more, for the residual connection around it.
 
     [T, H], [F, H], [F] of one dtype -> [T, F], [T, H]. The two gradients of x are added by the matrix product, in the
     memory of the residual connection's: nothing else may hold that.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> tuple[Tensor, Tensor]:
-        out = torch.ops.aten._addmm_activation(bias, x, weight.t()) if relu else F.linear(x, weight, bias)
-        ctx.save_for_backward(x, weight, *([out] if relu else []))
-        return out, x.view_as(x)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight, bias), x.view_as(x)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, grad_residual: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, *out = ctx.saved_tensors
-        if out:
-            grad, grad_bias = relu_backward(grad, *out)
-        else:
-            grad_bias = grad.sum(0)
+    def backward(ctx: Any, grad: Tensor, grad_residual: Tensor) -> tuple[Tensor, ...]:
+        x, weight = ctx.saved_tensors
         # Not the gradient itself: the compiler traces with the forward's outputs in place of gradients, and would take
         # x, which FSDP2 hands over as a view, to be modified.
         add_product_(grad_residual.data, grad, weight)
-        return grad_residual, grad.t() @ x, grad_bias.to(grad.dtype), None
+        return grad_residual, grad.t() @ x, grad.sum(0)
+
+
+class FeedForward(torch.autograd.Function):
+    """relu(x @ expand.T + bias) @ contract.T; and x once more, for the residual connection around it.
+
+    [T, H], [F, H], [F], [H, F] of one dtype -> [T, H], [T, H]. The ReLU's gradient and the bias' are found by the
+    product that gives the gradient of what follows them. As for `LinearBesideResidual`, nothing else may hold the
+    residual connection's gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, expand: Tensor, bias: Tensor, contract: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = torch.ops.aten._addmm_activation(bias, x, expand.t())
+        ctx.save_for_backward(x, expand, hidden, contract)
+        return F.linear(hidden, contract), x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, grad_residual: Tensor) -> tuple[Tensor, ...]:
+        x, expand, hidden, contract = ctx.saved_tensors
+        grad_hidden, grad_bias = product_where_positive(grad, contract, hidden)
+        add_product_(grad_residual.data, grad_hidden, expand)
+        return grad_residual, grad_hidden.t() @ x, grad_bias.to(grad.dtype), grad.t() @ hidden
 
 
 @triton.jit
@@ -181,7 +212,9 @@ class LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, grad = ctx.saved_tensors
-        grads = grad @ weight, grad.t() @ x, grad.sum(0)
+        # One more column of ones, and seven for alignment: the bias' gradient without reading `grad` once more.
+        of_weight, of_bias = (grad.t() @ F.pad(x, (0, 8), value=1.0)).split([x.shape[1], 8], dim=1)
+        grads = grad @ weight, of_weight, of_bias[:, 0]
         return *((g.float() * grad_out).to(g.dtype) for g in grads), None
 
 

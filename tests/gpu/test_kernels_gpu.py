@@ -46,12 +46,12 @@ def make(lengths, heads, size, scale=1.0, seed=0):
     return qkv, cu_seqlens
 
 
-def run(qkv, cu_seqlens, dropout=0.0, seed=7):
+def run(qkv, cu_seqlens, dropout=0.0, seed=7, bias=None):
     from geneformer_pretrain.triton_attention import packed_attention, tile_list
 
     qkv = qkv.detach().requires_grad_()
     tiles = tile_list(cu_seqlens, len(qkv))
-    out, _, _ = packed_attention(qkv, tiles, torch.tensor([seed], device="cuda"), dropout)
+    out, _, _ = packed_attention(qkv, bias, tiles, torch.tensor([seed], device="cuda"), dropout)
     return qkv, out
 
 
@@ -69,6 +69,19 @@ def test_without_dropout(lengths, heads, size, scale):
         assert error(grad, expected_grad) < 0.02
     else:  # a single token attends to itself: no gradient for query and key
         assert (grad[:, :2].abs() < 1e-3).all()
+
+
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize(("heads", "size"), [(4, 64), (2, 32), (1, 128)])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_gradient_of_the_bias_is_the_sum_over_tokens(lengths, heads, size, dropout):
+    qkv, cu_seqlens = make(lengths, heads, size)
+    bias = torch.zeros(3 * heads * size, device="cuda", requires_grad=True)
+    leaf, out = run(qkv, cu_seqlens, dropout, bias=bias)
+    out.backward(torch.randn_like(out))
+    each = leaf.grad.double().flatten(1)
+    # Sums of what is rounded afterwards: off by as much as each of the terms may be.
+    assert ((bias.grad.double() - each.sum(0)).norm() <= 0.01 * each.norm(dim=0).norm()).item()
 
 
 def dropped(qkv, cu_seqlens, dropout, seed, cell=0):
@@ -200,23 +213,29 @@ def test_residual_norm_repeats_itself():
 
 
 @pytest.mark.parametrize("rows", [1, 130, 3001])
-@pytest.mark.parametrize(("width", "inner"), [(512, 256), (3072, 768), (1000, 72)])
-@pytest.mark.parametrize("relu", [False, True])
-def test_linear_beside_residual(rows, width, inner, relu):
-    from geneformer_pretrain.triton_linear import LinearBesideResidual
+@pytest.mark.parametrize(("width", "inner"), [(512, 256), (3072, 768), (1000, 72), (264, 2560)])
+@pytest.mark.parametrize("feed_forward", [False, True])
+def test_products_beside_a_residual_connection(rows, width, inner, feed_forward):
+    from geneformer_pretrain.triton_linear import FeedForward, LinearBesideResidual
 
-    x, weight, bias = (torch.randn(*size, device="cuda") for size in ((rows, inner), (width, inner), (width,)))
-    leaves = [tensor.bfloat16().requires_grad_() for tensor in (x, weight / inner**0.5, bias)]
-    grads = [torch.randn(rows, size, device="cuda").bfloat16() for size in (width, inner)]
-    out = LinearBesideResidual.apply(*leaves, relu)
+    torch.manual_seed(rows + width)
+    x, expand, bias, contract = (
+        torch.randn(*s, device="cuda") for s in ((rows, inner), (width, inner), (width,), (inner, width))
+    )
+    leaves = [tensor.bfloat16().requires_grad_() for tensor in (x, expand / inner**0.5, bias, contract / width**0.5)]
+    leaves = leaves if feed_forward else leaves[:3]
+    grads = [torch.randn(rows, size, device="cuda").bfloat16() for size in (inner if feed_forward else width, inner)]
+    out = (FeedForward if feed_forward else LinearBesideResidual).apply(*leaves)
     torch.autograd.backward(out, [grad.clone() for grad in grads])
     exact = [tensor.detach().double().requires_grad_() for tensor in leaves]
-    expected = torch.nn.functional.linear(*exact)
-    assert error(out[0], expected.relu() if relu else expected) < 0.01
+    expected = torch.nn.functional.linear(*exact[:3])
+    if feed_forward:
+        # The ReLU's gradient is that of what was found: signs of sums near zero are a matter of rounding.
+        passed = torch.ops.aten._addmm_activation(leaves[2], leaves[0], leaves[1].t()) > 0
+        expected = torch.nn.functional.linear(expected * passed, exact[3])
+    assert error(out[0], expected) < 0.01
     assert torch.equal(out[1], leaves[0])
-    # The ReLU's gradient is that of the output found: signs of sums near zero are a matter of rounding.
-    passed = (out[0] > 0).double() if relu else 1.0
-    torch.autograd.backward([expected * passed, exact[0] * 1.0], [grad.double() for grad in grads])
+    torch.autograd.backward([expected, exact[0] * 1.0], [grad.double() for grad in grads])
     for found, reference in zip(leaves, exact, strict=True):
         assert error(found.grad, reference.grad) < 0.01
 
@@ -265,18 +284,20 @@ def test_operators_are_what_the_compiler_is_told():
 
     qkv, cu_seqlens = make([100, 30], 2, 64)
     qkv.requires_grad_()
+    added = half(3 * 2 * 64).requires_grad_()
     tiles, seed = triton_attention.tile_list(cu_seqlens, len(qkv)), torch.tensor([3], device="cuda")
-    attended = triton_attention.packed_attention(qkv, tiles, seed, 0.1)
+    attended = triton_attention.packed_attention(qkv, None, tiles, seed, 0.1)
     x, residual = (half(130, 64).requires_grad_() for _ in range(2))
     w, b, bias = (torch.randn(64, device="cuda", requires_grad=True) for _ in range(3))
     normed = triton_norm.residual_norm(x, b, residual, w, bias, seed, 1e-12, 0.1)
     x, qkv_alone, *saved = (tensor.detach() for tensor in (x, qkv, *attended, *normed))
     for operator, arguments in (
-        (triton_attention.packed_attention, (qkv, tiles, seed, 0.1)),
-        (triton_attention.packed_attention_backward, (saved[0], qkv_alone, *saved[:3], tiles, 0.1)),
+        (triton_attention.packed_attention, (qkv, None, tiles, seed, 0.1)),
+        (triton_attention.packed_attention, (qkv, added, tiles, seed, 0.1)),
+        (triton_attention.packed_attention_backward, (saved[0], qkv_alone, *saved[:3], tiles, 0.1, True)),
         (triton_norm.residual_norm, (residual, b, residual, w, bias, seed, 1e-12, 0.1)),
         (triton_norm.residual_norm_backward, (x, *saved[4:], w.detach(), seed, True, 0.1)),
-        (triton_linear.relu_backward, (x, half(130, 64).relu())),
+        (triton_linear.product_where_positive, (x, half(64, 96), half(130, 96))),
         (triton_linear.add_product_, (half(130, 64), x, half(64, 64))),
         (triton_linear.cross_entropy_, (half(4, 128), torch.tensor([1, 2, -100, 4], device="cuda"), True)),
     ):

@@ -44,11 +44,11 @@ def test_auto_takes_the_fused_kernels_on_hopper(choose):
     assert choose("auto", key) is Kernels
     assert choose("torch", key) is type(None)
     assert choose("auto", key, capability=(8, 0)) is type(None)
-    assert choose("triton", key, capability=(8, 0)) is Kernels
     assert choose("auto", key, dtype=torch.float32) is type(None)
     assert choose("auto", key, device="cpu") is type(None)
     assert choose("auto", key, hidden_size=8192, num_attention_heads=128) is type(None)
     assert choose("auto", key, vocab_size=100_000) is type(None)
+    assert choose("auto", key, intermediate_size=516) is type(None)
 
 
 def test_what_is_asked_for_is_taken(choose):
@@ -65,9 +65,10 @@ def test_what_is_asked_for_is_taken(choose):
         ("model.attention_kernel", {"capability": (8, 0)}, "compute capability 9.0"),
         ("model.attention_kernel", {"num_attention_heads": 1}, "head sizes 16, 32, 64 and 128, not 256"),
         ("model.fused_kernels", {"device": "cpu"}, "a GPU"),
-        ("model.fused_kernels", {"capability": (7, 5)}, "compute capability 8.0"),
+        ("model.fused_kernels", {"capability": (8, 0)}, "compute capability 9.0"),
         ("model.fused_kernels", {"hidden_size": 8192}, "model.hidden_size up to 4,096, not 8,192"),
         ("model.fused_kernels", {"vocab_size": 100_000}, "model.vocab_size up to 65,536, not 100,000"),
+        ("model.fused_kernels", {"intermediate_size": 516}, "multiples of 8 as model.intermediate_size, not 516"),
     ],
 )
 def test_what_cannot_run_is_refused(choose, key, machine, obstacle):

@@ -199,20 +199,26 @@ class PlainKernels:
     """What surrounds the matrix products, written out; counts its calls."""
 
     def __init__(self):
-        self.calls = {"residual_norm": 0, "linear_beside_residual": 0, "linear_cross_entropy": 0}
+        self.calls = dict.fromkeys(
+            ("residual_norm", "linear_beside_residual", "feed_forward", "linear_cross_entropy"), 0
+        )
 
     def residual_norm(self, x, b, residual, weight, bias, eps, dropout):
         self.calls["residual_norm"] += 1
-        assert residual is self.residual  # what `linear_beside_residual` returned, not what it was given
+        assert residual is self.residual  # what the last product returned, not what it was given
         assert b is not None
         assert not dropout
         return F.layer_norm(residual + x + b, weight.shape, weight, bias, eps)
 
-    def linear_beside_residual(self, x, weight, bias, relu):
+    def linear_beside_residual(self, x, weight, bias):
         self.calls["linear_beside_residual"] += 1
-        out = F.linear(x, weight, bias)
         self.residual = x.clone()
-        return out.relu() if relu else out, self.residual
+        return F.linear(x, weight, bias), self.residual
+
+    def feed_forward(self, x, expand, bias, contract):
+        self.calls["feed_forward"] += 1
+        self.residual = x.clone()
+        return F.linear(F.linear(x, expand, bias).relu(), contract), self.residual
 
     def linear_cross_entropy(self, x, weight, bias, labels):
         self.calls["linear_cross_entropy"] += 1
@@ -233,7 +239,12 @@ def test_fused_kernels_are_given_what_they_need():
     for plain, fused in zip(*results, strict=True):
         assert_close(fused, plain, atol=1e-6, rtol=1e-4)
     layers = len(ours.bert.encoder["layer"])
-    assert given.calls == {"residual_norm": 2 * layers, "linear_beside_residual": 2 * layers, "linear_cross_entropy": 1}
+    assert given.calls == {
+        "residual_norm": 2 * layers,
+        "linear_beside_residual": layers,
+        "feed_forward": layers,
+        "linear_cross_entropy": 1,
+    }
 
 
 @pytest.mark.parametrize("name", ["attention.self.query", "attention.output.dense", "output.dense"])
