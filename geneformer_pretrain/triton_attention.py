@@ -442,9 +442,9 @@ def _(qkv: Tensor, bias: Tensor | None, tiles: Tensor, seed: Tensor, dropout: fl
 def packed_attention_backward(
     grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, keys: Tensor, tiles: Tensor, dropout: float, sums: bool
 ) -> tuple[Tensor, Tensor]:
-    """Gradient of `packed_attention` with respect to qkv, [T, 3, A, D]; and its sum over T, FP32 [3 * A * D].
+    """Gradient of `packed_attention` with respect to qkv, [T, 3, A, D].
 
-    The sum is zero unless `sums` asks for it.
+    And, if `sums` asks for them, its sums over P parts of the tokens, FP32 [P, 3 * A * D]; otherwise P is 0.
     """
     _, _, num_heads, d = qkv.shape
     num_rows = TILE * len(tiles)
@@ -464,14 +464,15 @@ def packed_attention_backward(
             LOG2_E / d**0.5, keep_scale * d**-0.5, threshold, keep_scale, num_rows,
             NUM_HEADS=num_heads, D=d, DROPOUT=dropout > 0, SUMS=sums, **shape,
         )  # fmt: skip
-    return grad_qkv, partial.sum(0)
+    return grad_qkv, partial
 
 
 @packed_attention_backward.register_fake
 def _(
     grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, keys: Tensor, tiles: Tensor, dropout: float, sums: bool
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(qkv), qkv.new_empty(qkv[0].numel(), dtype=torch.float32)
+    blocks = TILE * len(tiles) // OWN_ROWS if sums else 0
+    return torch.empty_like(qkv), qkv.new_empty(blocks, qkv[0].numel(), dtype=torch.float32)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -482,8 +483,8 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 def _backward(ctx: Any, grad_out: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
     sums = ctx.bias_dtype is not None
-    grad_qkv, grad_bias = packed_attention_backward(grad_out, *ctx.saved_tensors, ctx.dropout, sums)
-    return grad_qkv, grad_bias.to(ctx.bias_dtype) if sums else None, None, None, None
+    grad_qkv, partial = packed_attention_backward(grad_out, *ctx.saved_tensors, ctx.dropout, sums)
+    return grad_qkv, partial.sum(0).to(ctx.bias_dtype) if sums else None, None, None, None
 
 
 packed_attention.register_autograd(_backward, setup_context=_save_for_backward)

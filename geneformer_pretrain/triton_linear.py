@@ -15,7 +15,8 @@ from torch import Tensor, library
 from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-PRODUCT = {"ROWS": 128, "COLUMNS": 128, "DEPTH": 64, "GROUP": 8, "num_warps": 4, "num_stages": 3}
+ROWS = 128
+PRODUCT = {"ROWS": ROWS, "COLUMNS": 128, "DEPTH": 64, "GROUP": 8, "num_warps": 4, "num_stages": 3}
 WIDE_PRODUCT = PRODUCT | {"COLUMNS": 256, "num_warps": 8, "num_stages": 4}
 WIDE_FROM = 2048
 """Blocks of a product's programs, and the inner dimension from which wider ones are faster (measured on an H100)."""
@@ -49,12 +50,16 @@ def _product_where_positive(
 
 @library.custom_op("geneformer::product_where_positive", mutates_args=())
 def product_where_positive(a: Tensor, b: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-    """Product of a and b where the gate is positive, elsewhere zero; and its sum over rows, FP32 [F].
+    """Product of a and b where the gate is positive, elsewhere zero.
 
     Parameters
     ----------
     a, b, gate
         [T, H], [H, F], [T, F] of BF16, H and F multiples of 8.
+
+    Returns
+    -------
+    The product [T, F]; and the sums over the rows of each of its P blocks, FP32 [P, F].
 
     Raises
     ------
@@ -66,22 +71,23 @@ def product_where_positive(a: Tensor, b: Tensor, gate: Tensor) -> tuple[Tensor, 
     num_rows, width = gate.shape
     inner = len(b)
     shape = WIDE_PRODUCT if inner >= WIDE_FROM else PRODUCT
-    rows, columns, depth = shape["ROWS"], shape["COLUMNS"], shape["DEPTH"]
+    columns, depth = shape["COLUMNS"], shape["DEPTH"]
     product = torch.empty_like(gate)
-    partial = torch.empty(triton.cdiv(num_rows, rows), width, dtype=torch.float32, device=gate.device)
+    partial = torch.empty(triton.cdiv(num_rows, ROWS), width, dtype=torch.float32, device=gate.device)
     _product_where_positive[(len(partial) * triton.cdiv(width, columns),)](
-        TensorDescriptor.from_tensor(a.contiguous(), [rows, depth]),
+        TensorDescriptor.from_tensor(a.contiguous(), [ROWS, depth]),
         TensorDescriptor.from_tensor(b, [depth, columns]),
-        TensorDescriptor.from_tensor(gate, [rows, columns]),
-        TensorDescriptor.from_tensor(product, [rows, columns]),
+        TensorDescriptor.from_tensor(gate, [ROWS, columns]),
+        TensorDescriptor.from_tensor(product, [ROWS, columns]),
         partial, num_rows, width, INNER=inner, **shape,
     )  # fmt: skip
-    return product, partial.sum(0)
+    return product, partial
 
 
 @product_where_positive.register_fake
 def _(a: Tensor, b: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(gate), gate.new_empty(gate.shape[1], dtype=torch.float32)
+    num_rows, width = gate.shape
+    return torch.empty_like(gate), gate.new_empty(triton.cdiv(num_rows, ROWS), width, dtype=torch.float32)
 
 
 @library.custom_op("geneformer::add_product_", mutates_args=("total",))
@@ -135,9 +141,9 @@ class FeedForward(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, grad_residual: Tensor) -> tuple[Tensor, ...]:
         x, expand, hidden, contract = ctx.saved_tensors
-        grad_hidden, grad_bias = product_where_positive(grad, contract, hidden)
+        grad_hidden, partial = product_where_positive(grad, contract, hidden)
         add_product_(grad_residual.data, grad_hidden, expand)
-        return grad_residual, grad_hidden.t() @ x, grad_bias.to(grad.dtype), grad.t() @ hidden
+        return grad_residual, grad_hidden.t() @ x, partial.sum(0).to(grad.dtype), grad.t() @ hidden
 
 
 @triton.jit

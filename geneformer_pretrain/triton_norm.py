@@ -2,7 +2,7 @@
 
 Each tensor is read and written once. The forward keeps the sum that is normalised, and its statistics; the dropout
 mask is computed again in the backward. There, each program sums the gradients of LayerNorm's weight and bias and of b
-over its rows, and one more pass adds up what the programs found, in a fixed order.
+over its rows. What the programs found is added up outside of the operators, where the compiler sees it.
 """
 
 from typing import Any
@@ -163,7 +163,7 @@ def residual_norm_backward(
     grad_out: Tensor, sums: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, seed: Tensor, has_b: bool,
     dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x and residual, [T, H], and of weight, bias and, if there is one, b, FP32 [2 or 3, H]."""
+    """Gradients of x and residual, [T, H], and in P parts those of weight, bias and any b, FP32 [P, 2 or 3, H]."""
     num_rows, width = sums.shape
     grad_x, grad_residual = torch.empty_like(sums), torch.empty_like(sums)
     block = _block(width)
@@ -174,7 +174,7 @@ def residual_norm_backward(
         grad_out.contiguous(), sums, mean, rstd, weight, seed, grad_x, grad_residual, partial, num_rows, threshold,
         keep_scale, WIDTH=width, BLOCK=block, ROWS=rows, HAS_B=has_b, DROPOUT=dropout > 0, num_warps=warps,
     )  # fmt: skip
-    return grad_x, grad_residual, partial.sum(0)
+    return grad_x, grad_residual, partial
 
 
 @residual_norm_backward.register_fake
@@ -182,8 +182,9 @@ def _(
     grad_out: Tensor, sums: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, seed: Tensor, has_b: bool,
     dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    sizes = (2 + has_b, sums.shape[1])
-    return torch.empty_like(sums), torch.empty_like(sums), sums.new_empty(sizes, dtype=torch.float32)
+    width = sums.shape[1]
+    partial = sums.new_empty(BACKWARD[_block(width)][2] * MULTIPROCESSORS, 2 + has_b, width, dtype=torch.float32)
+    return torch.empty_like(sums), torch.empty_like(sums), partial
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -194,8 +195,8 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 def _backward_of_residual_norm(ctx: Any, grad_out: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
     has_b = len(ctx.dtypes) == 3
-    grad_x, grad_residual, sums = residual_norm_backward(grad_out, *ctx.saved_tensors, has_b, ctx.dropout)
-    grad_weight, grad_bias, *grad_b = (grad.to(dtype) for grad, dtype in zip(sums, ctx.dtypes, strict=True))
+    grad_x, grad_residual, partial = residual_norm_backward(grad_out, *ctx.saved_tensors, has_b, ctx.dropout)
+    grad_weight, grad_bias, *grad_b = (grad.to(dtype) for grad, dtype in zip(partial.sum(0), ctx.dtypes, strict=True))
     return grad_x, grad_b[0] if has_b else None, grad_residual, grad_weight, grad_bias, None, None, None
 
 
