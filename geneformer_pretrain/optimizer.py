@@ -1,11 +1,13 @@
 """AdamW with its parameter groups, the learning-rate schedule, and the scaled, clipped, guarded update."""
 
 import math
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim.adamw import adamw
 
 from .config import LrSchedule, TrainingConfig
 
@@ -56,14 +58,18 @@ def full_tensor(x: Tensor) -> Tensor:
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
+def local_shards(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """What this rank has of tensors that may be sharded, in the same memory."""
+    return [x.to_local() if isinstance(x, DTensor) else x for x in tensors]
+
+
 def global_norm(gradients: list[Tensor]) -> Tensor:
     """L2 norm over all gradients, of all ranks where they are sharded; FP32 scalar on the device.
 
     Works on the local shards: it does not matter how an engine cuts its tensors.
     """
     sharded = next((g for g in gradients if isinstance(g, DTensor)), None)
-    local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
-    norm = torch.nn.utils.get_total_norm(local).float()
+    norm = torch.nn.utils.get_total_norm(local_shards(gradients)).float()
     if sharded is not None:
         squared = norm.square()
         dist.all_reduce(squared)
@@ -81,6 +87,9 @@ def update(optimizer: torch.optim.AdamW, scale: Tensor, max_norm: float) -> Tens
     kernel together with the clipping factor, as AMP's loss scale would. If any gradient is not finite the
     kernel changes neither weights nor optimizer state.
 
+    It works on local shards, as AdamW is elementwise. Given the sharded tensors, PyTorch would make a description of
+    each one's step count, and release 2.11 keeps all descriptions for ever: 1,000 objects a step of 106m.
+
     Parameters
     ----------
     scale
@@ -95,7 +104,26 @@ def update(optimizer: torch.optim.AdamW, scale: Tensor, max_norm: float) -> Tens
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
     norm = global_norm(gradients) * scale
     clip = (max_norm / (norm + 1e-6)).clamp(max=1.0) if max_norm > 0 else torch.ones_like(norm)
-    # The attributes through which GradScaler talks to fused optimizers.
-    vars(optimizer).update(grad_scale=(1.0 / (clip * scale)).float(), found_inf=(~torch.isfinite(norm)).float())
-    optimizer.step()
+    grad_scale, found_inf = (1.0 / (clip * scale)).float(), (~torch.isfinite(norm)).float()
+    for group in optimizer.param_groups:
+        parameters = group["params"]
+        states = [optimizer.state[parameter] for parameter in parameters]
+        adamw(
+            local_shards(parameters),
+            local_shards(parameter.grad for parameter in parameters),
+            local_shards(state["exp_avg"] for state in states),
+            local_shards(state["exp_avg_sq"] for state in states),
+            [],
+            [state["step"] for state in states],
+            fused=True,
+            grad_scale=grad_scale,
+            found_inf=found_inf,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
     return norm
