@@ -1,6 +1,6 @@
 """The epochs' packs end to end: one endless, globally ordered stream, pack number -> (epoch, cells).
 
-The plans of large corpora are kept in a folder that the ranks of a node share.
+The plans of large corpora are kept in a folder that the ranks of a node share, and made before they are needed.
 """
 
 import hashlib
@@ -8,6 +8,7 @@ import json
 import os
 import threading
 from bisect import bisect_right
+from concurrent.futures import Future
 from dataclasses import asdict
 from pathlib import Path
 
@@ -28,8 +29,8 @@ from geneformer_pretrain.data.plan import (
 )
 from geneformer_pretrain.folders import writing_to
 
-MIN_CELLS_ON_DISK = 1_000_000
-"""Plans of smaller corpora take milliseconds: each process makes its own."""
+LARGE = 1_000_000
+"""Cells of a corpus. Plans of smaller ones take milliseconds: each process makes its own, when it needs it."""
 
 MAX_CELLS_IN_MEMORY = 4_000_000
 """The plans of the last two epochs are kept, and of more as long as they hold fewer cells than this."""
@@ -98,9 +99,10 @@ class PackStream:
         # First pack of each epoch from this one on; the last entry belongs to an epoch not yet planned.
         self._epoch_starts = [epoch_first_pack]
         self._plans: dict[int, EpochPlan] = {}
+        self._ahead: dict[int, Future[EpochPlan]] = {}
         self._lock = threading.Lock()
         self._folder: Path | None = None
-        if plan_dir is not None and len(lengths) >= MIN_CELLS_ON_DISK:
+        if plan_dir is not None and len(lengths) >= LARGE:
             identity = [
                 PLANNER_VERSION, GROUP_PACKS, SPARE_CELLS, SHUFFLE_WINDOW_BLOCKS, fingerprint, len(lengths), seed,
                 asdict(shape), packing, shuffle_block_cells,
@@ -109,7 +111,7 @@ class PackStream:
             self._folder = Path(plan_dir) / key
 
     def locate(self, pack: int) -> tuple[int, np.ndarray]:
-        """Find a pack, planning further epochs as needed.
+        """Find a pack, planning further epochs as needed; in the second half of one, the next in the background.
 
         Parameters
         ----------
@@ -124,7 +126,10 @@ class PackStream:
         """
         with self._lock:
             epoch = self._epoch_of(pack)
-            return epoch, self._plan(epoch).pack(pack - self._epoch_starts[epoch - self._first_epoch])
+            plan, index = self._plan(epoch), pack - self._epoch_starts[epoch - self._first_epoch]
+            if len(self._lengths) >= LARGE and index >= plan.num_packs // 2:
+                self._plan_ahead(epoch + 1)
+            return epoch, plan.pack(index)
 
     def state_at(self, pack: int) -> dict[str, int]:
         """Arguments that start a new stream in the epoch of ``pack``, at the same cost wherever that is."""
@@ -148,8 +153,24 @@ class PackStream:
             self._epoch_starts.append(self._epoch_starts[-1] + self._plan(epoch).num_packs)
         return self._first_epoch + bisect_right(self._epoch_starts, pack) - 1
 
+    def _plan_ahead(self, epoch: int) -> None:
+        if epoch in self._plans or epoch in self._ahead:
+            return
+        future = self._ahead[epoch] = Future[EpochPlan]()
+
+        def work() -> None:
+            try:
+                future.set_result(self._new(epoch))
+            except BaseException as error:
+                future.set_exception(error)
+
+        # Not of an executor, whose threads a run waits for at its end.
+        threading.Thread(target=work, name="planner", daemon=True).start()
+
     def _plan(self, epoch: int) -> EpochPlan:
-        plan = self._plans.pop(epoch, None) or self._new(epoch)
+        plan = self._plans.pop(epoch, None)
+        if plan is None:
+            plan = self._ahead.pop(epoch).result() if epoch in self._ahead else self._new(epoch)
         self._plans[epoch] = plan  # last in the dict: used last
         while len(self._plans) > 2 and len(self._plans) * len(self._lengths) > MAX_CELLS_IN_MEMORY:
             del self._plans[next(iter(self._plans))]

@@ -171,7 +171,7 @@ def test_errors_of_the_system_are_plain_messages(tmp_path: Path, monkeypatch: py
     assert message == f"Error: {cause}"
 
     with monkeypatch.context() as patch:
-        patch.setattr(stream, "MIN_CELLS_ON_DISK", 1)
+        patch.setattr(stream, "LARGE", 1)
         assert "data.cache_dir: cannot write to" in failure(overrides(tmp_path))
 
     place = str(tmp_path / "run" / "final_model")
@@ -234,7 +234,7 @@ def test_an_error_is_told_even_if_the_save_under_way_fails(
 
 
 def test_a_damaged_plan_is_a_plain_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream, "MIN_CELLS_ON_DISK", 1)
+    monkeypatch.setattr(stream, "LARGE", 1)
     assert train.run(tiny_config(tmp_path)) == 0
     (file,) = (tmp_path / "cache/plans").rglob("0.cells.npy")
     file.write_bytes(b"")

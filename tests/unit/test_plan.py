@@ -5,9 +5,11 @@ import math
 import os
 import subprocess
 import sys
+import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -243,6 +245,41 @@ def test_memory_holds_two_epochs_of_a_large_corpus(monkeypatch):
     assert located(stream, range(30)) == reference[:30]
 
 
+def test_the_next_epoch_of_a_large_corpus_is_planned_ahead(monkeypatch):
+    lengths = np.full(100, 30, np.int32)
+    reference = located(stream_of(lengths), range(40))
+    first_of_next = next(pack for pack, (epoch, _) in enumerate(reference) if epoch == 1)
+    monkeypatch.setattr(streaming, "LARGE", 0)
+    planned, may_plan = [], threading.Event()
+
+    def record(num_cells: int, seed: int, epoch: int, block: int | None) -> np.ndarray:
+        planned.append((epoch, threading.current_thread().name))
+        assert epoch == 0 or may_plan.wait(timeout=60)
+        return permutation(num_cells, seed, epoch, block)
+
+    monkeypatch.setattr(streaming, "permutation", record)
+    stream = stream_of(lengths)
+    half = first_of_next // 2
+    assert located(stream, range(half)) == reference[:half]
+    assert [epoch for epoch, _ in planned] == [0]
+    assert located(stream, range(half, first_of_next)) == reference[half:first_of_next]  # does not wait
+    may_plan.set()
+    assert located(stream, range(first_of_next, 40)) == reference[first_of_next:]
+    assert planned[1:3] == [(1, "planner"), (2, "planner")]
+
+
+def test_what_prevents_a_plan_made_ahead_is_raised_where_it_is_needed(monkeypatch):
+    lengths = np.full(100, 30, np.int32)
+    first_of_next = stream_of(lengths).plan(0).num_packs
+    monkeypatch.setattr(streaming, "LARGE", 0)
+    stream = stream_of(lengths)
+    stream.locate(0)
+    monkeypatch.setattr(streaming, "permutation", mock.Mock(side_effect=OSError("no space left")))
+    located(stream, range(first_of_next))
+    with pytest.raises(OSError, match="no space left"):
+        stream.locate(first_of_next)
+
+
 def test_truncation_is_counted_and_empty_cells_are_refused():
     stream = stream_of(np.array([64, 65, 100, 1], np.int32))
     assert (stream.num_truncated, stream.dropped_tokens) == (2, 37)
@@ -254,18 +291,20 @@ def test_truncation_is_counted_and_empty_cells_are_refused():
 
 @pytest.fixture
 def disk(monkeypatch, tmp_path):
-    monkeypatch.setattr(streaming, "MIN_CELLS_ON_DISK", 0)
+    monkeypatch.setattr(streaming, "LARGE", 0)
     return tmp_path / "plans"
 
 
 def test_plans_on_disk_are_pruned(disk):
     lengths = np.full(100, 30, np.int32)
     reference = located(stream_of(lengths), range(80))
-    assert located(stream_of(lengths, plan_dir=disk), range(80)) == reference
+    stream = stream_of(lengths, plan_dir=disk)
+    assert located(stream, range(80)) == reference
+    next_one = reference[-1][0] + 1
+    stream.plan(next_one)  # which may be on its way
     (folder,) = disk.iterdir()
     epochs = {int(path.name.split(".")[0]) for path in folder.glob("*.npy")}
-    last = reference[-1][0]
-    assert epochs == {last - 2, last - 1, last}
+    assert epochs == {next_one - 2, next_one - 1, next_one}
     assert not list(folder.glob("*.tmp"))
 
 
@@ -300,7 +339,7 @@ def test_processes_share_one_plan(disk):
     script = (
         "import sys, numpy as np\n"
         "from geneformer_pretrain.data import plan, stream as streaming\n"
-        "streaming.MIN_CELLS_ON_DISK = 0\n"
+        "streaming.LARGE = 0\n"
         "made = []\n"
         "make = streaming.PackStream._make\n"
         "streaming.PackStream._make = lambda self, epoch: (made.append(epoch), make(self, epoch))[1]\n"
