@@ -8,7 +8,8 @@ is described by one small concept, `Shards`: which rectangular pieces of a tenso
 import math
 import pickle
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -55,6 +56,15 @@ class CheckpointFormat(Protocol):
         """Copy values into the targets' pieces; needs no other rank. Names and shapes match the index."""
 
 
+@contextmanager
+def refusing_objects(path: Path) -> Iterator[None]:
+    """Say that a file holds more than tensors; PyTorch's words would advise to load it with whatever code it holds."""
+    try:
+        yield
+    except pickle.UnpicklingError:
+        raise ValueError(f"{path} holds other objects than tensors; it is not loaded") from None
+
+
 class FullFormat:
     """One file with every tensor whole, written by rank 0."""
 
@@ -70,10 +80,12 @@ class FullFormat:
         return [self.FILE]
 
     def _open(self, folder: Path) -> dict[str, torch.Tensor]:
-        # weights_only refuses everything but tensors and plain containers; mmap reads only what is copied.
-        content = torch.load(folder / self.FILE, weights_only=True, mmap=True, map_location="cpu")
+        path = folder / self.FILE
+        with refusing_objects(path):
+            # weights_only refuses everything but tensors and plain containers; mmap reads only what is copied.
+            content = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
         if not isinstance(content, dict) or not all(isinstance(v, torch.Tensor) for v in content.values()):
-            raise ValueError(f"{folder / self.FILE} is not a flat dictionary of tensors")
+            raise ValueError(f"{path} is not a flat dictionary of tensors")
         return content
 
     def index(self, folder: Path) -> dict[str, TensorInfo]:
@@ -129,7 +141,8 @@ class ShardedFormat:
             items += needed
         planner = _LoadPlanner(targets)
         reader.set_up_storage_reader(metadata, is_coordinator=False)
-        reader.read_data(LoadPlan(items), planner).wait()
+        with refusing_objects(folder):
+            reader.read_data(LoadPlan(items), planner).wait()
 
 
 FORMATS: dict[str, CheckpointFormat] = {"full": FullFormat(), "sharded": ShardedFormat()}

@@ -230,7 +230,8 @@ def name_ranks(ranks: list[int]) -> str:
 def reason_of(error: BaseException) -> str:
     """One line for an error, its root first: torch hides "no space left" behind a stream's complaint.
 
-    A cause whose words the rest of the line has already, and its file, is left out.
+    A cause whose words the rest of the line has already, and its file, is left out; so is a hidden one (`from None`) that
+    is no OSError.
     """
     line = ""
     current: BaseException | None = error
@@ -241,5 +242,6 @@ def reason_of(error: BaseException) -> str:
         if not words or words not in line or (file is not None and str(file) not in line):
             text = f"{type(current).__name__}: {current}".splitlines()[0]
             line = f"{text} -> {line}" if line else text
-        current = current.__cause__ or current.__context__
+        hidden = current.__suppress_context__ and not isinstance(current.__context__, OSError)
+        current = current.__cause__ or (None if hidden else current.__context__)
     return line
