@@ -230,8 +230,8 @@ def name_ranks(ranks: list[int]) -> str:
 def reason_of(error: BaseException) -> str:
     """One line for an error, its root first: torch hides "no space left" behind a stream's complaint.
 
-    A cause whose words the rest of the line has already, and its file, is left out; so is a hidden one (`from None`) that
-    is no OSError.
+    A cause whose words the rest of the line has already, and its file, is left out; so is a hidden one (`from None`)
+    that is no OSError.
     """
     line = ""
     current: BaseException | None = error
