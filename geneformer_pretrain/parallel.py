@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from importlib import metadata
 from typing import cast
 
 import torch
@@ -21,8 +20,6 @@ from .initialization import initialize_weights
 from .kernels import choose_attention, choose_fused
 from .memory import estimate_peak
 from .optimizer import full_tensor
-
-NVFSDP_RELEASES = "0.6."
 
 KEEPING_SHARE = 0.85
 """Of a GPU's memory: FSDP2 keeps weights gathered where the estimate, which may be 4% off, then stays below it."""
@@ -87,6 +84,19 @@ def architecture(config: ModelConfig) -> dict[str, int | float | str]:
     return {key: getattr(config, key) for key in ARCHITECTURE_KEYS}
 
 
+def check_engine(config: Config, world: World, compute_dtype: torch.dtype) -> None:
+    """Check what `build_engine` needs of the configuration, each rank for itself: none waits for another.
+
+    Raises
+    ------
+    ConfigError
+        Kernels that this machine cannot run, or groups of ranks that do not come out even.
+    """
+    shard_group_size(config, world)
+    choose_attention(config, world.device, compute_dtype)
+    choose_fused(config, world.device, compute_dtype)
+
+
 def build_engine(
     config: Config,
     world: World,
@@ -103,7 +113,7 @@ def build_engine(
     Raises
     ------
     ConfigError
-        An engine that this machine or installation cannot run.
+        As `check_engine`.
     """
     shard: Callable[[nn.Module], None] = lambda module: None  # noqa: E731
     if config.training.use_fsdp2:
@@ -163,13 +173,13 @@ def _ddp(model: BertForMaskedLM, world: World, with_graphs: bool) -> Engine:
     return Engine("ddp", model, module, float(world.size), micro_batch, "full")
 
 
-def sharding_mesh(config: Config, world: World) -> DeviceMesh:
-    """Mesh with the axis "shard" over all ranks, or "replicate" and "shard" for hybrid sharding.
+def shard_group_size(config: Config, world: World) -> int:
+    """Number of ranks that share one copy of the weights.
 
     Raises
     ------
     ConfigError
-        A group size that does not divide the number of ranks.
+        It does not divide the number of ranks.
     """
     size = config.training.shard_group_size or world.size
     require(
@@ -177,6 +187,18 @@ def sharding_mesh(config: Config, world: World) -> DeviceMesh:
         f"training.shard_group_size={size} does not divide the {world.size} processes of this run; sizes that do: "
         f"{', '.join(str(n) for n in range(1, world.size + 1) if world.size % n == 0)}.",
     )
+    return size
+
+
+def sharding_mesh(config: Config, world: World) -> DeviceMesh:
+    """Mesh with the axis "shard" over all ranks, or "replicate" and "shard" for hybrid sharding; collective.
+
+    Raises
+    ------
+    ConfigError
+        As `shard_group_size`.
+    """
+    size = shard_group_size(config, world)
     if size == world.size:
         return init_device_mesh(world.device.type, (size,), mesh_dim_names=("shard",))
     return init_device_mesh(world.device.type, (world.size // size, size), mesh_dim_names=("replicate", "shard"))
@@ -237,19 +259,7 @@ def nvfsdp_sharding(mesh: DeviceMesh) -> Callable[[nn.Module], None]:
 
     Parameters stay FP32, so that main weights and compute weights are one buffer: weights are gathered and
     gradients reduced in FP32, and the model casts weights where it uses them, as under DDP.
-
-    Raises
-    ------
-    ConfigError
-        A release of megatron-fsdp whose experimental interface is not known to be this one.
     """
-    version = metadata.version("megatron-fsdp")
-    require(
-        version.startswith(NVFSDP_RELEASES),
-        f"training.use_nvfsdp=True was made for megatron-fsdp {NVFSDP_RELEASES}x, whose interface changes between "
-        f"releases; {version} is installed. Install 'megatron-fsdp~={NVFSDP_RELEASES}1', or set "
-        "training.use_fsdp2=True.",
-    )
     import megatron_fsdp.experimental as nvfsdp
     from megatron_fsdp import MixedPrecisionPolicy as NvfsdpPolicy
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from importlib import metadata
 from importlib.util import find_spec
 from typing import Any
 
@@ -15,6 +16,9 @@ from .config import ComputeDtype, Config, ConfigError, Fp8Recipe, require
 
 FP8_CAPABILITY = (8, 9)
 """Compute capability from which GPUs have FP8 matrix units."""
+
+NVFSDP_RELEASES = "0.6."
+"""Releases of megatron-fsdp whose experimental interface `parallel` is written for."""
 
 
 def check_machine(config: Config, device: torch.device) -> None:
@@ -48,6 +52,12 @@ def check_machine(config: Config, device: torch.device) -> None:
         require(
             find_spec("megatron_fsdp") is not None,
             f"training.use_nvfsdp=True needs megatron-fsdp, which is not installed; install it, or {remedy}",
+        )
+        version = metadata.version("megatron-fsdp")
+        require(
+            version.startswith(NVFSDP_RELEASES),
+            f"training.use_nvfsdp=True was made for megatron-fsdp {NVFSDP_RELEASES}x, whose interface changes between "
+            f"releases; {version} is installed. Install 'megatron-fsdp~={NVFSDP_RELEASES}1', or {remedy}",
         )
 
 

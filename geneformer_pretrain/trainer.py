@@ -27,7 +27,7 @@ from .export import gather_weights, write_model
 from .folders import writing_to
 from .metrics import MetricsLog, cut_back, has_results
 from .optimizer import build_optimizer, learning_rate, update
-from .parallel import architecture, build_engine, reshards_after_forward
+from .parallel import architecture, build_engine, check_engine, reshards_after_forward
 from .precision import check_machine, compute_dtype, forward_context, fp8_state
 from .ranks import Ranks
 from .report import describe_end, describe_start
@@ -73,22 +73,27 @@ class Trainer:
 
         self.ranks = ranks = Ranks(timeout=timedelta(minutes=30))
         ranks.agree_on(identity_of_rank(config), ConfigError)
-        ranks.together(lambda: check_machine(config, world.device), ConfigError)
         on_gpu = world.device.type == "cuda"
+        compiled = on_gpu and config.data.packing if training.compile is None else training.compile
+
+        def check() -> tuple[torch.dtype, bool]:
+            check_machine(config, world.device)
+            dtype = compute_dtype(training.compute_dtype, world.device)
+            check_engine(config, world, dtype)
+            self.forward_context = forward_context(config)
+            return dtype, takes_cuda_graphs(config, world, compiled)
+
+        self.compute_dtype, with_graphs = ranks.together(check, ConfigError)[world.rank]
+        ranks.agree_on({"whether to take CUDA graphs": with_graphs}, ConfigError)
         self._open_data(on_gpu)
         ranks.agree_on(asdict(self.data.identity), ConfigError)
         if self.validation is not None:
             ranks.agree_on({"held-out corpus": self.validation.corpus.fingerprint}, ConfigError)
             ranks.together(self.validation.check, ConfigError)
-        compiled = on_gpu and config.data.packing if training.compile is None else training.compile
-        with_graphs = takes_cuda_graphs(config, world, compiled)
-        ranks.agree_on({"whether to take CUDA graphs": with_graphs}, ConfigError)
-        self.compute_dtype = compute_dtype(training.compute_dtype, world.device)
         # Where ranks have GPUs of different sizes, the smallest decides.
         self.reshards = any(ranks.gather(reshards_after_forward(config, world, self.compute_dtype.itemsize)))
         self.engine = build_engine(config, world, self.compute_dtype, compiled, with_graphs, self.reshards)
         self.constant_shapes = compiled
-        self.forward_context = forward_context(config)
         self.optimizer = build_optimizer(self.engine.model, training)
 
         if not training.resume_from_checkpoint:

@@ -197,9 +197,16 @@ def test_te_layers_need_transformer_engine_and_a_gpu(monkeypatch):
     check_machine(load_config("10m"), torch.device("cpu"))
 
 
-def test_nvfsdp_needs_cuda():
+def test_nvfsdp_needs_cuda_and_a_known_release(monkeypatch):
+    config = load_config("10m", ["training.use_nvfsdp=true"])
     with pytest.raises(ConfigError, match=r"training\.use_nvfsdp=True needs CUDA.*training\.use_fsdp2=True"):
-        check_machine(load_config("10m", ["training.use_nvfsdp=true"]), torch.device("cpu"))
+        check_machine(config, torch.device("cpu"))
+    gpu = on_gpu(monkeypatch, (9, 0))
+    monkeypatch.setattr(precision.metadata, "version", {"megatron-fsdp": "0.7.0"}.__getitem__)
+    with pytest.raises(ConfigError, match=r"made for megatron-fsdp 0\.6\.x.*0\.7\.0 is installed.*use_fsdp2=True"):
+        check_machine(config, gpu)
+    monkeypatch.setattr(precision.metadata, "version", {"megatron-fsdp": "0.6.1"}.__getitem__)
+    check_machine(config, gpu)
 
 
 @pytest.mark.parametrize(
