@@ -94,6 +94,25 @@ def test_a_mistake_of_all_names_no_rank(tmp_path: Path, start: Any) -> None:
     assert not errors(process, 1)
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["model.attention_kernel=triton"], "model.attention_kernel=triton needs a GPU"),
+        (["training.cuda_graphs=true"], "training.cuda_graphs=true needs a GPU"),
+        (["training.use_fsdp2=true", "training.shard_group_size=3"], "training.shard_group_size=3 does not divide"),
+    ],
+)
+def test_what_cannot_be_built_is_told_before_a_corpus_is_read(
+    tmp_path: Path, start: Any, given: list[str], said: str
+) -> None:
+    process = start(overrides(tmp_path, *given), 2)
+    assert process.wait() == [1, 1]
+    (error,) = errors(process)
+    assert said in error
+    assert not errors(process, 1)
+    assert not (tmp_path / "cache").exists()
+
+
 def test_what_one_rank_may_not_read_ends_all(tmp_path: Path, start: Any) -> None:
     process = start(overrides(tmp_path), 2, unreadable)
     assert process.wait() == [1, 1]
