@@ -152,6 +152,7 @@ def test_malicious_pickles_are_not_executed(
     """In every file that is read by pickle, with a manifest that agrees."""
     given, run = base
     files = [path.name for path in (run / "step_9").iterdir() if path.name != "manifest.json"]
+    refusal = "^Error: .*(holds other objects than tensors|refused to unpickle|RuntimeError)"
     number = 0
     for file in sorted(files) if len(attacks) > 1 else files[:1]:
         for attack in attacks:
@@ -166,7 +167,7 @@ def test_malicious_pickles_are_not_executed(
             row.injected += 1
             process = start([*given, here, "training.num_train_steps=10"], 2)
             assert process.wait() == [1, 1]
-            assert re.search("^Error: .*(UnpicklingError|RuntimeError)", process.output(), re.MULTILINE)
+            assert re.search(refusal, process.output(), re.MULTILINE)
             assert not bomb.folder.exists()
             assert steps_saved(copy) == [9, 6, 3]
             row.survived += 1
