@@ -78,14 +78,19 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
 
 
+def is_watched(module: nn.Module) -> bool:
+    """Whether a module has to be called for others, which hooked into it or replaced its forward."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks) or "forward" in module.__dict__
+
+
 def is_plain(linear: nn.Module) -> TypeGuard[Linear]:
     """Whether a linear layer may be computed from its parameters.
 
     What wraps or watches it, an adapter or a hook, has to be called; autocast knows linear layers alone.
     """
-    hooks = linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
-    changed = hooks or "forward" in linear.__dict__
-    return type(linear) is Linear and not changed and not torch.is_autocast_enabled(linear.weight.device.type)
+    watched = is_watched(linear)
+    return type(linear) is Linear and not watched and not torch.is_autocast_enabled(linear.weight.device.type)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -376,7 +381,7 @@ class BertLayer(nn.Module):
         if not (is_plain(expand) and type(self.activation) is nn.ReLU):
             return self.output(self.activation(expand(x)), x)
         weight, bias = expand.weight.to(x.dtype), expand.bias.to(x.dtype)
-        if self.fused is None or not is_plain(contract):
+        if self.fused is None or is_watched(self.output) or not is_plain(contract):
             return self.output(LinearReLU.apply(x, weight, bias), x)
         x, residual = self.fused.feed_forward(x, weight, bias, contract.weight.to(x.dtype))
         return self.output.add_norm(x, residual, contract.bias)

@@ -84,6 +84,8 @@ def main() -> None:
         try:
             times = measure(attend, qkv, args.repeats)
         except Exception as error:  # Triton's errors of a shape that cannot be built have no common class.
+            if args.sweep is None:
+                raise
             print(f"{name:58} {heads:5} {dropout:7.2f} {type(error).__name__}: {str(error).splitlines()[0][:60]}")
             return
         rates = [flops / ms / 1e9 for ms in (times[0], times[1] / 2)]
@@ -93,7 +95,7 @@ def main() -> None:
     for heads, dropout in itertools.product(args.heads, args.dropout):
 
         def triton(qkv: Tensor, dropout: float = dropout) -> Tensor:
-            return triton_attention.packed_attention(qkv, tiles, seed, dropout)[0]
+            return triton_attention.packed_attention(qkv, None, tiles, seed, dropout)[0]
 
         if args.sweep is None:
             line("PyTorch's FlashAttention", heads, dropout, lambda qkv, p=dropout: flash(qkv, (cu_seqlens, 2048), p))

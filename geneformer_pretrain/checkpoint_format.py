@@ -7,6 +7,7 @@ is described by one small concept, `Shards`: which rectangular pieces of a tenso
 
 import math
 import pickle
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -61,8 +62,10 @@ def refusing_objects(path: Path) -> Iterator[None]:
     """Say that a file holds more than tensors; PyTorch's words would advise to load it with whatever code it holds."""
     try:
         yield
-    except pickle.UnpicklingError:
-        raise ValueError(f"{path} holds other objects than tensors; it is not loaded") from None
+    except pickle.UnpicklingError as error:
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"refused to unpickle {refused[1]} from it" if refused else "it is damaged"
+        raise ValueError(f"{path} holds other things than tensors: {what}") from None
 
 
 class FullFormat:

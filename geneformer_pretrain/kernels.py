@@ -8,6 +8,8 @@ from .config import Config, ConfigError, Kernel
 
 CAPABILITY = (9, 0)
 """Compute capability that Triton's kernels need: without Hopper's copy engine they crawl."""
+SMALLER_SHARED_MEMORY = (11, 0)
+"""Compute capability from which a multiprocessor has no room for a block of the fused kernels' products."""
 MAX_WIDTH, MAX_VOCABULARY = 4096, 2**16
 """Largest hidden size and vocabulary of the fused kernels: a row has to fit into the registers of one program."""
 WIDTH_MULTIPLE = 8
@@ -87,6 +89,8 @@ def choose_fused(config: Config, device: torch.device, compute_dtype: torch.dtyp
         value = getattr(config.model, name)
         if value > most:
             obstacles.append(f"knows model.{name} up to {most:,}, not {value:,}")
+    if not obstacles and torch.cuda.get_device_capability(device) >= SMALLER_SHARED_MEMORY:
+        obstacles.append("needs the shared memory of compute capability 9 or 10")
     for name in ("hidden_size", "intermediate_size"):
         value = getattr(config.model, name)
         if value % WIDTH_MULTIPLE:

@@ -76,14 +76,14 @@ class Trainer:
         on_gpu = world.device.type == "cuda"
         compiled = on_gpu and config.data.packing if training.compile is None else training.compile
 
-        def check() -> tuple[torch.dtype, bool]:
+        def check() -> bool:
             check_machine(config, world.device)
-            dtype = compute_dtype(training.compute_dtype, world.device)
-            check_engine(config, world, dtype)
+            self.compute_dtype = compute_dtype(training.compute_dtype, world.device)
             self.forward_context = forward_context(config)
-            return dtype, takes_cuda_graphs(config, world, compiled)
+            check_engine(config, world, self.compute_dtype)
+            return takes_cuda_graphs(config, world, compiled)
 
-        self.compute_dtype, with_graphs = ranks.together(check, ConfigError)[world.rank]
+        with_graphs = ranks.together(check, ConfigError)[world.rank]
         ranks.agree_on({"whether to take CUDA graphs": with_graphs}, ConfigError)
         self._open_data(on_gpu)
         ranks.agree_on(asdict(self.data.identity), ConfigError)

@@ -457,8 +457,11 @@ def packed_attention_backward(
     _row_dot[(len(tiles), num_heads)](
         out, grad_out, delta, tiles, 1 / keep_scale, num_rows, NUM_HEADS=num_heads, D=d, BLOCK_M=TILE
     )
-    for kernel, shape in ((_backward_keys, BACKWARD_KEYS), (_backward_queries, BACKWARD_QUERIES)):
-        kernel[(num_rows // OWN_ROWS, num_heads)](
+    for kernel, shape, own in (
+        (_backward_keys, BACKWARD_KEYS, BACKWARD_KEYS["BLOCK_N"]),
+        (_backward_queries, BACKWARD_QUERIES, BACKWARD_QUERIES["BLOCK_M"]),
+    ):
+        kernel[(num_rows // own, num_heads)](
             row_blocks(qkv, shape["BLOCK_M"]), row_blocks(qkv, shape["BLOCK_N"]),
             row_blocks(grad_out, shape["BLOCK_M"]), lse, delta, grad_qkv, partial, tiles, keys,
             LOG2_E / d**0.5, keep_scale * d**-0.5, threshold, keep_scale, num_rows,

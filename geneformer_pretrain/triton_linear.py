@@ -115,12 +115,12 @@ class LinearBesideResidual(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, grad_residual: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, grad: Tensor, grad_residual: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         # Not the gradient itself: the compiler traces with the forward's outputs in place of gradients, and would take
         # x, which FSDP2 hands over as a view, to be modified.
         add_product_(grad_residual.data, grad, weight)
-        return grad_residual, grad.t() @ x, grad.sum(0)
+        return grad_residual, grad.t() @ x, grad.sum(0) if ctx.needs_input_grad[2] else None
 
 
 class FeedForward(torch.autograd.Function):

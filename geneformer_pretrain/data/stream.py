@@ -33,7 +33,8 @@ LARGE = 1_000_000
 """Cells of a corpus. Plans of smaller ones take milliseconds: each process makes its own, when it needs it."""
 
 MAX_CELLS_IN_MEMORY = 4_000_000
-"""The plans of the last two epochs are kept, and of more as long as they hold fewer cells than this."""
+"""The plans of the last two epochs are kept, beside one made ahead, and of more as long as they hold fewer cells than
+this."""
 
 
 class PackStream:
@@ -156,7 +157,7 @@ class PackStream:
     def _plan_ahead(self, epoch: int) -> None:
         if epoch in self._plans or epoch in self._ahead:
             return
-        future = self._ahead[epoch] = Future[EpochPlan]()
+        future = Future[EpochPlan]()
 
         def work() -> None:
             try:
@@ -166,11 +167,14 @@ class PackStream:
 
         # Not of an executor, whose threads a run waits for at its end.
         threading.Thread(target=work, name="planner", daemon=True).start()
+        self._ahead[epoch] = future
 
     def _plan(self, epoch: int) -> EpochPlan:
-        plan = self._plans.pop(epoch, None)
-        if plan is None:
-            plan = self._ahead.pop(epoch).result() if epoch in self._ahead else self._new(epoch)
+        plan, ahead = self._plans.pop(epoch, None), self._ahead.pop(epoch, None)
+        if ahead is not None and ahead.exception() is None:
+            plan = ahead.result()
+        if plan is None:  # What failed hours ago, for want of space perhaps, may be possible now.
+            plan = self._new(epoch)
         self._plans[epoch] = plan  # last in the dict: used last
         while len(self._plans) > 2 and len(self._plans) * len(self._lengths) > MAX_CELLS_IN_MEMORY:
             del self._plans[next(iter(self._plans))]
@@ -196,6 +200,8 @@ class PackStream:
                 _save(cells_path, plan.cells)
                 _save(starts_path, plan.pack_start)
                 _save(digest_path, _digest(plan))
+                for path in folder.glob("*.tmp"):  # of a run that ended meanwhile
+                    path.unlink()
                 for name in folder.glob("*.cells.npy"):
                     old = int(name.name.split(".")[0])
                     if old < epoch - 2:

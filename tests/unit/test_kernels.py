@@ -66,6 +66,7 @@ def test_what_is_asked_for_is_taken(choose):
         ("model.attention_kernel", {"num_attention_heads": 1}, "head sizes 16, 32, 64 and 128, not 256"),
         ("model.fused_kernels", {"device": "cpu"}, "a GPU"),
         ("model.fused_kernels", {"capability": (8, 0)}, "compute capability 9.0"),
+        ("model.fused_kernels", {"capability": (12, 0)}, "compute capability 9 or 10"),
         ("model.fused_kernels", {"hidden_size": 8192}, "model.hidden_size up to 4,096, not 8,192"),
         ("model.fused_kernels", {"vocab_size": 100_000}, "model.vocab_size up to 65,536, not 100,000"),
         ("model.fused_kernels", {"intermediate_size": 516}, "multiples of 8 as model.intermediate_size, not 516"),

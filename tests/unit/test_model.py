@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import transformers
 from torch.testing import assert_close
 
-from modeling_bert_te import BertConfig, BertForMaskedLM, Dropout, hashed
+from modeling_bert_te import BertConfig, BertForMaskedLM, Dropout, FlashAttention, hashed
 
 SIZES = {
     "vocab_size": 101,
@@ -196,19 +196,20 @@ def test_dropout_follows_its_probabilities():
 
 
 class PlainKernels:
-    """What surrounds the matrix products, written out; counts its calls."""
+    """What surrounds the matrix products, written out; counts its calls. A layer that is watched makes other ones."""
 
-    def __init__(self):
+    def __init__(self, watched=False):
+        self.watched = watched
         self.calls = dict.fromkeys(
             ("residual_norm", "linear_beside_residual", "feed_forward", "linear_cross_entropy"), 0
         )
 
     def residual_norm(self, x, b, residual, weight, bias, eps, dropout):
         self.calls["residual_norm"] += 1
-        assert residual is self.residual  # what the last product returned, not what it was given
-        assert b is not None
+        # What the last product returned, not what it was given.
+        assert self.watched or (residual is self.residual and b is not None)
         assert not dropout
-        return F.layer_norm(residual + x + b, weight.shape, weight, bias, eps)
+        return F.layer_norm(residual + x + (0.0 if b is None else b), weight.shape, weight, bias, eps)
 
     def linear_beside_residual(self, x, weight, bias):
         self.calls["linear_beside_residual"] += 1
@@ -247,15 +248,42 @@ def test_fused_kernels_are_given_what_they_need():
     }
 
 
-@pytest.mark.parametrize("name", ["attention.self.query", "attention.output.dense", "output.dense"])
-def test_hooks_are_called_on_every_linear_layer(name):
+class AttentionThatFindsBiasGradient(FlashAttention):
+    """Adds the sum of qkv's gradient to the gradient of the bias, as kernels do on the way."""
+
+    finds_bias_gradient = True
+
+    def __call__(self, qkv, plan, dropout, bias=None):
+        assert bias is not None
+        # Zeros whose gradient is qkv's: as if the bias were added here.
+        return super().__call__(qkv + (bias - bias.detach()).view(qkv.shape[1:]), plan, dropout)
+
+
+def test_the_bias_of_attention_gets_its_gradient_once():
+    ours, _ = make_pair()
+    batch = packed_arguments(*make_cells([5, 3]))
+    results = []
+    for kernels, attention in ((None, FlashAttention()), (PlainKernels(), AttentionThatFindsBiasGradient())):
+        ours.set_fused_kernels(kernels)
+        ours.set_attention(attention)
+        ours.zero_grad()
+        ours(**batch).loss.backward()
+        results.append({name: p.grad for name, p in ours.named_parameters()})
+    for name, plain in results[0].items():
+        assert_close(results[1][name], plain, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("name", ["attention.self.query", "attention.output.dense", "output.dense", "output"])
+def test_hooks_are_called_on_every_linear_layer_and_output(name, fused):
     ours, _ = make_pair()
     batch = packed_arguments(*make_cells([5, 3]))
     expected = ours(**batch).loss
-    linear = ours.get_submodule(f"bert.encoder.layer.1.{name}")
+    ours.set_fused_kernels(PlainKernels(watched=True) if fused else None)
+    module = ours.get_submodule(f"bert.encoder.layer.1.{name}")
     seen = []
-    linear.register_forward_pre_hook(lambda module, inputs: seen.append("before"))
-    linear.register_full_backward_hook(lambda module, grads, outputs: seen.append("backward"))
+    module.register_forward_pre_hook(lambda module, inputs: seen.append("before"))
+    module.register_full_backward_hook(lambda module, grads, outputs: seen.append("backward"))
     loss = ours(**batch).loss
     loss.backward()
     assert_close(loss, expected)

@@ -8,8 +8,8 @@ import sys
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -268,16 +268,27 @@ def test_the_next_epoch_of_a_large_corpus_is_planned_ahead(monkeypatch):
     assert planned[1:3] == [(1, "planner"), (2, "planner")]
 
 
-def test_what_prevents_a_plan_made_ahead_is_raised_where_it_is_needed(monkeypatch):
+@pytest.mark.parametrize("lasts", [False, True])
+def test_a_plan_that_cannot_be_made_ahead_is_tried_again_when_it_is_needed(monkeypatch, lasts):
     lengths = np.full(100, 30, np.int32)
-    first_of_next = stream_of(lengths).plan(0).num_packs
+    reference = located(stream_of(lengths), range(40))
+    first_of_next = next(pack for pack, (epoch, _) in enumerate(reference) if epoch == 1)
     monkeypatch.setattr(streaming, "LARGE", 0)
     stream = stream_of(lengths)
     stream.locate(0)
-    monkeypatch.setattr(streaming, "permutation", mock.Mock(side_effect=OSError("no space left")))
-    located(stream, range(first_of_next))
-    with pytest.raises(OSError, match="no space left"):
-        stream.locate(first_of_next)
+    tried = []
+
+    def fail(*arguments) -> np.ndarray:
+        tried.append(threading.current_thread().name)
+        if lasts or len(tried) == 1:
+            raise OSError("no space left")
+        return permutation(*arguments)
+
+    monkeypatch.setattr(streaming, "permutation", fail)
+    assert located(stream, range(first_of_next)) == reference[:first_of_next]
+    with pytest.raises(OSError, match="no space left") if lasts else nullcontext():
+        assert located(stream, range(first_of_next, first_of_next + 3)) == reference[first_of_next : first_of_next + 3]
+    assert tried == ["planner", "MainThread"]
 
 
 def test_truncation_is_counted_and_empty_cells_are_refused():
