@@ -59,13 +59,13 @@ class CheckpointFormat(Protocol):
 
 @contextmanager
 def refusing_objects(path: Path) -> Iterator[None]:
-    """Say that a file holds more than tensors; PyTorch's words would advise to load it with whatever code it holds."""
+    """Say what is wrong with a file; PyTorch's words would advise to load it with whatever code it holds."""
     try:
         yield
     except pickle.UnpicklingError as error:
         refused = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"refused to unpickle {refused[1]} from it" if refused else "it is damaged"
-        raise ValueError(f"{path} holds other things than tensors: {what}") from None
+        fault = f"holds other things than tensors: refused to unpickle {refused[1]}" if refused else "is damaged"
+        raise ValueError(f"{path} {fault}") from None
 
 
 class FullFormat:
