@@ -64,7 +64,11 @@ def refusing_objects(path: Path) -> Iterator[None]:
         yield
     except pickle.UnpicklingError as error:
         refused = re.search(r"GLOBAL (\S+)", str(error))
-        fault = f"holds other things than tensors: refused to unpickle {refused[1]}" if refused else "is damaged"
+        fault = (
+            f"holds other things than tensors: refused to unpickle {refused[1]}"
+            if refused
+            else "is damaged or no checkpoint"
+        )
         raise ValueError(f"{path} {fault}") from None
 
 
