@@ -64,12 +64,9 @@ def refusing_objects(path: Path) -> Iterator[None]:
         yield
     except pickle.UnpicklingError as error:
         refused = re.search(r"GLOBAL (\S+)", str(error))
-        fault = (
-            f"holds other things than tensors: refused to unpickle {refused[1]}"
-            if refused
-            else "is damaged or no checkpoint"
-        )
-        raise ValueError(f"{path} {fault}") from None
+        if refused is None:
+            raise ValueError(f"{path} is damaged or no checkpoint") from None
+        raise ValueError(f"{path} holds other things than tensors: refused to unpickle {refused[1]}") from None
 
 
 class FullFormat:

@@ -7,7 +7,7 @@ from modeling_bert_te import Attention, FlashAttention, FusedKernels
 from .config import Config, ConfigError, Kernel
 
 CAPABILITY = (9, 0)
-"""Compute capability that Triton's kernels need: without Hopper's copy engine they crawl."""
+"""Compute capability from which GPUs have the copy engine that Triton's kernels need."""
 SMALLER_SHARED_MEMORY = (11, 0)
 """Compute capability from which a multiprocessor has no room for a block of the fused kernels' products."""
 MAX_WIDTH, MAX_VOCABULARY = 4096, 2**16
