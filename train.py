@@ -21,7 +21,7 @@ from geneformer_pretrain.memory import explaining_lack_of_memory
 from geneformer_pretrain.overrides import read_overrides
 from geneformer_pretrain.ranks import naming_lost_connections
 from geneformer_pretrain.run_lock import hold_folder, is_used, telling_of_failed_start
-from geneformer_pretrain.stopping import EXIT_CODE_SIGNAL, TrainingError, write_exit
+from geneformer_pretrain.stopping import EXIT_CODE_SIGNAL, TrainingError, leave, write_exit
 from geneformer_pretrain.trainer import Trainer
 
 
@@ -98,7 +98,10 @@ def check_arguments(arguments: list[str]) -> list[str]:
 
 if __name__ == "__main__":
     try:
-        sys.argv[1:] = check_arguments(sys.argv[1:])
-    except (ConfigError, OSError) as mistake:
-        end(mistake)
-    main()
+        try:
+            sys.argv[1:] = check_arguments(sys.argv[1:])
+        except (ConfigError, OSError) as mistake:
+            end(mistake)
+        main()
+    except SystemExit as ending:
+        leave(ending.code)

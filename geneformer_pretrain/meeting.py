@@ -135,7 +135,4 @@ def end(error: Exception) -> NoReturn:
         except (dist.DistError, ConnectionError):
             if not speaks:
                 print(message, file=sys.stderr, flush=True)
-    # The process group's threads are still there: the interpreter's own end aborts at times while it is taken down
-    # under them ("terminate called without an active exception").
-    sys.stdout.flush()
-    os._exit(1)
+    sys.exit(1)

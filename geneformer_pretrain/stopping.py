@@ -1,12 +1,14 @@
-"""Leaving on a signal, and telling a job script why the run ended."""
+"""Leaving: on a signal, with an exit code that holds, telling a job script why the run ended."""
 
 import json
 import logging
+import os
 import signal
+import sys
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +51,21 @@ class StopSignals:
     ) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+
+def leave(code: str | int | None) -> NoReturn:
+    """End this process as `sys.exit(code)` does, but without the interpreter's teardown.
+
+    A thread of a process group may still hold tensors of the last collective. To let go of one that Python knows, it
+    takes the interpreter's lock, and in the teardown that aborts the process ("terminate called without an active
+    exception"): a complete run would look like one that failed.
+    """
+    if isinstance(code, str):
+        print(code, file=sys.stderr)
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code or 0)
 
 
 def write_exit(folder: Path, reason: str, exit_code: int, **details: Any) -> None:

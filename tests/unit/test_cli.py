@@ -456,3 +456,35 @@ def test_readme_way_without_torchrun(tmp_path: Path) -> None:
         assert str(tmp_path / "run" / name) in ended.stdout
         assert (tmp_path / "run" / name).exists()
     assert read_exit(tmp_path / "run") == {"reason": "completed", "exit_code": 0, "step": 2}
+
+
+LATE_THREAD = """
+import runpy, threading
+from datetime import timedelta
+import torch.distributed as dist
+
+def look_for(key):
+    while True:
+        try:
+            dist.HashStore().wait([key], timedelta(milliseconds=1))
+        except dist.DistError:
+            pass
+
+threading.Thread(target=look_for, args=["never there"], daemon=True).start()
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(("more", "code"), [((), 0), (("training.use_nvfsdp=true",), 1)])
+def test_threads_that_outlive_a_run_do_not_change_its_exit_code(
+    tmp_path: Path, more: tuple[str, ...], code: int
+) -> None:
+    """In the interpreter's teardown, a thread that comes back from PyTorch to Python aborts the process."""
+    write_parquet(tmp_path / "cells.parquet", make_cells(60))
+    ended = python("-c", LATE_THREAD, *overrides(tmp_path, *more))
+    assert ended.returncode == code, ended.stderr
+    assert "terminate called" not in ended.stderr
+    if code:
+        assert ended.stderr.startswith("Error: training.use_nvfsdp=True")
+    else:
+        assert ended.stdout.splitlines()[-1].startswith("metrics ")
