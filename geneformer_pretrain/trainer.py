@@ -176,9 +176,18 @@ class Trainer:
         return tensors | {f"{FP8_PREFIX}{name}": tensor for name, tensor in scaling}
 
     def say(self, text: str) -> None:
-        """Print on the main rank."""
+        """Print on the main rank.
+
+        Raises
+        ------
+        TrainingError
+            Nobody reads the output any more, or its disk is full.
+        """
         if self.world.is_main:
-            print(text, flush=True)
+            try:
+                print(text, flush=True)
+            except OSError as error:
+                raise TrainingError(f"The standard output cannot be written to: {error.strerror}.") from error
 
     def fit(self) -> bool:
         """Train to the last step and export.

@@ -458,6 +458,22 @@ def test_readme_way_without_torchrun(tmp_path: Path) -> None:
     assert read_exit(tmp_path / "run") == {"reason": "completed", "exit_code": 0, "step": 2}
 
 
+def test_output_that_nobody_takes_is_named(tmp_path: Path) -> None:
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(
+            [sys.executable, "train.py", *overrides(tmp_path)],
+            cwd=ROOT,
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=120,
+        )
+    message = "The standard output cannot be written to: No space left on device."
+    assert (ended.returncode, ended.stderr.splitlines()[-1]) == (1, f"Error: {message}")
+    assert "Traceback" not in ended.stderr
+
+
 LATE_THREAD = """
 import runpy, threading
 from datetime import timedelta
