@@ -78,10 +78,13 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
 
 
-def is_watched(module: nn.Module) -> bool:
-    """Whether a module has to be called for others, which hooked into it or replaced its forward."""
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(hooks) or "forward" in module.__dict__
+def is_watched(*modules: nn.Module) -> bool:
+    """Whether any module has to be called for others, which hooked into it or replaced its forward."""
+    for m in modules:
+        hooks = m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+        if hooks or "forward" in m.__dict__:
+            return True
+    return False
 
 
 def is_plain(linear: nn.Module) -> TypeGuard[Linear]:
@@ -309,7 +312,7 @@ class BertSelfAttention(nn.Module):
             return torch.cat([projection(x) for projection in projections], dim=-1), x, None
         weight = torch.cat([p.weight for p in projections]).to(x.dtype)
         bias = torch.cat([p.bias for p in projections]).to(x.dtype)
-        if self.fused is None:
+        if self.fused is None or is_watched(self):
             return F.linear(x, weight, bias), x, None
         left = self.attention.finds_bias_gradient
         qkv, x = self.fused.linear_beside_residual(x, weight, bias.detach() if left else bias)
@@ -333,16 +336,21 @@ class BertResidualOutput(nn.Module):
         self.dropout = Dropout(config.hidden_dropout_prob)
         self.fused: FusedKernels | None = None
 
+    @property
+    def watched(self) -> bool:
+        """Whether it or a part of it has to be called for others."""
+        return is_watched(self, self.dense, self.dropout, self.LayerNorm)
+
     def add_norm(self, x: Tensor, residual: Tensor, b: Tensor | None = None) -> Tensor:
         norm = self.LayerNorm
-        if self.fused is None:
+        if self.fused is None or is_watched(self.dropout, norm):
             return norm(residual + self.dropout(x))
         dropout = self.dropout.p if self.training else 0.0
         return self.fused.residual_norm(x, b, residual, norm.weight, norm.bias, norm.eps, dropout)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         dense = self.dense
-        if self.fused is not None and is_plain(dense):
+        if self.fused is not None and not self.watched and is_plain(dense):
             return self.add_norm(F.linear(x, dense.weight.to(x.dtype)), residual, dense.bias)
         return self.add_norm(dense(x), residual)
 
@@ -373,15 +381,18 @@ class BertLayer(nn.Module):
         return checkpoint_function(self.use_te_layers)(self.compute, x, plan, use_reentrant=False)
 
     def compute(self, x: Tensor, plan: Any) -> Tensor:
-        return self.feed_forward(self.attention["output"](*self.attention["self"](x, plan)))
+        attention, output = self.attention["self"], self.attention["output"]
+        attended, residual = attention(x, plan)
+        # Kernels add to the gradient of their residual in place: a hook must not see it before.
+        return self.feed_forward(output(attended, x if output.watched else residual))
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """The second half of the layer: [T, H] -> [T, H]."""
         expand, contract = self.intermediate["dense"], self.output.dense
-        if not (is_plain(expand) and type(self.activation) is nn.ReLU):
+        if not is_plain(expand) or type(self.activation) is not nn.ReLU or is_watched(self.activation):
             return self.output(self.activation(expand(x)), x)
         weight, bias = expand.weight.to(x.dtype), expand.bias.to(x.dtype)
-        if self.fused is None or is_watched(self.output) or not is_plain(contract):
+        if self.fused is None or self.output.watched or not is_plain(contract):
             return self.output(LinearReLU.apply(x, weight, bias), x)
         x, residual = self.fused.feed_forward(x, weight, bias, contract.weight.to(x.dtype))
         return self.output.add_norm(x, residual, contract.bias)

@@ -5,6 +5,7 @@ The plans of large corpora are kept in a folder that the ranks of a node share, 
 
 import hashlib
 import json
+import logging
 import os
 import threading
 from bisect import bisect_right
@@ -28,6 +29,8 @@ from geneformer_pretrain.data.plan import (
     summarize,
 )
 from geneformer_pretrain.folders import writing_to
+
+log = logging.getLogger(__name__)
 
 LARGE = 1_000_000
 """Cells of a corpus. Plans of smaller ones take milliseconds: each process makes its own, when it needs it."""
@@ -159,14 +162,21 @@ class PackStream:
             return
         future = Future[EpochPlan]()
 
+        def fail(error: BaseException) -> None:
+            log.warning("cannot plan epoch %d ahead (%s); that is tried again when it begins", epoch, error)
+            future.set_exception(error)
+
         def work() -> None:
             try:
                 future.set_result(self._new(epoch))
             except BaseException as error:
-                future.set_exception(error)
+                fail(error)
 
-        # Not of an executor, whose threads a run waits for at its end.
-        threading.Thread(target=work, name="planner", daemon=True).start()
+        try:
+            # Not of an executor, whose threads a run waits for at its end.
+            threading.Thread(target=work, name="planner", daemon=True).start()
+        except RuntimeError as error:  # no more threads to be had
+            fail(error)
         self._ahead[epoch] = future
 
     def _plan(self, epoch: int) -> EpochPlan:

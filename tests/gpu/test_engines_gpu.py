@@ -91,6 +91,7 @@ def stock_loss(trainer: Trainer, export: Path) -> float:
     return total / masked
 
 
+@pytest.mark.timeout(1300)
 @pytest.mark.parametrize("size", sizes())
 @pytest.mark.parametrize("precision", LINKS)
 def test_each_goes_on_from_another(tmp_path: Path, run_workers: RunWorkers, precision: str, size: int) -> None:

@@ -273,21 +273,56 @@ def test_the_bias_of_attention_gets_its_gradient_once():
         assert_close(results[1][name], plain, atol=1e-6, rtol=1e-4)
 
 
-@pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("name", ["attention.self.query", "attention.output.dense", "output.dense", "output"])
-def test_hooks_are_called_on_every_linear_layer_and_output(name, fused):
-    ours, _ = make_pair()
+class AddsInPlace(torch.autograd.Function):
+    """A linear layer beside a residual connection, whose gradient it adds to in place."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight, bias), x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad, grad_residual):
+        x, weight = ctx.saved_tensors
+        grad_residual.data.addmm_(grad, weight)
+        return grad_residual, grad.t() @ x, grad.sum(0)
+
+
+class InPlaceKernels(PlainKernels):
+    """Kernels that change gradients, as Triton's do."""
+
+    def linear_beside_residual(self, x, weight, bias):
+        return AddsInPlace.apply(x, weight, bias)
+
+    def feed_forward(self, x, expand, bias, contract):
+        hidden, residual = AddsInPlace.apply(x, expand, bias)
+        return F.linear(hidden.relu(), contract), residual
+
+
+HALVES = [
+    f"{half}{part}" for half in ("attention.output", "output") for part in ("", ".dense", ".dropout", ".LayerNorm")
+]
+
+
+@pytest.mark.parametrize(
+    "name", ["attention.self", "attention.self.query", "intermediate.dense", "activation", *HALVES]
+)
+def test_hooks_see_the_same_with_fused_kernels(name):
     batch = packed_arguments(*make_cells([5, 3]))
-    expected = ours(**batch).loss
-    ours.set_fused_kernels(PlainKernels(watched=True) if fused else None)
-    module = ours.get_submodule(f"bert.encoder.layer.1.{name}")
-    seen = []
-    module.register_forward_pre_hook(lambda module, inputs: seen.append("before"))
-    module.register_full_backward_hook(lambda module, grads, outputs: seen.append("backward"))
-    loss = ours(**batch).loss
-    loss.backward()
-    assert_close(loss, expected)
-    assert seen == ["before", "backward"]
+    results = []
+    for kernels in (None, InPlaceKernels(watched=True)):
+        ours, _ = make_pair()
+        ours.set_fused_kernels(kernels)
+        module = ours.get_submodule(f"bert.encoder.layer.1.{name}")
+        seen = []
+        module.register_forward_pre_hook(lambda module, inputs, seen=seen: seen.append(inputs[0]))
+        module.register_forward_hook(lambda module, inputs, output, seen=seen: seen.append(output))
+        module.register_full_backward_hook(lambda module, *grads, seen=seen: seen.extend(grads))
+        loss = ours(**batch).loss
+        loss.backward()
+        assert len(seen) == 4
+        results.append([loss, *seen, *(p.grad for p in ours.parameters())])
+    assert_close(results[1], results[0], atol=1e-6, rtol=1e-4)
 
 
 def test_what_wraps_or_watches_a_linear_layer_is_called():

@@ -10,6 +10,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -269,7 +270,7 @@ def test_the_next_epoch_of_a_large_corpus_is_planned_ahead(monkeypatch):
 
 
 @pytest.mark.parametrize("lasts", [False, True])
-def test_a_plan_that_cannot_be_made_ahead_is_tried_again_when_it_is_needed(monkeypatch, lasts):
+def test_a_plan_that_cannot_be_made_ahead_is_tried_again_when_it_is_needed(monkeypatch, caplog, lasts):
     lengths = np.full(100, 30, np.int32)
     reference = located(stream_of(lengths), range(40))
     first_of_next = next(pack for pack, (epoch, _) in enumerate(reference) if epoch == 1)
@@ -289,6 +290,18 @@ def test_a_plan_that_cannot_be_made_ahead_is_tried_again_when_it_is_needed(monke
     with pytest.raises(OSError, match="no space left") if lasts else nullcontext():
         assert located(stream, range(first_of_next, first_of_next + 3)) == reference[first_of_next : first_of_next + 3]
     assert tried == ["planner", "MainThread"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "cannot plan epoch 1 ahead (no space left); that is tried again when it begins"
+    ]
+
+
+def test_without_a_thread_to_be_had_an_epoch_is_planned_when_it_begins(monkeypatch, caplog):
+    lengths = np.full(100, 30, np.int32)
+    reference = located(stream_of(lengths), range(40))
+    monkeypatch.setattr(streaming, "LARGE", 0)
+    monkeypatch.setattr(threading.Thread, "start", mock.Mock(side_effect=RuntimeError("can't start new thread")))
+    assert located(stream_of(lengths), range(40)) == reference
+    assert "cannot plan epoch 1 ahead (can't start new thread)" in caplog.text
 
 
 def test_truncation_is_counted_and_empty_cells_are_refused():
