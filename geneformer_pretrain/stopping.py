@@ -63,8 +63,9 @@ def leave(code: str | int | None) -> NoReturn:
     if isinstance(code, str):
         print(code, file=sys.stderr)
         code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # None: closed before the start
+            stream.flush()
     os._exit(code or 0)
 
 

@@ -474,6 +474,13 @@ def test_output_that_nobody_takes_is_named(tmp_path: Path) -> None:
     assert "Traceback" not in ended.stderr
 
 
+def test_a_closed_output_fails_no_run(tmp_path: Path) -> None:
+    command = shlex.join([sys.executable, "train.py", *overrides(tmp_path)])
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(f"{command} >&-", shell=True, cwd=ROOT, env=environment, timeout=120)
+    assert ended.returncode == read_exit(tmp_path / "run")["exit_code"] == 0
+
+
 LATE_THREAD = """
 import runpy, threading
 from datetime import timedelta
