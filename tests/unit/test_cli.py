@@ -35,15 +35,15 @@ from tests.tiny import (
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def python(*arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+def python(*arguments: str, timeout: float = 120, **more: Any) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=ROOT,
         env=environment,
-        capture_output=True,
         text=True,
         timeout=timeout,
+        **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | more,
     )
 
 
@@ -460,25 +460,15 @@ def test_readme_way_without_torchrun(tmp_path: Path) -> None:
 
 def test_output_that_nobody_takes_is_named(tmp_path: Path) -> None:
     with open("/dev/full", "w") as full:
-        ended = subprocess.run(
-            [sys.executable, "train.py", *overrides(tmp_path)],
-            cwd=ROOT,
-            env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-            timeout=120,
-        )
+        ended = python("train.py", *overrides(tmp_path), stdout=full)
     message = "The standard output cannot be written to: No space left on device."
     assert (ended.returncode, ended.stderr.splitlines()[-1]) == (1, f"Error: {message}")
     assert "Traceback" not in ended.stderr
 
 
 def test_a_closed_output_fails_no_run(tmp_path: Path) -> None:
-    command = shlex.join([sys.executable, "train.py", *overrides(tmp_path)])
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(f"{command} >&-", shell=True, cwd=ROOT, env=environment, timeout=120)
-    assert ended.returncode == read_exit(tmp_path / "run")["exit_code"] == 0
+    ended = python("train.py", *overrides(tmp_path), stdout=None, preexec_fn=lambda: os.close(1))
+    assert ended.returncode == read_exit(tmp_path / "run")["exit_code"] == 0, ended.stderr
 
 
 LATE_THREAD = """
