@@ -583,9 +583,9 @@ class BertForMaskedLM(PreTrainedModel):
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         labels: Tensor | None = None,
-        output_hidden_states: bool = False,
-        output_attentions: bool = False,
-        return_dict: bool = True,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
         masked_index: Tensor | None = None,
@@ -602,6 +602,8 @@ class BertForMaskedLM(PreTrainedModel):
             Shaped as input_ids. Defaults: type 0; positions 0..S-1 (required when packed).
         labels
             Padded: [B, S], -100 where nothing is to be predicted. Packed: [K], beside `masked_index`.
+        output_hidden_states, output_attentions, return_dict
+            As in stock BERT, by default those of the configuration; attentions are refused.
         cu_seqlens, max_seqlen
             Packed: int32 [N+1] boundaries of the cells, which cover all T tokens, and a bound of their lengths.
         masked_index
@@ -612,7 +614,11 @@ class BertForMaskedLM(PreTrainedModel):
         ValueError
             An argument that is not supported, or arguments that do not fit together.
         """
-        if output_attentions:
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if return_dict is None:
+            return_dict = self.config.return_dict
+        if output_attentions or (output_attentions is None and self.config.output_attentions):
             raise ValueError("output_attentions is not supported: the attention kernels never form the weights.")
         if cu_seqlens is None:
             if masked_index is not None or max_seqlen is not None:
@@ -658,6 +664,9 @@ class BertForMaskedLM(PreTrainedModel):
         if position_ids is None:
             position_ids = torch.arange(length, device=input_ids.device)
         valid = attention_mask.bool()
+        most = self.config.max_position_embeddings
+        if length > most and valid[:, most:].any():
+            raise ValueError(f"A cell has tokens beyond position {most - 1}; this model has {most} positions.")
         index = valid.flatten().nonzero().squeeze(1)
         cu_seqlens = F.pad(valid.sum(1).cumsum(0), (1, 0)).int()
 

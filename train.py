@@ -18,7 +18,7 @@ from geneformer_pretrain.config import Config, ConfigError, check_names, require
 from geneformer_pretrain.distributed import distributed_world
 from geneformer_pretrain.meeting import end, telling_all_ranks
 from geneformer_pretrain.memory import explaining_lack_of_memory
-from geneformer_pretrain.overrides import read_overrides
+from geneformer_pretrain.overrides import read_overrides, without_plus
 from geneformer_pretrain.ranks import naming_lost_connections
 from geneformer_pretrain.run_lock import hold_folder, is_used, telling_of_failed_start
 from geneformer_pretrain.stopping import EXIT_CODE_SIGNAL, TrainingError, leave, write_exit
@@ -88,12 +88,19 @@ def check_arguments(arguments: list[str]) -> list[str]:
             not given.multirun,
             "--multirun is not supported; start one run a command, each with its own checkpoint_dir.",
         )
+        for option, given_folder, base in (
+            ("--config-dir", given.config_dir, Path()),
+            ("--config-path", given.config_path, Path(__file__).parent),
+        ):
+            if given_folder and "://" not in given_folder:
+                require((base / given_folder).is_dir(), f"{option}: no folder {base / given_folder}; correct the path.")
         if given.config_dir or given.config_path:  # Other configurations may be there, and keys for them to use.
             read_overrides(given.overrides)
         else:
             check_names(given.config_name or "l0_sanity", given.overrides)
     taken = {id(override) for override in given.overrides}  # An option may have a value that reads the same.
-    return given.overrides + [argument for argument in arguments if id(argument) not in taken and argument != "--"]
+    overrides = [without_plus(override) for override in given.overrides]
+    return overrides + [argument for argument in arguments if id(argument) not in taken and argument != "--"]
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ import json
 import logging
 import platform
 import re
-import shutil
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -39,10 +38,10 @@ from geneformer_pretrain.checkpoint_manifest import (
     write_manifest,
 )
 from geneformer_pretrain.checkpoint_tensors import HostBuffers, Shards
+from geneformer_pretrain.folders import delete_folder
 from geneformer_pretrain.ranks import Ranks, agreed
-from geneformer_pretrain.run_lock import EARLIER_EXIT_FILE, EXIT_FILE, LOCK_FILE
 
-__all__ = ["CheckpointError", "CheckpointSaveError", "CheckpointStore", "move_aside", "read_manifest"]
+__all__ = ["CheckpointError", "CheckpointSaveError", "CheckpointStore", "read_manifest"]
 
 log = logging.getLogger(__name__)
 
@@ -238,7 +237,7 @@ class CheckpointStore:
     def _delete(self, folder: Path) -> None:
         """Delete a folder that no one needs; if that fails, say so once and let training go on."""
         try:
-            shutil.rmtree(folder)
+            delete_folder(folder)
         except OSError as error:
             if folder not in self._undeletable:
                 log.error("could not delete %s: %s", folder, error)
@@ -368,27 +367,3 @@ class CheckpointStore:
             return str(error)
         self._verified[folder] = unchanged
         return None
-
-
-def move_aside(directory: str | Path) -> Path | None:
-    """Move everything in a used folder into `previous-TIME` inside it; called on one rank, deletes nothing.
-
-    Returns
-    -------
-    Path or None
-        The new folder, or None if there was nothing to move.
-    """
-    directory = Path(directory)
-    kept = ("previous-", LOCK_FILE)
-    entries = [p for p in directory.iterdir() if not p.name.startswith(kept)] if directory.is_dir() else []
-    if not entries:
-        return None
-    base = directory / f"previous-{time.strftime('%Y%m%dT%H%M%S')}"
-    previous, attempt = base, 1
-    while previous.exists():
-        attempt += 1
-        previous = base.with_name(f"{base.name}-{attempt}")
-    previous.mkdir()
-    for entry in entries:
-        entry.rename(previous / (EXIT_FILE if entry.name == EARLIER_EXIT_FILE else entry.name))
-    return previous

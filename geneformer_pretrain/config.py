@@ -19,7 +19,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from transformers.activations import ACT2FN
 
 from .overrides import CONFIG_DIR as CONFIG_DIR
-from .overrides import CONFIGURATIONS, IS_PART, MODELS, check_choice, read_overrides
+from .overrides import CONFIGURATIONS, IS_PART, MODELS, check_choice, read_overrides, without_plus
 from .overrides import ConfigError as ConfigError
 from .overrides import require as require
 
@@ -455,4 +455,4 @@ def load_config(name: str = "l0_sanity", overrides: list[str] | None = None) -> 
     """Compose `hydra_config/NAME.yaml` with overrides (as on the command line) and resolve it."""
     check_names(name, overrides or [])
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        return resolve(compose(name, overrides=overrides or []))
+        return resolve(compose(name, overrides=[without_plus(override) for override in overrides or []]))

@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import shutil
 import stat
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .config import ModelConfig
+from .folders import delete_folder
 from .parallel import Engine, architecture
 
 
@@ -59,9 +59,9 @@ def write_model(tensors: dict[str, Tensor], config: ModelConfig, folder: Path) -
 
 
 def _remove(folder: Path) -> None:
-    """Delete a folder, if it is there; errors name it, where those of `rmtree` name only a file inside."""
+    """Delete a folder, if it is there; errors name it, where those of `delete_folder` name only a file inside."""
     try:
-        shutil.rmtree(folder)
+        delete_folder(folder)
     except FileNotFoundError:
         return
     except OSError as error:

@@ -1,5 +1,6 @@
-"""What a run says when it cannot write to one of its folders."""
+"""Folders of a run: what it says when it cannot write to one, and how one is deleted."""
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,9 +23,24 @@ def writing_to(folder: Path, key: str) -> Iterator[None]:
         reason, place = str(error), folder
         if isinstance(error, OSError) and error.strerror:
             reason, place = error.strerror, Path(error.filename or folder)
-        if not place.absolute().is_relative_to(folder.absolute()):
+        place, folder = place.absolute(), folder.absolute()
+        if not (place.is_relative_to(folder) or folder.is_relative_to(place)):
             raise
         raise OSError(
             f"{key}: cannot write to {place} ({reason}). {key} must be a folder with free space that you may write to: "
             "mend that, or name another one."
         ) from error
+
+
+def delete_folder(folder: Path) -> None:
+    """Delete a folder, or a link to one: what it leads to is someone's own.
+
+    Raises
+    ------
+    OSError
+        As `shutil.rmtree`.
+    """
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder)

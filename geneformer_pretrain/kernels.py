@@ -12,6 +12,8 @@ SMALLER_SHARED_MEMORY = (11, 0)
 """Compute capability from which a multiprocessor has no room for a block of the fused kernels' products."""
 MAX_WIDTH, MAX_VOCABULARY = 4096, 2**16
 """Largest hidden size and vocabulary of the fused kernels: a row has to fit into the registers of one program."""
+OFFSETS = 2**31
+"""Elements of a tensor that the kernels' 32-bit offsets tell apart."""
 WIDTH_MULTIPLE = 8
 """Of which the fused kernels need the widths of a layer: the copy engine knows rows of whole 16 bytes."""
 
@@ -38,11 +40,16 @@ def takes_triton(key: str, choice: Kernel, obstacles: list[str], tuned: bool) ->
     return choice is Kernel.triton or (choice is Kernel.auto and tuned and not obstacles)
 
 
-def machine_obstacles(device: torch.device, compute_dtype: torch.dtype) -> list[str]:
-    """What keeps Triton's kernels from running on this machine."""
+def general_obstacles(
+    config: Config, device: torch.device, compute_dtype: torch.dtype, elements_per_token: int
+) -> list[str]:
+    """What keeps Triton's kernels from running on this machine, or on micro-batches of this size."""
     if device.type != "cuda":
         return ["needs a GPU"]
     obstacles = []
+    tokens, most = config.model.micro_batch_size * config.model.seq_length, (OFFSETS - 1) // elements_per_token
+    if tokens > most:
+        obstacles.append(f"knows micro-batches up to {most:,} tokens, not {tokens:,}")
     if compute_dtype != torch.bfloat16:
         obstacles.append("needs training.compute_dtype=bfloat16")
     if torch.cuda.get_device_capability(device) < CAPABILITY:
@@ -64,7 +71,7 @@ def choose_attention(config: Config, device: torch.device, compute_dtype: torch.
         Triton's kernels asked for where they do not run.
     """
     head_size = config.model.hidden_size // config.model.num_attention_heads
-    obstacles = machine_obstacles(device, compute_dtype)
+    obstacles = general_obstacles(config, device, compute_dtype, 3 * config.model.hidden_size)
     if head_size not in (16, 32, 64, 128):
         obstacles.append(f"knows head sizes 16, 32, 64 and 128, not {head_size}")
     # With heads of 128 the kernels run but spill registers.
@@ -84,7 +91,7 @@ def choose_fused(config: Config, device: torch.device, compute_dtype: torch.dtyp
     ConfigError
         Triton's kernels asked for where they do not run.
     """
-    obstacles = machine_obstacles(device, compute_dtype)
+    obstacles = general_obstacles(config, device, compute_dtype, config.model.hidden_size)
     for name, most in (("hidden_size", MAX_WIDTH), ("vocab_size", MAX_VOCABULARY)):
         value = getattr(config.model, name)
         if value > most:

@@ -120,17 +120,6 @@ class JsonLines:
         self.file.close()
 
 
-def has_results(folder: Path, save_every_n_steps: int) -> bool:
-    """Whether a run in this folder got to its end, or so far that there should be a checkpoint."""
-    if (folder / "final_model").exists():
-        return True
-    try:
-        *_, last, _torn = (folder / "metrics.jsonl").read_bytes().split(b"\n")
-        return 0 < save_every_n_steps < int(json.loads(last)["step"])
-    except (OSError, ValueError, TypeError, KeyError):  # None, or one that `cut_back` will complain about.
-        return False
-
-
 def cut_back(path: Path, step: int) -> None:
     """Drop the records after `step` from a JSON-lines file, and a last line torn by a crash.
 

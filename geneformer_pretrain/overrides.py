@@ -1,5 +1,6 @@
 """What is typed on the command line: KEY=VALUE as Hydra reads it, and names of configurations, with plain errors."""
 
+import re
 import shlex
 from contextlib import suppress
 from difflib import get_close_matches
@@ -52,6 +53,11 @@ def read_overrides(overrides: list[str]) -> list[Override]:
         )
         read.append(override)
     return read
+
+
+def without_plus(override: str) -> str:
+    """Let keys within the mapping that takes any be given as others are, where Hydra wants a plus before new ones."""
+    return f"++{override}" if re.match(r"training\.wandb_init_args[.=]", override) else override
 
 
 def _advice(text: str) -> str:

@@ -14,7 +14,7 @@ import xxhash
 from omegaconf import OmegaConf
 
 from .checkpoint_manifest import sync_file
-from .config import Config
+from .config import Config, ConfigError
 from .data.batch import BatchInfo
 from .distributed import World
 from .metrics import JsonLines, cut_back
@@ -31,7 +31,7 @@ RECORDED_PACKAGES = (
     "megatron-fsdp",
 )
 
-
+RECORD = "config.yaml"
 KEPT = "config_until_step_"
 """Start of the names of records that another one followed."""
 
@@ -78,6 +78,11 @@ def config_as_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(plain))
 
 
+def is_record(path: Path) -> bool:
+    """Whether a file was written by `write_run_record`, and not by someone else under the same name."""
+    return path.is_file() and b"\ngit_revision:" in path.read_bytes()
+
+
 def write_run_record(config: Config, folder: Path, step: int) -> list[str]:
     """Write config.yaml: the composed configuration, package versions and git revision.
 
@@ -87,8 +92,18 @@ def write_run_record(config: Config, folder: Path, step: int) -> list[str]:
     Returns
     -------
     One line for each key that changed, with its earlier value and its new one.
+
+    Raises
+    ------
+    ConfigError
+        A run is about to start in a folder with someone else's config.yaml.
     """
-    path = folder / "config.yaml"
+    path = folder / RECORD
+    if not step and path.exists() and not is_record(path):
+        raise ConfigError(
+            f"training.checkpoint_dir: {path} is not of a run, and would be overwritten: name a folder for this run "
+            "alone, or move the file away."
+        )
     origin = OmegaConf.to_yaml(OmegaConf.create({"versions": package_versions(), "git_revision": git_revision()}))
     record = config_as_yaml(config) + origin
     changes = []

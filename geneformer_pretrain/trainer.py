@@ -17,15 +17,16 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checkpoint import CheckpointSaveError, CheckpointStore, move_aside, read_manifest
+from .checkpoint import CheckpointSaveError, CheckpointStore, read_manifest
 from .config import Config, ConfigError
 from .cuda_graphs import MicroBatchGraphs, takes_cuda_graphs
 from .data.batch import Batch, PackedBatch
 from .data.source import check_data, open_training_data, open_validation_data
 from .distributed import World
+from .earlier_run import has_results, move_aside
 from .export import gather_weights, write_model
 from .folders import writing_to
-from .metrics import MetricsLog, cut_back, has_results
+from .metrics import MetricsLog, cut_back
 from .optimizer import build_optimizer, learning_rate, update
 from .parallel import architecture, build_engine, check_engine, reshards_after_forward
 from .precision import check_machine, compute_dtype, forward_context, fp8_state
@@ -97,7 +98,9 @@ class Trainer:
         self.optimizer = build_optimizer(self.engine.model, training)
 
         if not training.resume_from_checkpoint:
-            self._write(lambda: move_aside(self.folder))
+            previous = self._write(lambda: move_aside(self.folder))
+            if previous is not None:
+                self.say(f"The earlier run in {self.folder} is in {previous} now.")
         self.store = CheckpointStore(self.folder, keep_last_n=training.keep_last_n)
         self.progress = Progress(packs_per_step=training.gradient_accumulation_steps * world.size)
         self._resume()

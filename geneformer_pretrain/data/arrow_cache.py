@@ -199,6 +199,8 @@ def require_column(schema: pa.Schema, path: Path) -> pa.DataType:
         raise ValueError(
             f"{path}: no column {COLUMN!r}, only {schema.names}; rename the column that holds the token ids"
         )
+    if schema.names.count(COLUMN) > 1:
+        raise ValueError(f"{path}: has several columns {COLUMN!r}; keep one of them")
     kind = schema.field(COLUMN).type
     is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
     if not is_list or not pa.types.is_integer(kind.value_type):

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numba import carray, njit, types
+from numba import carray, types
 from numba.extending import intrinsic
 
+from geneformer_pretrain.data.compiling import compiled
 from geneformer_pretrain.data.corpus import Corpus
 from geneformer_pretrain.data.masking import (
     IGNORED_LABEL,
@@ -175,7 +176,7 @@ def _as_pointer(typing_context: Any, address: Any, like: Any) -> Any:
 _GOOD, _BAD_TOKEN, _BAD_LENGTH, _BAD_CELL = 0, 1, 2, 3
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _copy_cells(
     cells: np.ndarray,
     lengths: np.ndarray,

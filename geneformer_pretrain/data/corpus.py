@@ -156,11 +156,14 @@ def _find_parquet(location: Path) -> list[Path]:
         return [location]
     if location.is_dir():
         files = sorted(child for child in location.glob("*.parquet") if not child.name.startswith("."))
+        below = f"for parquet files in folders below it, give {location}/**/*.parquet"
         if not files:
             raise FileNotFoundError(
-                f"{location}: holds neither *.parquet files nor a dataset saved with save_to_disk; for "
-                f"parquet files in folders below it, give {location}/**/*.parquet"
+                f"{location}: holds neither *.parquet files nor a dataset saved with save_to_disk; {below}"
             )
+        folder = next((file for file in files if file.is_dir()), None)
+        if folder is not None:
+            raise FileNotFoundError(f"{location}: {folder.name} in it is a folder, not a file; {below}")
         return files
     if not glob.has_magic(str(location)):
         raise FileNotFoundError(f"{location}: no such file or folder; correct the path")

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from numba import njit
+
+from geneformer_pretrain.data.compiling import compiled
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MULTIPLIER_1 = np.uint64(0xBF58476D1CE4E5B9)
@@ -30,7 +31,7 @@ IGNORED_LABEL = -100
 """Label of positions that carry no loss."""
 
 
-@njit(cache=True)
+@compiled
 def mix64(z: np.uint64) -> np.uint64:
     """Scramble 64 bits (the finalizer of splitmix64; a bijection).
 
@@ -42,7 +43,7 @@ def mix64(z: np.uint64) -> np.uint64:
     return z ^ (z >> _SHIFT_31)
 
 
-@njit(cache=True)
+@compiled
 def derive(key: np.uint64, value: np.uint64) -> np.uint64:
     """Key of the sub-stream ``value`` of ``key``."""
     return mix64(key + value + GOLDEN)
@@ -129,7 +130,7 @@ def mask_cell(tokens: np.ndarray, cell: int, epoch: int, rule: MaskRule) -> tupl
     return np.where(selected, replacement, tokens), np.where(selected, tokens, IGNORED_LABEL)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def mask_segments(
     input_ids: np.ndarray,
     cu_seqlens: np.ndarray,

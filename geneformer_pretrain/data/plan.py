@@ -11,8 +11,8 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
 
+from geneformer_pretrain.data.compiling import compiled
 from geneformer_pretrain.data.masking import GOLDEN, derive, epoch_key, mix64
 
 PLANNER_VERSION = 2
@@ -113,6 +113,8 @@ class PackShape:
             )
         elif max_cells is None:
             max_cells = default_max_cells(lengths, seq_length, token_budget)
+        else:
+            max_cells = min(max_cells, token_budget)  # no pack holds more, and each one costs memory
         return cls(token_budget, seq_length, max_cells, masked_capacity(token_budget, mlm_probability))
 
     @property
@@ -135,7 +137,7 @@ def default_max_cells(lengths: np.ndarray, seq_length: int, token_budget: int) -
     return min(token_budget, math.ceil(1.5 * token_budget / max(1.0, mean)) + 16)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def summarize(lengths: np.ndarray, seq_length: int) -> tuple[int, int, int, int]:
     """First cell without tokens (or -1), cells longer than S, tokens cut from them, tokens before cutting."""
     first_empty, truncated, dropped, total = -1, 0, 0, 0
@@ -150,7 +152,7 @@ def summarize(lengths: np.ndarray, seq_length: int) -> tuple[int, int, int, int]
     return first_empty, truncated, dropped, total
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _shuffle(items: np.ndarray, key: np.uint64) -> None:
     """Fisher-Yates, in place; unbiased (Lemire's multiply and shift, with rejection)."""
     state = key
@@ -167,7 +169,7 @@ def _shuffle(items: np.ndarray, key: np.uint64) -> None:
         items[last], items[chosen] = items[chosen], items[last]
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _shuffle_by_blocks(order: np.ndarray, block_cells: int, window_blocks: int, key: np.uint64) -> None:
     """Fill ``order`` with the cells: blocks permuted, then cells shuffled within windows of blocks."""
     num_cells = len(order)
@@ -224,7 +226,7 @@ def permutation(num_cells: int, seed: int, epoch: int, shuffle_block_cells: int 
     return order
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _sort_by_length(cells: np.ndarray, lengths: np.ndarray, seq_length: int) -> None:
     """Longest first, in place; equal lengths keep their order."""
     place = np.zeros(seq_length + 2, np.int64)
@@ -239,7 +241,7 @@ def _sort_by_length(cells: np.ndarray, lengths: np.ndarray, seq_length: int) -> 
         place[seq_length - length] += 1
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _pack_in_place(
     order: np.ndarray,
     lengths: np.ndarray,

@@ -155,7 +155,7 @@ def _open(key: str, path: str, config: Config, is_main: bool) -> Corpus:
 
 
 def check_vocabulary(config: Config) -> str:
-    """Check the vocabulary file against the model, and return a hash of it.
+    """Check the vocabulary file against the model, and return a hash of its tokens, however the lines end.
 
     Raises
     ------
@@ -198,4 +198,4 @@ def check_vocabulary(config: Config) -> str:
                 f"data.vocab_path: {path}, line {token_id + 1}: {tokens[token_id]!r} where {key}={token_id} expects "
                 f"{name}; {remedy}."
             )
-    return xxhash.xxh3_128_hexdigest(content)
+    return xxhash.xxh3_128_hexdigest("".join(f"{token}\n" for token in tokens).encode())

@@ -109,6 +109,13 @@ def test_source_that_changes_during_the_conversion(
     assert [path.suffix for path in cache.iterdir()] == [".lock"]
 
 
+def test_a_second_column_of_the_same_name_is_refused(tmp_path: Path, cache: Path) -> None:
+    cells = pa.array([[1, 2], [3]])
+    pq.write_table(pa.Table.from_arrays([cells, cells], ["input_ids", "input_ids"]), tmp_path / "cells.parquet")
+    with pytest.raises(ValueError, match=r"cells\.parquet: has several columns 'input_ids'; keep one"):
+        open_corpus(tmp_path / "cells.parquet", cache)
+
+
 def test_full_disk(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_parquet(tmp_path / "cells.parquet", random_cells(50))
     with monkeypatch.context() as patch:

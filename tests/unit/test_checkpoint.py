@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from geneformer_pretrain import checkpoint_format
-from geneformer_pretrain.checkpoint import CheckpointStore, move_aside
+from geneformer_pretrain.checkpoint import CheckpointStore
 from geneformer_pretrain.checkpoint_manifest import CheckpointError, CheckpointSaveError, read_manifest
 from tests.checkpoints import FORMATS, assert_equal, assert_holds, names, save, save_and_wait, tensors_of, zeros
 
@@ -142,21 +142,18 @@ def test_only_leftovers_of_our_own_are_removed(tmp_path: Path) -> None:
     assert_holds(store, 1)
 
 
-def test_move_aside(tmp_path: Path) -> None:
-    assert move_aside(tmp_path / "none") is None
-    assert move_aside(tmp_path) is None
-    moved = []
-    for step in (1, 2):
-        save(CheckpointStore(tmp_path, keep_last_n=2), step)
-        (tmp_path / "metrics.jsonl").write_text(str(step))
-        previous = move_aside(tmp_path)
-        assert previous is not None
-        moved.append(previous)
-    assert names(tmp_path) == sorted(path.name for path in moved)
-    for step, previous in enumerate(moved, start=1):
-        assert names(previous) == ["metrics.jsonl", f"step_{step}"]
-        assert_holds(CheckpointStore(previous, keep_last_n=2), step)
-    assert CheckpointStore(tmp_path, keep_last_n=2).find_latest() is None
+def test_links_to_checkpoints_are_pruned_and_what_they_lead_to_stays(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path / "run", keep_last_n=1)
+    save(store, 1)
+    (tmp_path / "run/step_1").rename(tmp_path / "kept")
+    (tmp_path / "run/step_1").symlink_to(tmp_path / "kept")
+    save(store, 2)
+    assert names(tmp_path / "run") == ["step_2"]
+    assert (tmp_path / "kept/checkpoint.pt").is_file()
+    (tmp_path / "run/step_3.trash").symlink_to(tmp_path / "kept")
+    assert_holds(CheckpointStore(tmp_path / "run", keep_last_n=1), 2)
+    assert names(tmp_path / "run") == ["step_2"]
+    assert (tmp_path / "kept/checkpoint.pt").is_file()
 
 
 # Saving in the background

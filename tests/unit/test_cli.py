@@ -166,6 +166,8 @@ def test_errors_of_the_system_are_plain_messages(tmp_path: Path, monkeypatch: py
     message = failure(overrides(tmp_path, f"data.cache_dir={file}"))
     assert message.startswith(f"Error: data.cache_dir: cannot write to {file}/")
     assert message.endswith(f" (Not a directory). data.cache_dir {remedy}")
+    for key in ("data.cache_dir", "training.checkpoint_dir"):
+        assert failure(overrides(tmp_path, f"{key}=/proc/none/deep")).startswith(f"Error: {key}: cannot write to /proc")
     message = failure(overrides(tmp_path, f"training.checkpoint_dir={file}"))
     cause = f"training.checkpoint_dir: cannot write to {file} (File exists). training.checkpoint_dir {remedy}"
     assert message == f"Error: {cause}"
@@ -338,7 +340,7 @@ def test_error_in_a_real_process(tmp_path: Path) -> None:
         (["data.path=~/cells"], """for Hydra and for the shell: 'data.path="~/cells"'"""),
         (["data.path=/a b=c.parquet"], """data.path=/a b=c.parquet: Hydra cannot read this."""),
         (["data.path=/a b=c.parquet"], """'data.path="/a b=c.parquet"'"""),
-        (["--config-dir", "mine", "new=a(1)"], """'new="a(1)"'"""),
+        (["--config-dir", "docs", "new=a(1)"], """'new="a(1)"'"""),
         (["training.wandb_init_args={a: 1"], "See that the key is a name and that quotes and brackets are closed"),
         (["data.path=/a", "b=c.parquet"], "key b: is it part of a value with a space? Quote that"),
         (["data.path=/a", "b/c.parquet"], "'b/c.parquet' is not KEY=VALUE: is it part of a value with a space?"),
@@ -363,7 +365,7 @@ def test_a_file_that_is_not_yaml_is_named(
 
 def test_arguments_that_are_left_to_hydra() -> None:
     for arguments in (
-        ["--config-dir", "mine", "--config-name", "mine", "training.new=1"],
+        ["--config-dir", "docs", "--config-name", "mine", "training.new=1"],
         ["model=106m", "+training.wandb_init_args.tags.x=1", "hydra.verbose=true", "--cfg", "job"],
         ["--config-name=4b.yaml", "~data.vocab_path", "data.path='~/cells'"],
         ["-c", "job", "-cn", "10m", "hydra/job_logging=disabled", """data.path="a=b c's (1)\""""],
@@ -374,7 +376,40 @@ def test_arguments_that_are_left_to_hydra() -> None:
         assert given == get_args_parser().parse_args(arguments)
 
 
-def test_options_between_overrides_keep_their_values() -> None:
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["training.wandb_init_args={mode: disabled}"], {"project": "geneformer-pretrain", "mode": "disabled"}),
+        (["training.wandb_init_args.mode=disabled"], {"project": "geneformer-pretrain", "mode": "disabled"}),
+        (["+training.wandb_init_args.tags=[a]"], {"project": "geneformer-pretrain", "tags": ["a"]}),
+        (["training.wandb_init_args=null"], None),
+        (
+            ["training.wandb_init_args.project=p", "training.wandb_init_args.group.x=1"],
+            {"project": "p", "group": {"x": 1}},
+        ),
+    ],
+)
+def test_arguments_of_wandb_need_no_plus(arguments: list[str], expected: dict[str, Any] | None) -> None:
+    given = get_args_parser().parse_args(train.check_arguments(arguments)).overrides
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        composed = config.resolve(compose("l0_sanity", overrides=given))
+    assert composed == config.load_config("l0_sanity", arguments)
+    found = composed.training.wandb_init_args
+    assert found == (expected if expected is None else {"name": "l0_sanity", **expected})
+
+
+def test_folders_of_configurations_that_are_not_there_are_named(tmp_path: Path) -> None:
+    for option in ("--config-dir", "--config-path"):
+        with pytest.raises(config.ConfigError, match=rf"^{option}: no folder {tmp_path}/none; correct the path"):
+            train.check_arguments([option, f"{tmp_path}/none"])
+        train.check_arguments([option, str(tmp_path)])
+    train.check_arguments(["--config-path", "hydra_config"])
+    train.check_arguments(["--config-path", "pkg://somewhere"])
+
+
+def test_options_between_overrides_keep_their_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "training.seed=2").mkdir()
     arguments = [
         "training.seed=1",
         *shlex.split("-cd training.seed=2"),

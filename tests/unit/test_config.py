@@ -236,9 +236,12 @@ def test_bad_vocabulary_files(tmp_path, change, message):
     path = tmp_path / "vocab.txt"
     path.write_text("\n".join(tokens) + "\n")
     config = tiny_config(tmp_path, f"data.vocab_path={path}")
-    assert len(check_vocabulary(config)) == 32
-    path.write_text("\n".join(tokens), encoding="utf-8-sig")  # as some editors save it
-    assert len(check_vocabulary(config)) == 32
+    found = check_vocabulary(config)
+    assert len(found) == 32
+    path.write_text("\r\n".join(tokens), encoding="utf-8-sig")  # as some editors save it
+    assert check_vocabulary(config) == found
+    path.write_text("\n".join([*tokens[:-1], "gene_x"]))
+    assert check_vocabulary(config) != found
     path.write_text("\n".join(change(tokens)) + "\n")
     with pytest.raises(ConfigError, match=f"^data.vocab_path: .*{message}"):
         check_vocabulary(config)

@@ -171,6 +171,11 @@ def test_paths_that_lead_nowhere(tmp_path: Path, cache: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"holds neither .*/\*\*/\*\.parquet"):
         open_corpus(tmp_path / "sub", cache)
     assert open_corpus(tmp_path / "sub/**/*.parquet", cache).num_cells == 1
+    write_parquet(tmp_path / "spark/a.parquet", [[1]])
+    write_parquet(tmp_path / "spark/b.parquet/part-0.parquet", [[1]])
+    with pytest.raises(FileNotFoundError, match=r"spark: b\.parquet in it is a folder, .*/\*\*/\*\.parquet"):
+        open_corpus(tmp_path / "spark", cache)
+    assert open_corpus(tmp_path / "spark/**/*.parquet", cache).num_cells == 2
 
 
 @pytest.mark.parametrize("damage", ["no bytes", "text", "truncated", "garbled page"])

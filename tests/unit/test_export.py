@@ -165,6 +165,20 @@ def test_what_an_interrupted_export_left_is_no_obstacle(tmp_path):
         (tmp_path / "run/final_model.old/deep").mkdir(parents=True)
 
 
+def test_a_link_is_replaced_and_what_it_leads_to_stays(tmp_path):
+    config = tiny_config(tmp_path)
+    assert run(config) == 0
+    final_model = tmp_path / "run/final_model"
+    final_model.rename(tmp_path / "elsewhere")
+    final_model.symlink_to(tmp_path / "elsewhere")
+    for _ in range(2):
+        assert run(config) == 0
+        assert not list((tmp_path / "run").glob("final_model.*"))
+        assert not final_model.is_symlink()
+        assert (final_model / "model.safetensors").is_file()
+        assert (tmp_path / "elsewhere/model.safetensors").is_file()
+
+
 def test_an_export_that_may_not_be_replaced_is_named(tmp_path, monkeypatch):
     """And it stays; root, who runs tests in containers, may write everywhere."""
     config = tiny_config(tmp_path)
@@ -181,15 +195,15 @@ def test_an_export_that_may_not_be_replaced_is_named(tmp_path, monkeypatch):
 def test_a_leftover_that_cannot_be_deleted_is_named(tmp_path, monkeypatch):
     config = tiny_config(tmp_path)
     assert run(config) == 0
-    rmtree, left = export.shutil.rmtree, tmp_path / "run/final_model.old"
+    delete, left = export.delete_folder, tmp_path / "run/final_model.old"
     left.mkdir()
 
     def refuse(folder):
         if folder == left:
-            raise PermissionError(errno.EACCES, "Permission denied", "config.json")  # as rmtree names it
-        rmtree(folder)
+            raise PermissionError(errno.EACCES, "Permission denied", "config.json")  # as shutil names it
+        delete(folder)
 
-    monkeypatch.setattr(export.shutil, "rmtree", refuse)
+    monkeypatch.setattr(export, "delete_folder", refuse)
     with pytest.raises(TrainingError, match=rf"cannot write to {left} \(Permission denied\)"):
         run(config)
     assert (tmp_path / "run/final_model/config.json").is_file()

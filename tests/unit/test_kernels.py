@@ -37,6 +37,8 @@ def test_auto_takes_triton_only_where_it_was_tuned(choose):
     assert choose("auto", num_attention_heads=2) is FlashAttention  # heads of 128
     assert choose("auto", dtype=torch.float32) is FlashAttention
     assert choose("auto", device="cpu") is FlashAttention
+    assert choose("auto", micro_batch_size=1365) is Kernels  # x 2048 tokens x 3 x 256 < 2**31
+    assert choose("auto", micro_batch_size=1366) is FlashAttention
 
 
 def test_auto_takes_the_fused_kernels_on_hopper(choose):
@@ -64,6 +66,8 @@ def test_what_is_asked_for_is_taken(choose):
         ("model.attention_kernel", {"dtype": torch.float32}, "training.compute_dtype=bfloat16"),
         ("model.attention_kernel", {"capability": (8, 0)}, "compute capability 9.0"),
         ("model.attention_kernel", {"num_attention_heads": 1}, "head sizes 16, 32, 64 and 128, not 256"),
+        ("model.attention_kernel", {"micro_batch_size": 2000}, "up to 2,796,202 tokens, not 4,096,000"),
+        ("model.fused_kernels", {"micro_batch_size": 5000}, "up to 8,388,607 tokens, not 10,240,000"),
         ("model.fused_kernels", {"device": "cpu"}, "a GPU"),
         ("model.fused_kernels", {"capability": (8, 0)}, "compute capability 9.0"),
         ("model.fused_kernels", {"capability": (12, 0)}, "compute capability 9 or 10"),

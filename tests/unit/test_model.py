@@ -137,6 +137,29 @@ def test_hidden_states_position_and_token_types_equal_stock():
 
 
 @torch.no_grad()
+def test_the_configuration_decides_what_is_returned(tmp_path):
+    stock = make_pair()[1]
+    stock.save_pretrained(tmp_path)
+    ids, mask, labels = make_cells([5, 8, 2])
+
+    def results(**choices):
+        classes = (BertForMaskedLM, transformers.BertForMaskedLM)
+        models = [cls.from_pretrained(tmp_path, **choices) for cls in classes]
+        return [model(ids, mask, labels=labels) for model in models]
+
+    found, expected = results(output_hidden_states=True)
+    assert len(found.hidden_states) == len(expected.hidden_states) == SIZES["num_hidden_layers"] + 1
+    found, expected = results(return_dict=False)
+    assert type(found) is type(expected) is tuple
+    assert_close(found[0], expected[0])
+    assert results()[0].hidden_states is None
+    attentive = BertForMaskedLM.from_pretrained(tmp_path, output_attentions=True)
+    with pytest.raises(ValueError, match="output_attentions"):
+        attentive(ids)
+    assert attentive(ids, output_attentions=False).logits is not None
+
+
+@torch.no_grad()
 def test_outputs_of_layers_are_freed_when_not_asked_for():
     ours, _ = make_pair()
     outputs, alive = [], []
@@ -490,6 +513,9 @@ def test_unsupported_arguments_are_refused():
         ours(ids, output_attentions=True)
     with pytest.raises(TypeError, match="inputs_embeds"):
         ours(ids, inputs_embeds=torch.zeros(1))
+    with pytest.raises(ValueError, match="tokens beyond position 2047; this model has 2048 positions"):
+        ours(torch.full((1, 2049), 5))
+    assert ours(torch.full((1, 2049), 5), torch.arange(2049)[None] < 9).logits.isfinite().all()
     with pytest.raises(ValueError, match="attention_mask has the shape"):
         ours(ids, mask[:, None, None])
     with pytest.raises(ValueError, match="together"):

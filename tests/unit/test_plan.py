@@ -177,6 +177,9 @@ def test_shape_constants():
     assert shape.masked_capacity == 2944  # 2457.6 + 8 * 45.7 = 2823.3, in multiples of 128
     assert shape.max_cells == 66  # 1.5 * 16384 / 500 = 49.2
     assert shape.num_segments == 66 + 8
+    sizes = {"micro_batch_size": 2, "seq_length": 64, "mlm_probability": 0.15}
+    assert PackShape.create(lengths, max_cells=100, **sizes).max_cells == 100
+    assert PackShape.create(lengths, max_cells=10_000_000, **sizes).max_cells == 128  # cells of one token
     assert masked_capacity(256, 1.0) == 256
     assert masked_capacity(100, 1.0) == 128
     assert default_max_cells(np.ones(9, np.int32), 64, 128) == 128

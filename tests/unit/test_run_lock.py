@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from geneformer_pretrain.checkpoint import CheckpointError, move_aside
+from geneformer_pretrain.checkpoint import CheckpointError
 from geneformer_pretrain.config import ConfigError
+from geneformer_pretrain.earlier_run import move_aside
 from geneformer_pretrain.run_lock import EARLIER_EXIT_FILE, LOCK_FILE, hold_folder, is_used, telling_of_failed_start
 
 

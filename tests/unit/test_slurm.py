@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "slurm" / "train.sbatch"
@@ -23,7 +24,7 @@ STAND_INS = {
 TRAIN = """
 import json, os, pathlib, signal, sys, time
 
-folder = pathlib.Path(sys.argv[-1].removeprefix("training.checkpoint_dir="))
+folder = pathlib.Path(sys.argv[-1].removeprefix("training.checkpoint_dir=").strip('"'))
 
 def leave(reason, code):
     (folder / "exit.json").write_text(json.dumps({"reason": reason, "step": 7, "exit_code": code}))
@@ -58,7 +59,7 @@ def job(tmp_path: Path) -> dict[str, str]:
         "JOB_STATE": "RUNNING",
         "PYTHON": sys.executable,
         "NPROC_PER_NODE": "1",
-        "CHECKPOINT_DIR": str(tmp_path / "run"),
+        "CHECKPOINT_DIR": str(tmp_path / "lr=1e-4,wd=0.01"),
         "SLURM_SUBMIT_DIR": str(tmp_path),
         "SLURM_JOB_ID": str(os.getpid()),
         "SLURM_JOB_NODELIST": "node[1]",
@@ -86,7 +87,9 @@ def test_completed_run_ends(job: dict[str, str]) -> None:
     status, output, requeued = run(job, "completed", "training.seed=3")
     assert (status, requeued) == (0, []), output
     arguments = (Path(job["CHECKPOINT_DIR"]) / "arguments").read_text().split()
-    assert arguments == ["completed", "training.seed=3", f"training.checkpoint_dir={job['CHECKPOINT_DIR']}"]
+    assert arguments[:2] == ["completed", "training.seed=3"]
+    override = OverridesParser.create().parse_override(arguments[2])
+    assert (override.key_or_group, override.value()) == ("training.checkpoint_dir", job["CHECKPOINT_DIR"])
 
 
 @pytest.mark.parametrize("state", ["RUNNING", "CANCELLED"])
