@@ -526,6 +526,13 @@ class BertForMaskedLM(PreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.bert.embeddings.word_embeddings
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Refused, before anything is changed."""
+        raise NotImplementedError(
+            "This class does not resize its vocabulary: load the model with stock transformers.BertForMaskedLM, resize "
+            "it there, save it, and load that with this class."
+        )
+
     @classmethod
     def from_pretrained(cls, *args: Any, use_te_layers: bool = False, **kwargs: Any) -> Any:
         """Load as any Hugging Face model; `use_te_layers` then moves the weights into Transformer Engine layers."""
@@ -619,7 +626,10 @@ class BertForMaskedLM(PreTrainedModel):
         if return_dict is None:
             return_dict = self.config.return_dict
         if output_attentions or (output_attentions is None and self.config.output_attentions):
-            raise ValueError("output_attentions is not supported: the attention kernels never form the weights.")
+            raise ValueError(
+                "output_attentions is not supported: the attention kernels never form the weights. Stock "
+                "transformers.BertForMaskedLM returns them, loaded with attn_implementation='eager'."
+            )
         if cu_seqlens is None:
             if masked_index is not None or max_seqlen is not None:
                 raise ValueError("masked_index and max_seqlen belong to packed calls, which need cu_seqlens.")
@@ -662,11 +672,11 @@ class BertForMaskedLM(PreTrainedModel):
                 f"{tuple(input_ids.shape)} with 1 for tokens and 0 for padding is supported."
             )
         if position_ids is None:
+            most = self.config.max_position_embeddings
+            if length > most and attention_mask[:, most:].any():
+                raise ValueError(f"A cell has tokens beyond position {most - 1}; this model has {most} positions.")
             position_ids = torch.arange(length, device=input_ids.device)
         valid = attention_mask.bool()
-        most = self.config.max_position_embeddings
-        if length > most and valid[:, most:].any():
-            raise ValueError(f"A cell has tokens beyond position {most - 1}; this model has {most} positions.")
         index = valid.flatten().nonzero().squeeze(1)
         cu_seqlens = F.pad(valid.sum(1).cumsum(0), (1, 0)).int()
 

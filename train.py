@@ -88,6 +88,10 @@ def check_arguments(arguments: list[str]) -> list[str]:
             not given.multirun,
             "--multirun is not supported; start one run a command, each with its own checkpoint_dir.",
         )
+        require(
+            not given.resolve or bool(given.cfg or given.help),
+            "--resolve goes with --cfg job or --help; a run always resolves its configuration.",
+        )
         for option, given_folder, base in (
             ("--config-dir", given.config_dir, Path()),
             ("--config-path", given.config_path, Path(__file__).parent),

@@ -14,6 +14,7 @@ it is used.
 
 import json
 import logging
+import os
 import platform
 import re
 import time
@@ -46,7 +47,7 @@ __all__ = ["CheckpointError", "CheckpointSaveError", "CheckpointStore", "read_ma
 log = logging.getLogger(__name__)
 
 _STEP = re.compile(r"step_(0|[1-9]\d*)")
-_LEFTOVER = re.compile(r"(step_(?:0|[1-9]\d*))\.(tmp|old|trash)")
+_LEFTOVER = re.compile(r"(step_(?:0|[1-9]\d*))\.(tmp|replaced|trash)")
 
 
 class CheckpointStore:
@@ -204,8 +205,8 @@ class CheckpointStore:
         if fault is not None:
             raise FileNotFoundError(f"{fault}, as rank 0 sees it: do all ranks share {self.directory}?")
         write_manifest(temporary, body)
-        if final.exists():
-            final.rename(final.with_suffix(".old"))  # A crash before the next line is undone by _tidy.
+        if os.path.lexists(final):
+            final.rename(final.with_suffix(".replaced"))  # A crash before the next line is undone by _tidy.
         temporary.rename(final)
         sync_folder(self.directory)
         self._verified[final] = signature(final, body)
@@ -216,8 +217,8 @@ class CheckpointStore:
         Folders of later steps can only be damaged ones that this run went back behind. They are left for a
         look until the run comes by again.
         """
-        if newest.with_suffix(".old").exists():
-            self._discard(newest.with_suffix(".old"))
+        if os.path.lexists(newest.with_suffix(".replaced")):
+            self._discard(newest.with_suffix(".replaced"))
         kept = 1
         for folder in self._folders()[self._folders().index(newest) + 1 :]:
             if kept == self.keep_last_n:
@@ -228,7 +229,7 @@ class CheckpointStore:
     def _discard(self, folder: Path) -> None:
         """Delete a folder in such a way that a crash leaves nothing half deleted under a good name."""
         trash = folder.with_suffix(".trash")
-        if trash.exists():
+        if os.path.lexists(trash):
             self._delete(trash)
         folder.rename(trash)
         self._delete(trash)
@@ -249,9 +250,9 @@ class CheckpointStore:
             match = _LEFTOVER.fullmatch(path.name)
             if path.name.startswith(".probe-"):
                 path.unlink()
-            elif match and match[2] == "old" and not path.with_name(match[1]).exists():
+            elif match and match[2] == "replaced" and not os.path.lexists(path.with_name(match[1])):
                 path.rename(path.with_name(match[1]))
-            elif match and match[2] == "old":
+            elif match and match[2] == "replaced":
                 self._discard(path)
             elif match:
                 self._delete(path)
@@ -338,8 +339,9 @@ class CheckpointStore:
         self.ranks.together(lambda: format.read(folder, wanted), CheckpointError)
 
     def _folders(self) -> list[Path]:
-        """Step folders, newest first."""
-        found = [path for path in self.directory.iterdir() if _STEP.fullmatch(path.name) and path.is_dir()]
+        """Step folders, newest first, and links that should lead to one."""
+        steps = (path for path in self.directory.iterdir() if _STEP.fullmatch(path.name))
+        found = [path for path in steps if path.is_dir() or path.is_symlink()]
         return sorted(found, key=lambda path: int(path.name.removeprefix("step_")), reverse=True)
 
     def _listing(self) -> dict[str, str]:

@@ -423,6 +423,14 @@ def check_names(config_name: str, overrides: list[str]) -> None:
         root = re.split("[./]", key)[0]
         if root != "hydra" and ".".join(key.split(".")[:2]) not in known:
             raise unknown_key(key, otherwise="" if root in groups else f"{IS_PART} ")
+        require(
+            key != "model" or not (override.is_add() and isinstance(value, str)),
+            f"{override.input_line}: there is a model already; change it with model={value}.",
+        )
+        require(
+            key != "training.wandb_init_args" or not isinstance(value, list),
+            f"{key}: {value} is a list; give names and values, {key}={{name: trial}}, or null.",
+        )
         if key == "model" and isinstance(value, str) and "${" not in value:
             check_choice("model", value, *MODELS)
 

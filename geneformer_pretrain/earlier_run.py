@@ -5,23 +5,40 @@ import re
 import time
 from pathlib import Path
 
+from .config import ConfigError
+from .folders import not_of_a_run
 from .run_lock import EARLIER_EXIT_FILE, EXIT_FILE
 from .run_record import KEPT, RECORD, is_record
 
 _WRITTEN = re.compile(
-    r"step_\d+(\.(tmp|old|trash))?|final_model(\.(tmp|old))?|metrics\.jsonl(\.tmp)?|wandb|"
-    + "|".join(map(re.escape, (EXIT_FILE, EARLIER_EXIT_FILE)))
+    rf"step_\d+(\.(tmp|replaced|trash))?|final_model(\.(tmp|replaced))?|metrics\.jsonl(\.tmp)?|{KEPT}\d+\.yaml|wandb|"
+    + "|".join(map(re.escape, (RECORD, EXIT_FILE, EARLIER_EXIT_FILE)))
 )
-_RECORD = re.compile(rf"{re.escape(RECORD)}|{KEPT}\d+\.yaml")
 _OF_RANKS = {"cells": re.compile(r"rank_\d+\.jsonl(\.tmp)?"), "hang": re.compile(r"rank_\d+\.txt")}
 
 
+def require_no_other_use(folder: Path) -> None:
+    """Check that a folder without checkpoints is not that of something else, before anything in it is touched.
+
+    Raises
+    ------
+    ConfigError
+        It has a config.yaml that no run wrote.
+    """
+    path = folder / RECORD
+    if path.exists() and not is_record(path) and not any(folder.glob("step_*")):
+        raise ConfigError(not_of_a_run(path))
+
+
 def has_results(folder: Path, save_every_n_steps: int) -> bool:
-    """Whether a run in this folder got to its end, or so far that there should be a checkpoint."""
+    """Whether a run in this folder got to its end, or so far that there should be a checkpoint; or whose log it has."""
     if (folder / "final_model").exists():
         return True
     try:
-        *_, last, _torn = (folder / "metrics.jsonl").read_bytes().split(b"\n")
+        lines = (folder / "metrics.jsonl").read_bytes()
+        if lines and not is_record(folder / RECORD):
+            return True
+        *_, last, _torn = lines.split(b"\n")
         return 0 < save_every_n_steps < int(json.loads(last)["step"])
     except (OSError, ValueError, TypeError, KeyError):  # None, or one that `cut_back` will complain about.
         return False
@@ -38,7 +55,9 @@ def move_aside(directory: str | Path) -> Path | None:
         The new folder, or None if there was nothing to move.
     """
     directory = Path(directory)
-    entries = [entry for entry in directory.iterdir() if _is_of_a_run(entry)] if directory.is_dir() else []
+    entries = [entry for entry in directory.glob("*") if _WRITTEN.fullmatch(entry.name)]
+    for name, pattern in _OF_RANKS.items():
+        entries += [entry for entry in directory.glob(f"{name}/*") if pattern.fullmatch(entry.name)]
     if not entries:
         return None
     base = directory / f"previous-{time.strftime('%Y%m%dT%H%M%S')}"
@@ -48,13 +67,7 @@ def move_aside(directory: str | Path) -> Path | None:
         previous = base.with_name(f"{base.name}-{attempt}")
     previous.mkdir()
     for entry in entries:
-        entry.rename(previous / (EXIT_FILE if entry.name == EARLIER_EXIT_FILE else entry.name))
+        target = previous / entry.relative_to(directory)
+        target.parent.mkdir(exist_ok=True)
+        entry.rename(target.with_name(EXIT_FILE) if entry.name == EARLIER_EXIT_FILE else target)
     return previous
-
-
-def _is_of_a_run(entry: Path) -> bool:
-    if _RECORD.fullmatch(entry.name):
-        return is_record(entry)
-    if entry.name in _OF_RANKS and entry.is_dir():
-        return all(_OF_RANKS[entry.name].fullmatch(file.name) for file in entry.iterdir())
-    return _WRITTEN.fullmatch(entry.name) is not None

@@ -38,9 +38,12 @@ def write_model(tensors: dict[str, Tensor], config: ModelConfig, folder: Path) -
     OSError
         Naming the path that cannot be written, replaced or deleted.
     """
-    if folder.exists() and not os.access(folder, os.W_OK):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
-    temporary, previous = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old")
+    if folder.exists():
+        refusal = 0 if os.access(folder, os.W_OK) else errno.EACCES
+        refusal = refusal if folder.is_dir() else errno.ENOTDIR
+        if refusal:
+            raise OSError(refusal, os.strerror(refusal), str(folder))
+    temporary, previous = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".replaced")
     _remove(temporary)  # as an interrupted export leaves it
     temporary.mkdir(parents=True)
     weights, description = temporary / "model.safetensors", temporary / "config.json"
@@ -51,7 +54,7 @@ def write_model(tensors: dict[str, Tensor], config: ModelConfig, folder: Path) -
     for path in (weights, description):
         with path.open("rb") as file:
             os.fsync(file.fileno())
-    if folder.exists():
+    if os.path.lexists(folder):
         _remove(previous)
         folder.rename(previous)
     temporary.rename(folder)

@@ -32,6 +32,14 @@ def writing_to(folder: Path, key: str) -> Iterator[None]:
         ) from error
 
 
+def not_of_a_run(file: Path) -> str:
+    """What to say where someone else's file lies in a checkpoint folder, under a name that a run writes to."""
+    return (
+        f"training.checkpoint_dir: {file} is not of a run, and would be overwritten: name a folder for this run alone, "
+        "or move the file away."
+    )
+
+
 def delete_folder(folder: Path) -> None:
     """Delete a folder, or a link to one: what it leads to is someone's own.
 

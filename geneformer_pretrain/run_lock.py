@@ -13,7 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from .checkpoint_manifest import CheckpointError
-from .folders import writing_to
+from .folders import not_of_a_run, writing_to
 from .ranks import Ranks
 from .stopping import write_exit
 
@@ -34,7 +34,8 @@ def hold_folder(folder: Path) -> Iterator[None]:
     Raises
     ------
     CheckpointError
-        On every rank, if another run holds it, naming that run's host and process, or if it cannot be written to.
+        On every rank, if another run holds it, naming that run's host and process, if it cannot be written to, or if
+        its exit.json is that of something else.
     """
 
     def start() -> None:
@@ -86,6 +87,9 @@ def _start_in(folder: Path, needs_lock: bool = False) -> Iterator[None]:
             os.pwrite(descriptor, json.dumps(holder).encode(), 0)
             (folder / EARLIER_EXIT_FILE).unlink(missing_ok=True)  # of a start that was killed
             with suppress(FileNotFoundError):
+                content = (folder / EXIT_FILE).read_bytes()
+                if content and not content.startswith(b'{"reason"'):
+                    raise CheckpointError(not_of_a_run(folder / EXIT_FILE))
                 (folder / EXIT_FILE).replace(folder / EARLIER_EXIT_FILE)
         yield
     finally:

@@ -2,6 +2,7 @@
 
 import json
 import platform
+import re
 import subprocess
 from dataclasses import asdict
 from enum import Enum
@@ -14,7 +15,7 @@ import xxhash
 from omegaconf import OmegaConf
 
 from .checkpoint_manifest import sync_file
-from .config import Config, ConfigError
+from .config import Config
 from .data.batch import BatchInfo
 from .distributed import World
 from .metrics import JsonLines, cut_back
@@ -92,18 +93,8 @@ def write_run_record(config: Config, folder: Path, step: int) -> list[str]:
     Returns
     -------
     One line for each key that changed, with its earlier value and its new one.
-
-    Raises
-    ------
-    ConfigError
-        A run is about to start in a folder with someone else's config.yaml.
     """
     path = folder / RECORD
-    if not step and path.exists() and not is_record(path):
-        raise ConfigError(
-            f"training.checkpoint_dir: {path} is not of a run, and would be overwritten: name a folder for this run "
-            "alone, or move the file away."
-        )
     origin = OmegaConf.to_yaml(OmegaConf.create({"versions": package_versions(), "git_revision": git_revision()}))
     record = config_as_yaml(config) + origin
     changes = []
@@ -167,8 +158,9 @@ class CellLog:
     def __init__(self, folder: Path, world: World, first_step: int) -> None:
         (folder / "cells").mkdir(exist_ok=True)
         own = folder / "cells" / f"rank_{world.rank}.jsonl"
-        for path in (folder / "cells").glob("rank_*.jsonl"):
-            if int(path.stem.removeprefix("rank_")) % world.size == world.rank and path != own:
+        for path in (folder / "cells").iterdir():
+            match = re.fullmatch(r"rank_(\d+)\.jsonl", path.name)
+            if match and int(match[1]) % world.size == world.rank and path != own:
                 cut_back(path, first_step)
         self.file = JsonLines(own, first_step)
 

@@ -94,7 +94,11 @@ class StepResults:
         if not masked and not self.warned_of_no_mask:
             self.warned_of_no_mask = True
             if self.world.is_main:
-                print(f"No token of step {pending.step} is masked: there is nothing to learn from it.", flush=True)
+                print(
+                    f"No token of step {pending.step} is masked: there is nothing to learn from it. Tokens below "
+                    f"data.num_special_tokens={self.config.data.num_special_tokens} never are.",
+                    flush=True,
+                )
         skipped = not norm < float("inf")
         progress, training = self.progress, self.config.training
         progress.tokens += int(tokens)

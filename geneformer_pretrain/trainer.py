@@ -23,7 +23,7 @@ from .cuda_graphs import MicroBatchGraphs, takes_cuda_graphs
 from .data.batch import Batch, PackedBatch
 from .data.source import check_data, open_training_data, open_validation_data
 from .distributed import World
-from .earlier_run import has_results, move_aside
+from .earlier_run import has_results, move_aside, require_no_other_use
 from .export import gather_weights, write_model
 from .folders import writing_to
 from .metrics import MetricsLog, cut_back
@@ -97,6 +97,7 @@ class Trainer:
         self.constant_shapes = compiled
         self.optimizer = build_optimizer(self.engine.model, training)
 
+        self._write(lambda: require_no_other_use(self.folder))
         if not training.resume_from_checkpoint:
             previous = self._write(lambda: move_aside(self.folder))
             if previous is not None:

@@ -178,9 +178,10 @@ def _inspect(path: Path) -> _ParquetSource:
         with pq.ParquetFile(path) as file:
             schema, metadata = file.schema_arrow, file.metadata
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(
-            f"{path}: cannot be read as parquet ({error}); replace the file or take it out of the corpus"
-        ) from error
+        advice = "replace the file or take it out of the corpus"
+        if path.suffix in (".arrow", ".json"):
+            advice = "of a dataset saved with save_to_disk, give the folder"
+        raise ValueError(f"{path}: cannot be read as parquet ({error}); {advice}") from error
     require_column(schema, path)
     if metadata.num_rows == 0:
         raise ValueError(f"{path}: the file has no rows; take it out of the corpus")

@@ -118,11 +118,11 @@ def test_a_run_that_was_cut_off_before_its_first_save_starts_in_place(tmp_path: 
 def test_a_damaged_log_leaves_the_record_as_it_was(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
-    (run / "config.yaml").write_text("mine")
+    (run / "config.yaml").write_text("seed: 1\ngit_revision: mine\n")
     (run / "metrics.jsonl").write_text("also mine\n")
     with pytest.raises(TrainingError, match=r"metrics\.jsonl, line 1: not a record of a step; mend"):
         train.run(tiny_config(tmp_path))
-    assert (run / "config.yaml").read_text() == "mine"
+    assert (run / "config.yaml").read_text() == "seed: 1\ngit_revision: mine\n"
 
 
 def test_failed_start_moves_nothing_aside(tmp_path: Path) -> None:

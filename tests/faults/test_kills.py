@@ -92,6 +92,6 @@ def test_crashes_while_committing_and_pruning(
     process = start([*given, end], 2)
     process.complete()
     assert resumed_from(process.output()) == newest
-    assert not [*run.glob("*.tmp"), *run.glob("*.trash"), *run.glob("*.old")]
+    assert not [*run.glob("*.tmp"), *run.glob("*.trash"), *run.glob("*.replaced")]
     start([*given, end, f"training.checkpoint_dir={tmp_path / 'whole'}"], 2).complete()
     assert_bitwise_equal(run, tmp_path / "whole")

@@ -109,6 +109,15 @@ def test_source_that_changes_during_the_conversion(
     assert [path.suffix for path in cache.iterdir()] == [".lock"]
 
 
+@pytest.mark.parametrize("name", ["data-00000-of-00001.arrow", "state.json"])
+def test_a_file_of_a_saved_folder_is_not_called_damaged(tmp_path: Path, cache: Path, name: str) -> None:
+    (tmp_path / name).write_text("{}" * 10)
+    with pytest.raises(
+        ValueError, match=rf"{name}: cannot be read as parquet .*saved with save_to_disk, give the folder"
+    ):
+        open_corpus(tmp_path / name, cache)
+
+
 def test_a_second_column_of_the_same_name_is_refused(tmp_path: Path, cache: Path) -> None:
     cells = pa.array([[1, 2], [3]])
     pq.write_table(pa.Table.from_arrays([cells, cells], ["input_ids", "input_ids"]), tmp_path / "cells.parquet")

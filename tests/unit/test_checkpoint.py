@@ -134,7 +134,7 @@ def test_folders_that_cannot_be_deleted_do_not_stop_training(
 
 def test_only_leftovers_of_our_own_are_removed(tmp_path: Path) -> None:
     save(CheckpointStore(tmp_path, keep_last_n=2), 1)
-    for name in ("step_2.tmp", "step_3.trash", "step_1.old", "step_x.tmp", "my.tmp", "final_model"):
+    for name in ("step_2.tmp", "step_3.trash", "step_1.replaced", "step_x.tmp", "my.tmp", "final_model"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").touch()
     store = CheckpointStore(tmp_path, keep_last_n=2)
@@ -154,6 +154,19 @@ def test_links_to_checkpoints_are_pruned_and_what_they_lead_to_stays(tmp_path: P
     assert_holds(CheckpointStore(tmp_path / "run", keep_last_n=1), 2)
     assert names(tmp_path / "run") == ["step_2"]
     assert (tmp_path / "kept/checkpoint.pt").is_file()
+
+
+def test_a_link_that_leads_nowhere_is_damage(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = CheckpointStore(tmp_path, keep_last_n=3)
+    save(store, 1)
+    (tmp_path / "step_2").symlink_to(tmp_path / "not mounted")
+    store = CheckpointStore(tmp_path, keep_last_n=3)
+    assert_holds(store, 1)
+    assert "step_2 is damaged and will not be used" in caplog.text
+    save(store, 2)
+    assert not (tmp_path / "step_2").is_symlink()
+    assert_holds(CheckpointStore(tmp_path, keep_last_n=3), 2)
+    assert names(tmp_path) == ["step_1", "step_2"]
 
 
 # Saving in the background

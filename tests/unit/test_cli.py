@@ -335,6 +335,9 @@ def test_error_in_a_real_process(tmp_path: Path) -> None:
         (["my key=3"], "my key=3: Hydra cannot read this. See that the key is a name"),
         (["-m", "training.seed=1,2"], "--multirun is not supported"),
         (["--multi", "training.seed=1,2"], "--multirun is not supported"),
+        (["--resolve"], "--resolve goes with --cfg job or --help"),
+        (["+model=106m"], "+model=106m: there is a model already; change it with model=106m."),
+        (["training.wandb_init_args=[a]"], "training.wandb_init_args: ['a'] is a list; give names and values"),
         (["learning_rate=1e-3"], "learning_rate: did you mean training.learning_rate?"),
         (["~training.sed"], "training.sed: did you mean training.seed?"),
         (["data.path=~/cells"], """for Hydra and for the shell: 'data.path="~/cells"'"""),
@@ -371,6 +374,7 @@ def test_arguments_that_are_left_to_hydra() -> None:
         ["-c", "job", "-cn", "10m", "hydra/job_logging=disabled", """data.path="a=b c's (1)\""""],
         ["hydra.searchpath=[file:///mine]", "model=mine", "mine.key=1"],
         ["model=${oc.env:SIZE}"],
+        ["--resolve", "--cfg", "job"],
     ):
         given = get_args_parser().parse_args(train.check_arguments(arguments))
         assert given == get_args_parser().parse_args(arguments)

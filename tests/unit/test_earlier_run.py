@@ -39,23 +39,52 @@ def test_only_what_a_run_wrote_is_moved(tmp_path: Path, capsys: pytest.CaptureFi
     run = tmp_path / "run"
     written = names(run)
     assert {"cells", "config.yaml", "final_model", "metrics.jsonl", "step_2"} <= set(written)
-    foreign = ["other_run", "corpus.parquet", "hang", "notes.txt", "step_x", "train.py"]
-    for name in ("other_run/step_1", "hang", "step_x"):
+    foreign = [
+        "other_run",
+        "corpus.parquet",
+        "final_model.old",
+        "hang",
+        "notes.txt",
+        "step_2.old",
+        "step_x",
+        "train.py",
+    ]
+    for name in ("other_run/step_1", "hang", "step_x", "step_2.old", "final_model.old"):
         (run / name).mkdir(parents=True)
-    for name in ("hang/man.txt", "corpus.parquet", "notes.txt", "train.py"):
+    for name in (
+        "hang/man.txt",
+        "corpus.parquet",
+        "notes.txt",
+        "train.py",
+        "cells/notes.txt",
+        "cells/rank_0 (1).jsonl",
+    ):
         (run / name).touch()
     again = tiny_config(tmp_path, "training.resume_from_checkpoint=false", "training.log_cell_ids=true")
     assert train.run(again) == 0
     (previous,) = run.glob("previous-*")
     assert names(previous) == written
     assert names(run) == sorted([*written, *foreign, previous.name])
+    assert names(previous / "cells") == ["rank_0.jsonl"]
+    assert names(run / "cells") == ["notes.txt", "rank_0 (1).jsonl", "rank_0.jsonl"]
     assert f"The earlier run in {run} is in {previous} now." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("resume", ["true", "false"])
 def test_a_configuration_of_something_else_is_not_overwritten(tmp_path: Path, resume: str) -> None:
-    (tmp_path / "run").mkdir()
+    (tmp_path / "run/final_model").mkdir(parents=True)
     (tmp_path / "run/config.yaml").write_text("mine: true\n")
+    (tmp_path / "run/metrics.jsonl").write_text('{"step": 10}\n')
     with pytest.raises(TrainingError, match=r"run/config\.yaml is not of a run, .* move the file away"):
         train.run(tiny_config(tmp_path, f"training.resume_from_checkpoint={resume}"))
     assert (tmp_path / "run/config.yaml").read_text() == "mine: true\n"
+    assert (tmp_path / "run/metrics.jsonl").read_text() == '{"step": 10}\n'
+    assert names(tmp_path / "run") == ["config.yaml", "exit.json", "final_model", "metrics.jsonl"]
+
+
+def test_a_log_of_something_else_is_moved_aside(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/metrics.jsonl").write_text('{"step": 10}\n')
+    assert train.run(tiny_config(tmp_path)) == 0
+    (previous,) = (tmp_path / "run").glob("previous-*")
+    assert (previous / "metrics.jsonl").read_text() == '{"step": 10}\n'

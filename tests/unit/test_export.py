@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -133,7 +134,7 @@ def test_a_later_export_replaces_the_earlier(exported):
     config = tiny_config(folder, "training.num_train_steps=3", "model.hidden_act=gelu")
     assert run(config) == 0
     assert (exported / "model.safetensors").stat().st_ino != before
-    assert not [path for path in exported.parent.iterdir() if path.suffix in (".tmp", ".old")]
+    assert not [path for path in exported.parent.iterdir() if path.suffix in (".tmp", ".replaced")]
     assert Path(exported / "config.json").is_file()
 
 
@@ -155,14 +156,14 @@ def test_what_an_interrupted_export_left_is_no_obstacle(tmp_path):
     assert run(config) == 0
     final_model = tmp_path / "run/final_model"
     weights = (final_model / "model.safetensors").read_bytes()
-    final_model.rename(tmp_path / "run/final_model.old")
+    final_model.rename(tmp_path / "run/final_model.replaced")
     (tmp_path / "run/final_model.tmp").mkdir()
     (tmp_path / "run/final_model.tmp/model.safetensors").touch()
     for _ in range(2):
         assert run(config) == 0
         assert (final_model / "model.safetensors").read_bytes() == weights
         assert not list((tmp_path / "run").glob("final_model.*"))
-        (tmp_path / "run/final_model.old/deep").mkdir(parents=True)
+        (tmp_path / "run/final_model.replaced/deep").mkdir(parents=True)
 
 
 def test_a_link_is_replaced_and_what_it_leads_to_stays(tmp_path):
@@ -177,6 +178,20 @@ def test_a_link_is_replaced_and_what_it_leads_to_stays(tmp_path):
         assert not final_model.is_symlink()
         assert (final_model / "model.safetensors").is_file()
         assert (tmp_path / "elsewhere/model.safetensors").is_file()
+
+
+def test_a_link_that_leads_nowhere_is_replaced_and_a_file_is_not(tmp_path):
+    config = tiny_config(tmp_path)
+    (tmp_path / "run").mkdir()
+    final_model = tmp_path / "run/final_model"
+    final_model.symlink_to(tmp_path / "not mounted")
+    assert run(config) == 0
+    assert not final_model.is_symlink()
+    shutil.rmtree(final_model)
+    final_model.write_text("mine")
+    with pytest.raises(TrainingError, match=rf"cannot write to {final_model} \(Not a directory\)"):
+        run(config)
+    assert final_model.read_text() == "mine"
 
 
 def test_an_export_that_may_not_be_replaced_is_named(tmp_path, monkeypatch):
@@ -195,7 +210,7 @@ def test_an_export_that_may_not_be_replaced_is_named(tmp_path, monkeypatch):
 def test_a_leftover_that_cannot_be_deleted_is_named(tmp_path, monkeypatch):
     config = tiny_config(tmp_path)
     assert run(config) == 0
-    delete, left = export.delete_folder, tmp_path / "run/final_model.old"
+    delete, left = export.delete_folder, tmp_path / "run/final_model.replaced"
     left.mkdir()
 
     def refuse(folder):

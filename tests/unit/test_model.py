@@ -511,11 +511,16 @@ def test_unsupported_arguments_are_refused():
     packed = packed_arguments(ids, mask, labels)
     with pytest.raises(ValueError, match="output_attentions"):
         ours(ids, output_attentions=True)
+    with pytest.raises(NotImplementedError, match=r"stock transformers\.BertForMaskedLM, resize it there"):
+        ours.resize_token_embeddings(200)
+    assert ours(ids).logits.shape[-1] == SIZES["vocab_size"]
     with pytest.raises(TypeError, match="inputs_embeds"):
         ours(ids, inputs_embeds=torch.zeros(1))
     with pytest.raises(ValueError, match="tokens beyond position 2047; this model has 2048 positions"):
         ours(torch.full((1, 2049), 5))
-    assert ours(torch.full((1, 2049), 5), torch.arange(2049)[None] < 9).logits.isfinite().all()
+    ends = torch.arange(2049)[None]
+    assert ours(torch.full((1, 2049), 5), ends < 9).logits.isfinite().all()
+    assert ours(torch.full((1, 2049), 5), ends > 2040, position_ids=(ends - 2041).clamp(min=0)).logits.isfinite().all()
     with pytest.raises(ValueError, match="attention_mask has the shape"):
         ours(ids, mask[:, None, None])
     with pytest.raises(ValueError, match="together"):

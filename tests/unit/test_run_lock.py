@@ -14,7 +14,14 @@ import torch.distributed as dist
 from geneformer_pretrain.checkpoint import CheckpointError
 from geneformer_pretrain.config import ConfigError
 from geneformer_pretrain.earlier_run import move_aside
-from geneformer_pretrain.run_lock import EARLIER_EXIT_FILE, LOCK_FILE, hold_folder, is_used, telling_of_failed_start
+from geneformer_pretrain.run_lock import (
+    EARLIER_EXIT_FILE,
+    EXIT_FILE,
+    LOCK_FILE,
+    hold_folder,
+    is_used,
+    telling_of_failed_start,
+)
 
 
 def test_held_until_the_end_and_then_gone(tmp_path: Path) -> None:
@@ -72,6 +79,15 @@ def test_what_a_killed_start_put_out_of_sight_is_not_the_last_end(tmp_path: Path
         previous = move_aside(tmp_path)
     assert previous is not None
     assert [entry.name for entry in previous.iterdir()] == ["step_1"]
+
+
+def test_a_file_of_something_else_is_not_taken_for_the_last_end(tmp_path: Path) -> None:
+    (tmp_path / EXIT_FILE).write_text("doors")
+    for start in (hold_folder(tmp_path), telling_of_failed_start(str(tmp_path))):
+        with pytest.raises(CheckpointError, match=r"exit\.json is not of a run, .* move the file away"), start:
+            raise CheckpointError("exit.json is not of a run, so move the file away")
+    assert [entry.name for entry in tmp_path.iterdir()] == [EXIT_FILE]
+    assert (tmp_path / EXIT_FILE).read_text() == "doors"
 
 
 def test_without_locks_the_run_starts_with_a_warning(
