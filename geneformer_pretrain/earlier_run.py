@@ -3,6 +3,7 @@
 import json
 import re
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from .config import ConfigError
@@ -70,4 +71,7 @@ def move_aside(directory: str | Path) -> Path | None:
         target = previous / entry.relative_to(directory)
         target.parent.mkdir(exist_ok=True)
         entry.rename(target.with_name(EXIT_FILE) if entry.name == EARLIER_EXIT_FILE else target)
+    for name in _OF_RANKS:
+        with suppress(OSError):  # It is not there, or has files of others.
+            (directory / name).rmdir()
     return previous

@@ -22,12 +22,14 @@ def test_checkpoints_moved_aside_are_whole(tmp_path: Path) -> None:
     for step in (1, 2):
         save(CheckpointStore(tmp_path, keep_last_n=2), step)
         (tmp_path / "metrics.jsonl").write_text(str(step))
+        (tmp_path / "cells").mkdir()
+        (tmp_path / "cells/rank_0.jsonl").touch()
         previous = move_aside(tmp_path)
         assert previous is not None
         moved.append(previous)
     assert names(tmp_path) == sorted(path.name for path in moved)
     for step, previous in enumerate(moved, start=1):
-        assert names(previous) == ["metrics.jsonl", f"step_{step}"]
+        assert names(previous) == ["cells", "metrics.jsonl", f"step_{step}"]
         assert_holds(CheckpointStore(previous, keep_last_n=2), step)
     assert CheckpointStore(tmp_path, keep_last_n=2).find_latest() is None
 
