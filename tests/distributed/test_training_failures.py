@@ -174,6 +174,7 @@ def test_where_rank_0_cannot_write_all_ranks_stop(tmp_path: Path, run_workers: R
     for file in (export / "final_model.tmp", torn / "metrics.jsonl"):
         file.parent.mkdir()
         file.write_text("{}\n")
+    (torn / "config.yaml").write_text("seed: 1\ngit_revision: mine\n")  # without which the log is someone else's
     given = overrides(tmp_path)
     runs = [[*given, f"training.checkpoint_dir={folder}"] for folder in (record, metrics, export, torn)]
     first, second = run_workers(fail_to_write, 2, runs)
