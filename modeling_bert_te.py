@@ -527,8 +527,14 @@ class BertForMaskedLM(PreTrainedModel):
         return self.bert.embeddings.word_embeddings
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """Refused, before anything is changed."""
-        raise NotImplementedError(
+        """Refuse, before anything is changed: the head's bias and the kernels are made for the vocabulary of the weights.
+
+        Raises
+        ------
+        ValueError
+            Always, with the way round.
+        """
+        raise ValueError(
             "This class does not resize its vocabulary: load the model with stock transformers.BertForMaskedLM, resize "
             "it there, save it, and load that with this class."
         )

@@ -129,8 +129,9 @@ def main() -> None:
     parser.add_argument("--tokens-per-cell", type=int, default=2, help="tokens in each of them")
     parser.add_argument("--batch-rows", type=int, default=1000, help="cells in a record batch")
     parser.add_argument("--shards", type=int, default=8, help="files in the saved folder")
-    help_of_size = "size of a parquet file to convert too; default: none"
-    parser.add_argument("--convert-megabytes", type=int, default=0, help=help_of_size)
+    parser.add_argument(
+        "--convert-megabytes", type=int, default=0, help="size of parquet to convert too; default: none"
+    )
     parser.add_argument("--folder", type=Path, help="where to make the temporary folder")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:

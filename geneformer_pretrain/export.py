@@ -38,11 +38,10 @@ def write_model(tensors: dict[str, Tensor], config: ModelConfig, folder: Path) -
     OSError
         Naming the path that cannot be written, replaced or deleted.
     """
-    if folder.exists():
-        refusal = 0 if os.access(folder, os.W_OK) else errno.EACCES
-        refusal = refusal if folder.is_dir() else errno.ENOTDIR
-        if refusal:
-            raise OSError(refusal, os.strerror(refusal), str(folder))
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+    if folder.exists() and not os.access(folder, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
     temporary, previous = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".replaced")
     _remove(temporary)  # as an interrupted export leaves it
     temporary.mkdir(parents=True)
