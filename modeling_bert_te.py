@@ -527,7 +527,7 @@ class BertForMaskedLM(PreTrainedModel):
         return self.bert.embeddings.word_embeddings
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """Refuse, before anything is changed: the head's bias and the kernels are made for the vocabulary of the weights.
+        """Refuse, before anything is changed.
 
         Raises
         ------
