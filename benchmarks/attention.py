@@ -68,7 +68,7 @@ def main() -> None:
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("no CUDA GPU is visible here")
-    from geneformer_pretrain import triton_attention
+    from geneformer_pretrain.kernels import attention as triton_attention
 
     cu_seqlens = pack(args.tokens)
     lengths = cu_seqlens.diff().double()

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from geneformer_pretrain.data.batch import BatchBuilder, build_batches
 from geneformer_pretrain.data.corpus import Corpus, open_corpus
 from geneformer_pretrain.data.loader import Loader
-from geneformer_pretrain.data.plan import PackShape
+from geneformer_pretrain.data.packing import PackShape
 from geneformer_pretrain.data.stream import PackStream
 
 VOCAB_SIZE = 25426

@@ -15,11 +15,11 @@ from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from geneformer_pretrain.config import load_config
+from geneformer_pretrain.config.schema import load_config
 from geneformer_pretrain.data.loader import Loader
-from geneformer_pretrain.distributed import distributed_world
-from geneformer_pretrain.stopping import StopSignals
-from geneformer_pretrain.trainer import Trainer
+from geneformer_pretrain.distributed.world import distributed_world
+from geneformer_pretrain.run.signals import StopSignals
+from geneformer_pretrain.training.trainer import Trainer
 
 WARMUP, PROFILED = 25, 5
 

@@ -44,7 +44,7 @@ import psutil
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.lognormal_corpus import NUM_SPECIAL_TOKENS, VOCAB_SIZE, write_corpus
-from geneformer_pretrain.config import Config, ModelConfig, load_config
+from geneformer_pretrain.config.schema import Config, ModelConfig, load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 VARIANTS = {
@@ -132,7 +132,7 @@ def run_baseline(name: str, corpus: Path, kind: str, args: argparse.Namespace) -
     from torch.utils.data import DataLoader
     from transformers import BertConfig, BertForMaskedLM, DataCollatorForLanguageModeling, PreTrainedTokenizerFast
 
-    from geneformer_pretrain.parallel import architecture
+    from geneformer_pretrain.distributed.engines import architecture
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = configuration(name, args)

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
-from geneformer_pretrain.checkpoint import CheckpointStore
-from geneformer_pretrain.checkpoint_manifest import read_manifest
+from geneformer_pretrain.checkpoint.manifest import read_manifest
+from geneformer_pretrain.checkpoint.store import CheckpointStore
 
 FORMATS = ("full", "sharded")
 

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from geneformer_pretrain.config import Config, load_config
+from geneformer_pretrain.config.schema import Config, load_config
 
 RunWorkers = Callable[..., list[Any]]
 """The fixture `run_workers`: results of a function on each of several ranks."""

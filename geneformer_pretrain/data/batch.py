@@ -14,8 +14,8 @@ import torch
 from numba import carray, types
 from numba.extending import intrinsic
 
-from geneformer_pretrain.data.compiling import compiled
 from geneformer_pretrain.data.corpus import Corpus
+from geneformer_pretrain.data.jit import compiled
 from geneformer_pretrain.data.masking import (
     IGNORED_LABEL,
     MASK_STREAM,
@@ -24,7 +24,7 @@ from geneformer_pretrain.data.masking import (
     mask_cell,
     mask_segments,
 )
-from geneformer_pretrain.data.plan import PackShape
+from geneformer_pretrain.data.packing import PackShape
 from geneformer_pretrain.data.stream import PackStream
 
 _ALIGNMENT = 32

@@ -10,7 +10,7 @@ import torch
 
 from geneformer_pretrain.data.batch import Batch, BatchBuilder
 from geneformer_pretrain.data.corpus import Corpus
-from geneformer_pretrain.data.plan import PackShape
+from geneformer_pretrain.data.packing import PackShape
 from geneformer_pretrain.data.stream import PackStream
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import xxhash
 from filelock import FileLock
 
-from geneformer_pretrain.data.plan import (
+from geneformer_pretrain.data.packing import (
     GROUP_PACKS,
     PLANNER_VERSION,
     SHUFFLE_WINDOW_BLOCKS,
@@ -28,7 +28,7 @@ from geneformer_pretrain.data.plan import (
     permutation,
     summarize,
 )
-from geneformer_pretrain.folders import writing_to
+from geneformer_pretrain.run.writing import writing_to
 
 log = logging.getLogger(__name__)
 

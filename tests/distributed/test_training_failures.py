@@ -11,12 +11,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 import train
-from geneformer_pretrain import checkpoint, trainer
-from geneformer_pretrain.checkpoint import CheckpointSaveError
-from geneformer_pretrain.config import Config, load_config
+from geneformer_pretrain.checkpoint import store as checkpoint
+from geneformer_pretrain.checkpoint.store import CheckpointSaveError
+from geneformer_pretrain.config.schema import Config, load_config
 from geneformer_pretrain.data.batch import Batch
-from geneformer_pretrain.distributed import World
-from geneformer_pretrain.trainer import PendingStep, Trainer, TrainingError
+from geneformer_pretrain.distributed.world import World
+from geneformer_pretrain.training import trainer
+from geneformer_pretrain.training.trainer import PendingStep, Trainer, TrainingError
 from tests.tiny import (
     RunWorkers,
     one_cpu_thread,  # noqa: F401 - an automatic fixture

@@ -15,8 +15,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from geneformer_pretrain import watchdog
 from geneformer_pretrain.data.batch import BatchBuilder
+from geneformer_pretrain.distributed import watchdog
 
 watchdog.INTERVAL, watchdog.CONFIRM_SECONDS, watchdog.REPORT_SECONDS = 0.2, 1.0, 3.0
 kind, *numbers = sys.argv[1].split(":")

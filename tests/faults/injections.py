@@ -10,9 +10,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from geneformer_pretrain import checkpoint, trainer
+from geneformer_pretrain.checkpoint import store as checkpoint
 from geneformer_pretrain.data.batch import Batch
-from geneformer_pretrain.trainer import Trainer
+from geneformer_pretrain.training import trainer
+from geneformer_pretrain.training.trainer import Trainer
 
 
 def die(*_: object) -> None:

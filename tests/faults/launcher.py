@@ -19,7 +19,7 @@ import torch.distributed as dist
 from hydra import compose, initialize_config_dir
 
 import train
-from geneformer_pretrain.config import CONFIG_DIR
+from geneformer_pretrain.config.schema import CONFIG_DIR
 
 Fault = Callable[[int], None]
 """Called with the rank, in its process, before train.py begins: replaces what is to fail. Importable by name."""

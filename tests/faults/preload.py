@@ -3,11 +3,11 @@
 import tempfile
 from pathlib import Path
 
-import geneformer_pretrain.parallel  # noqa: F401
+import geneformer_pretrain.distributed.engines  # noqa: F401
 import tests.faults.injections
 import tests.faults.launcher  # noqa: F401
 from geneformer_pretrain.data.batch import build_batches
-from geneformer_pretrain.data.source import open_training_data
+from geneformer_pretrain.data.dataset import open_training_data
 from tests.tiny import tiny_config
 
 with tempfile.TemporaryDirectory() as folder:

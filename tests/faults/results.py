@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from geneformer_pretrain.checkpoint_format import FORMATS
-from geneformer_pretrain.checkpoint_manifest import describe
-from geneformer_pretrain.checkpoint_tensors import Shards
+from geneformer_pretrain.checkpoint.formats import FORMATS
+from geneformer_pretrain.checkpoint.manifest import describe
+from geneformer_pretrain.checkpoint.shards import Shards
 from tests.tiny import read_metrics
 
 ENGINES = {"DDP": "training.use_fsdp2=false", "FSDP2": "training.use_fsdp2=true"}

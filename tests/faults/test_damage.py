@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from geneformer_pretrain.checkpoint_manifest import describe, read_manifest, write_manifest
+from geneformer_pretrain.checkpoint.manifest import describe, read_manifest, write_manifest
 from tests.faults.results import ENGINES, assert_bitwise_equal, reported, resumed_from, steps_good, steps_saved
 from tests.tiny import overrides, read_exit
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import train
-from geneformer_pretrain import meeting
-from geneformer_pretrain.config import Config
+from geneformer_pretrain.config.schema import Config
+from geneformer_pretrain.distributed import rendezvous as meeting
 from tests.faults.results import ENDLESS
 from tests.tiny import make_cells, overrides, read_exit, write_parquet
 

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from geneformer_pretrain.config import load_config
+from geneformer_pretrain.config.schema import load_config
 from geneformer_pretrain.data.batch import build_batches
-from geneformer_pretrain.distributed import distributed_world
-from geneformer_pretrain.trainer import Trainer
+from geneformer_pretrain.distributed.world import distributed_world
+from geneformer_pretrain.training.trainer import Trainer
 from tests.tiny import RunWorkers, read_metrics
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]

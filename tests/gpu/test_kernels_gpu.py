@@ -47,7 +47,7 @@ def make(lengths, heads, size, scale=1.0, seed=0):
 
 
 def run(qkv, cu_seqlens, dropout=0.0, seed=7, bias=None):
-    from geneformer_pretrain.triton_attention import packed_attention, tile_list
+    from geneformer_pretrain.kernels.attention import packed_attention, tile_list
 
     qkv = qkv.detach().requires_grad_()
     tiles = tile_list(cu_seqlens, len(qkv))
@@ -172,7 +172,7 @@ def test_gradients_are_deterministic():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("with_b", [False, True])
 def test_residual_norm(rows, width, dropout, dtype, with_b):
-    from geneformer_pretrain.triton_norm import residual_norm
+    from geneformer_pretrain.kernels.norm import residual_norm
 
     torch.manual_seed(rows + width)
     x, residual, grad = (torch.randn(rows, width, device="cuda").bfloat16() for _ in range(3))
@@ -201,7 +201,7 @@ def test_residual_norm(rows, width, dropout, dtype, with_b):
 
 
 def test_residual_norm_repeats_itself():
-    from geneformer_pretrain.triton_norm import residual_norm
+    from geneformer_pretrain.kernels.norm import residual_norm
 
     x, residual, grad = (torch.randn(3000, 256, device="cuda").bfloat16() for _ in range(3))
     grads = []
@@ -216,7 +216,7 @@ def test_residual_norm_repeats_itself():
 @pytest.mark.parametrize(("width", "inner"), [(512, 256), (3072, 768), (1000, 72), (264, 2560)])
 @pytest.mark.parametrize("feed_forward", [False, True])
 def test_products_beside_a_residual_connection(rows, width, inner, feed_forward):
-    from geneformer_pretrain.triton_linear import FeedForward, LinearBesideResidual
+    from geneformer_pretrain.kernels.linear import FeedForward, LinearBesideResidual
 
     torch.manual_seed(rows + width)
     x, expand, bias, contract = (
@@ -241,7 +241,7 @@ def test_products_beside_a_residual_connection(rows, width, inner, feed_forward)
 
 
 def test_labels_that_are_no_column_make_the_loss_nan():
-    from geneformer_pretrain.triton_linear import cross_entropy_
+    from geneformer_pretrain.kernels.linear import cross_entropy_
 
     losses = cross_entropy_(torch.zeros(4, 16, device="cuda"), torch.tensor([3, -100, 16, -5], device="cuda"), True)
     assert losses.isnan().tolist() == [False, False, True, True]
@@ -251,7 +251,7 @@ def test_labels_that_are_no_column_make_the_loss_nan():
 @pytest.mark.parametrize(("rows", "width"), [(1, 2), (257, 1000), (64, 25472), (3, 65536)])
 @pytest.mark.parametrize("spread", [1.0, 30.0])
 def test_linear_cross_entropy(rows, width, spread):
-    from geneformer_pretrain.triton_linear import linear_cross_entropy
+    from geneformer_pretrain.kernels.linear import linear_cross_entropy
 
     torch.manual_seed(rows)
     x, weight, bias = (torch.randn(*size, device="cuda") for size in ((rows, 64), (width, 64), (width,)))
@@ -277,7 +277,9 @@ def test_linear_cross_entropy(rows, width, spread):
 
 
 def test_operators_are_what_the_compiler_is_told():
-    from geneformer_pretrain import triton_attention, triton_linear, triton_norm
+    from geneformer_pretrain.kernels import attention as triton_attention
+    from geneformer_pretrain.kernels import linear as triton_linear
+    from geneformer_pretrain.kernels import norm as triton_norm
 
     def half(*size):
         return torch.randn(*size, device="cuda", dtype=torch.bfloat16)

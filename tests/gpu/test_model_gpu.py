@@ -120,7 +120,7 @@ def test_bf16_matches_float32_stock(lengths, compile_blocks, kernel):
     packed, padded = pack(lengths, seed=len(lengths))
     ours = our_model(stock, compile_blocks)
     if kernel == "triton":
-        from geneformer_pretrain.triton_kernels import TritonAttention, TritonFused
+        from geneformer_pretrain.kernels.adapters import TritonAttention, TritonFused
 
         ours.set_attention(TritonAttention())
         ours.set_fused_kernels(TritonFused())

@@ -5,8 +5,8 @@ import torch
 from test_model_gpu import gradients, our_model, pack, relative_error, stock_model
 from torch.distributed.device_mesh import init_device_mesh
 
-from geneformer_pretrain.distributed import distributed_world
-from geneformer_pretrain.parallel import _nvfsdp, nvfsdp_sharding
+from geneformer_pretrain.distributed.engines import _nvfsdp, nvfsdp_sharding
+from geneformer_pretrain.distributed.world import distributed_world
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
 parameter_group = pytest.importorskip("megatron_fsdp.experimental.parameter_group")

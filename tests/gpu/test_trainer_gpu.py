@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from geneformer_pretrain.config import load_config
-from geneformer_pretrain.distributed import distributed_world
-from geneformer_pretrain.stopping import StopSignals
-from geneformer_pretrain.trainer import Trainer
+from geneformer_pretrain.config.schema import load_config
+from geneformer_pretrain.distributed.world import distributed_world
+from geneformer_pretrain.run.signals import StopSignals
+from geneformer_pretrain.training.trainer import Trainer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
 

@@ -1,0 +1,142 @@
+"""Everything that a checkpoint holds: weights, optimizer, and the position in the data."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from geneformer_pretrain.config.schema import ConfigError
+from modeling_bert_te import BertForMaskedLM
+
+
+@dataclass(frozen=True)
+class DataIdentity:
+    """What decides which tokens are seen at which step, and how they are masked.
+
+    A run may only be resumed with the same identity; else cells would be repeated or lost unnoticed.
+    """
+
+    corpus: str
+    vocabulary: str | None
+    seed: int
+    packing: bool
+    micro_batch_size: int
+    seq_length: int
+    max_cells_per_pack: int
+    shuffle_block_cells: int | None
+    mlm_probability: float
+    num_special_tokens: int
+    mask_token_id: int
+    vocab_size: int
+    planner_version: int
+
+    def require_same(
+        self, saved: dict[str, Any], where: str, files: dict[str, str], saved_files: dict[str, str]
+    ) -> None:
+        """Raise ConfigError that lists what differs from the identity saved in a checkpoint.
+
+        Parameters
+        ----------
+        saved
+            Identity in the checkpoint `where`.
+        files, saved_files
+            What to call the hashes of files, here and in the checkpoint: see `DataSource.files`.
+        """
+        changes = []
+        for name, value in asdict(self).items():
+            if saved.get(name) != value:
+                then, now = saved_files.get(name, repr(saved.get(name))), files.get(name, repr(value))
+                changes.append(f"{name}: {then} in the checkpoint, {now if then != now else 'of other content'} now")
+        if changes:
+            raise ConfigError(
+                f"The data of this run differ from those of {where}:\n  " + "\n  ".join(changes) + "\n"
+                "Give back the earlier values, start afresh with training.resume_from_checkpoint=false, or go on "
+                "with the new data from the start of an epoch with training.accept_changed_data=true."
+            )
+
+
+def require_same_model(now: dict[str, Any], saved: dict[str, Any], where: str) -> None:
+    """Raise ConfigError that lists what makes this model another function of the same weights.
+
+    Shapes are compared when tensors are loaded. Dropout may change between a run and its resumption.
+    """
+    changes = [
+        f"model.{name}: {saved[name]!r} in the checkpoint, {value!r} now"
+        for name, value in now.items()
+        if name in saved and not name.endswith("_dropout_prob") and name != "initializer_range" and saved[name] != value
+    ]
+    if changes:
+        raise ConfigError(
+            f"The model of this run differs from that of {where}:\n  " + "\n  ".join(changes) + "\n"
+            "Give back the earlier values, or name another training.checkpoint_dir."
+        )
+
+
+@dataclass
+class Progress:
+    """How far the run has got.
+
+    Attributes
+    ----------
+    step
+        Completed optimizer steps.
+    next_pack
+        Number of the first pack of the endless stream that is still to be trained on.
+    epoch, epoch_first_pack
+        Epoch that holds `next_pack`, and the number of that epoch's first pack.
+    packs_per_step
+        Packs of one optimizer step, over all ranks; fixed when the run is first launched.
+    tokens, cells
+        Trained on so far, padding not counted.
+    skipped_steps
+        Updates left out because a gradient was not finite.
+    """
+
+    packs_per_step: int
+    step: int = 0
+    next_pack: int = 0
+    epoch: int = 0
+    epoch_first_pack: int = 0
+    tokens: int = 0
+    cells: int = 0
+    skipped_steps: int = 0
+
+
+def accumulation_steps(packs_per_step: int, world_size: int) -> int:
+    """Micro-batches per rank and step.
+
+    Raises
+    ------
+    ConfigError
+        `world_size` does not divide the packs of a step; the message lists the sizes that do.
+    """
+    if packs_per_step % world_size:
+        sizes = [n for n in range(1, packs_per_step + 1) if packs_per_step % n == 0]
+        raise ConfigError(
+            f"This run takes {packs_per_step} packs per step, which {world_size} processes cannot share evenly. "
+            f"Resume it on {', '.join(map(str, sizes))} processes."
+        )
+    return packs_per_step // world_size
+
+
+def named_tensors(model: BertForMaskedLM, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
+    """Weights and optimizer state by canonical name; sharded engines give DTensors.
+
+    AdamW counts the same steps for each parameter, so one count stands for all.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in model.canonical_parameters():
+        state = optimizer.state[parameter]
+        tensors[f"model.{name}"] = parameter.detach()
+        tensors[f"optimizer.exp_avg.{name}"] = state["exp_avg"]
+        tensors[f"optimizer.exp_avg_sq.{name}"] = state["exp_avg_sq"]
+        tensors["optimizer.step"] = state["step"]
+    return tensors
+
+
+@torch.no_grad()
+def spread_optimizer_step(optimizer: torch.optim.AdamW, step: Tensor) -> None:
+    """Give each parameter the step count that was loaded for one of them."""
+    for state in optimizer.state.values():
+        state["step"].copy_(step)

@@ -1,0 +1,201 @@
+"""From the configuration to the data of a run: corpus, vocabulary, shape, and who they are."""
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from geneformer_pretrain.checkpoint.state import DataIdentity, Progress
+from geneformer_pretrain.config.schema import Config, ConfigError
+from geneformer_pretrain.data.batch import BatchBuilder
+from geneformer_pretrain.data.corpus import Corpus, open_corpus, require_corpus
+from geneformer_pretrain.data.loader import Loader
+from geneformer_pretrain.data.packing import PLANNER_VERSION, PackShape
+from geneformer_pretrain.data.stream import PackStream
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """An open corpus together with everything that turns it into micro-batches."""
+
+    config: Config
+    corpus: Corpus
+    shape: PackShape
+    vocabulary: str | None
+    pin_memory: bool
+
+    @property
+    def identity(self) -> DataIdentity:
+        """What must not change between a run and its resumption."""
+        model, data = self.config.model, self.config.data
+        return DataIdentity(
+            corpus=self.corpus.fingerprint,
+            vocabulary=self.vocabulary,
+            seed=self.config.training.seed,
+            packing=data.packing,
+            micro_batch_size=model.micro_batch_size,
+            seq_length=model.seq_length,
+            max_cells_per_pack=self.shape.max_cells,
+            shuffle_block_cells=data.shuffle_block_cells,
+            mlm_probability=self.config.training.mlm_probability,
+            num_special_tokens=data.num_special_tokens,
+            mask_token_id=data.mask_token_id,
+            vocab_size=model.vocab_size,
+            planner_version=PLANNER_VERSION,
+        )
+
+    @property
+    def files(self) -> dict[str, str]:
+        """For people, what the identity has hashes of: path and size of the corpus, path of the vocabulary."""
+        data, corpus = self.config.data, self.corpus
+        files = {"corpus": f"{os.path.abspath(data.path)} ({corpus.num_cells:,} cells, {corpus.num_tokens:,} tokens)"}
+        if data.vocab_path is not None:
+            files["vocabulary"] = os.path.abspath(data.vocab_path)
+        return files
+
+    def _masking(self) -> dict[str, Any]:
+        model, data = self.config.model, self.config.data
+        return {
+            "seed": self.config.training.seed,
+            "mlm_probability": self.config.training.mlm_probability,
+            "vocab_size": model.vocab_size,
+            "num_special_tokens": data.num_special_tokens,
+            "mask_token_id": data.mask_token_id,
+            "pad_token_id": model.pad_token_id,
+            "packing": data.packing,
+            "pin_memory": self.pin_memory,
+        }
+
+    def stream(self, epoch: int = 0, epoch_first_pack: int = 0) -> PackStream:
+        """The endless stream of packs, from the start of an epoch."""
+        return PackStream(
+            self.corpus.lengths,
+            self.corpus.fingerprint,
+            self.config.training.seed,
+            self.shape,
+            packing=self.config.data.packing,
+            plan_dir=Path(self.config.data.cache_dir) / "plans",
+            shuffle_block_cells=self.config.data.shuffle_block_cells,
+            epoch=epoch,
+            epoch_first_pack=epoch_first_pack,
+        )
+
+    def loader(self, stream: PackStream, progress: Progress, rank: int, world_size: int) -> Loader:
+        """Micro-batches of one rank from `progress` to the last step."""
+        return Loader(
+            self.corpus,
+            stream,
+            self.shape,
+            rank=rank,
+            world_size=world_size,
+            packs_per_step=progress.packs_per_step,
+            first_step=progress.step,
+            num_steps=self.config.training.num_train_steps - progress.step,
+            num_workers=self.config.training.num_workers,
+            **self._masking(),
+        )
+
+    def builder(self) -> BatchBuilder:
+        """Builds single micro-batches, for validation."""
+        return BatchBuilder(self.corpus, self.shape, **self._masking())
+
+
+def open_training_data(config: Config, is_main: bool, pin_memory: bool) -> DataSource:
+    """Open `data.path` and derive the constant shape of a micro-batch from its lengths."""
+    vocabulary = None if config.data.vocab_path is None else check_vocabulary(config)
+    corpus = _open("data.path", config.data.path, config, is_main)
+    shape = PackShape.create(
+        corpus.lengths,
+        micro_batch_size=config.model.micro_batch_size,
+        seq_length=config.model.seq_length,
+        mlm_probability=config.training.mlm_probability,
+        packing=config.data.packing,
+        max_cells=config.data.max_cells_per_pack,
+    )
+    return DataSource(config, corpus, shape, vocabulary, pin_memory)
+
+
+def open_validation_data(training: DataSource, is_main: bool) -> DataSource | None:
+    """Open `data.validation_path`, to be read in the shape of the training data."""
+    path = training.config.data.validation_path
+    return (
+        None
+        if path is None
+        else replace(training, corpus=_open("data.validation_path", path, training.config, is_main))
+    )
+
+
+def check_data(config: Config) -> None:
+    """Check what takes no time: that both corpora are there, and the vocabulary.
+
+    Raises
+    ------
+    ConfigError
+        Naming the key and the file.
+    """
+    if config.data.vocab_path is not None:
+        check_vocabulary(config)
+    for key, path in (("data.path", config.data.path), ("data.validation_path", config.data.validation_path)):
+        if path is not None:
+            try:
+                require_corpus(path)
+            except OSError as error:
+                raise ConfigError(f"{key}: {error}") from error
+
+
+def _open(key: str, path: str, config: Config, is_main: bool) -> Corpus:
+    try:
+        return open_corpus(path, config.data.cache_dir, vocab_size=config.model.vocab_size, show_progress=is_main)
+    except (ValueError, FileNotFoundError) as error:
+        raise ConfigError(f"{key}: {error}") from error
+    except OSError as error:  # of the cache, whose key it names
+        raise ConfigError(str(error)) from error
+
+
+def check_vocabulary(config: Config) -> str:
+    """Check the vocabulary file against the model, and return a hash of its tokens, however the lines end.
+
+    Raises
+    ------
+    ConfigError
+        Missing file, other number of tokens than model.vocab_size, a token twice, or <pad> or <mask> elsewhere
+        than the configuration says.
+    """
+    path = Path(str(config.data.vocab_path))
+    if not path.is_file():
+        raise ConfigError(f"data.vocab_path: no file {path}; name a vocabulary or set data.vocab_path=null.")
+    content = path.read_bytes()
+    try:
+        tokens = content.decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"data.vocab_path: {path} is not a text file in UTF-8 ({error}); name one with a token a line. How to "
+            "make one of Geneformer's token_dictionary.pkl stands in docs/data.md."
+        ) from error
+    if "" in tokens:
+        raise ConfigError(f"data.vocab_path: {path}, line {tokens.index('') + 1} is empty; each line is a token.")
+    if len(tokens) != config.model.vocab_size:
+        raise ConfigError(
+            f"data.vocab_path: {path} has {len(tokens)} tokens, model.vocab_size is {config.model.vocab_size}; name "
+            f"the vocabulary that the corpus was made with, or set model.vocab_size={len(tokens)} if it is this one."
+        )
+    if len(set(tokens)) < len(tokens):
+        twice = next(token for i, token in enumerate(tokens) if token in tokens[:i])
+        first, second = [number for number, token in enumerate(tokens, 1) if token == twice][:2]
+        raise ConfigError(
+            f"data.vocab_path: {path} lists the token {twice!r} in line {first} and in line {second}; correct one of "
+            "the two lines."
+        )
+    for key, token_id, name in (
+        ("model.pad_token_id", config.model.pad_token_id, "<pad>"),
+        ("data.mask_token_id", config.data.mask_token_id, "<mask>"),
+    ):
+        if tokens[token_id] != name:
+            remedy = f"set {key}={tokens.index(name)}, or name another file" if name in tokens else "name another file"
+            raise ConfigError(
+                f"data.vocab_path: {path}, line {token_id + 1}: {tokens[token_id]!r} where {key}={token_id} expects "
+                f"{name}; {remedy}."
+            )
+    return xxhash.xxh3_128_hexdigest("".join(f"{token}\n" for token in tokens).encode())

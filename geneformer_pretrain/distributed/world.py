@@ -1,0 +1,88 @@
+"""Process group, ranks and devices. One process without torchrun is a world of one."""
+
+import datetime
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from geneformer_pretrain.config.schema import ConfigError
+from geneformer_pretrain.distributed.agreement import naming_failed_connections
+from geneformer_pretrain.distributed.rendezvous import meet, telling_all_ranks
+
+
+@dataclass(frozen=True)
+class World:
+    """A process's place among all processes, which run on one or several nodes."""
+
+    rank: int
+    local_rank: int
+    size: int
+    device: torch.device
+    nodes: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process speaks for all: prints, logs and writes shared files."""
+        return self.rank == 0
+
+
+@contextmanager
+def distributed_world(timeout_minutes: float = 10.0) -> Iterator[World]:
+    """Join the process group that torchrun describes, or make one of a single process.
+
+    Each process drives the GPU of its local rank, or the CPU where there is no GPU. Tensors on a GPU are
+    reduced by NCCL, tensors in host memory by gloo.
+
+    Raises
+    ------
+    ConfigError
+        On every rank: more processes on a node than GPUs, or another mistake of a rank.
+    ConnectionError
+        The ranks cannot speak to each other.
+    TimeoutError
+        Some ranks did not come.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    nodes = int(os.environ.get("GROUP_WORLD_SIZE", 1))  # as torchrun calls them
+    with telling_all_ranks():
+        device = choose_device(local_rank)
+    store = meet()
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    store.set_timeout(timeout)
+    with naming_failed_connections():
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            rank=rank,
+            world_size=size,
+            store=dist.PrefixStore("default_pg", store),
+            timeout=timeout,
+            device_id=device if device.type == "cuda" else None,
+        )
+    failed = True
+    try:
+        yield World(rank, local_rank, size, device, nodes)
+        failed = False
+    finally:
+        # NCCL waits for the collectives of ranks that this one has left behind. Leaving makes torchrun end them.
+        if not failed or size == 1:
+            dist.destroy_process_group()
+
+
+def choose_device(local_rank: int) -> torch.device:
+    """Return the GPU of a local rank, now the current one, or the CPU where there is no GPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"Local rank {local_rank} has no GPU: this node has {torch.cuda.device_count()}. "
+            "Give torchrun an --nproc_per_node of at most that number."
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device

@@ -1,0 +1,123 @@
+"""GPU memory of a step, counted from the architecture (docs/performance.md compares), and what takes less of it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from geneformer_pretrain.config.schema import Config
+from geneformer_pretrain.data.packing import masked_capacity
+
+WEIGHT, GRADIENT, MOMENTS = 4, 4, 8
+"""Bytes a parameter: FP32 weight, FP32 gradient, AdamW's two FP32 moments."""
+
+
+def layer_activations(config: Config, itemsize: int) -> int:
+    """Bytes a token that one encoder layer keeps for the backward.
+
+    PyTorch layers keep its input, query, key and value, the attention's output, both sums before LayerNorm, the
+    first half's output, each of width H, and the activation of width F; dropout masks are computed again. In FP8, what
+    the matrix products of Transformer Engine keep is counted in one byte, and the activation twice.
+    """
+    h, f = config.model.hidden_size, config.model.intermediate_size
+    if config.training.use_fp8:
+        return 15 * h + 3 * f
+    return itemsize * (8 * h + f)
+
+
+def estimate_peak(
+    config: Config,
+    world_size: int,
+    num_parameters: int,
+    itemsize: int,
+    with_graphs: bool = False,
+    reshards: bool = True,
+) -> int:
+    """Peak memory of one GPU in bytes, without what PyTorch and the CUDA context hold besides.
+
+    The larger of two moments: the start of the backward, when all activations are there, and its end, when all
+    gradients are.
+
+    Parameters
+    ----------
+    world_size
+        Number of processes.
+    num_parameters
+        Of the whole model.
+    itemsize
+        Bytes of the compute dtype.
+    with_graphs
+        Whether micro-batches are replayed: several ranks then copy gradients into one buffer.
+    reshards
+        Whether a sharding engine frees gathered weights between forward and backward.
+    """
+    model, training = config.model, config.training
+    tokens, layers = model.token_budget, model.num_hidden_layers
+    every = training.recompute_every_n_layers
+    recomputed = -(-layers // every) if every else 0
+    kept = layers - recomputed + bool(recomputed)  # Recomputed layers come back one at a time.
+    of_layer = layer_activations(config, itemsize) * tokens
+    of_input = itemsize * model.hidden_size * tokens
+    activations = kept * of_layer + recomputed * of_input
+    embeddings = 2 * of_input
+    logits = masked_capacity(tokens, training.mlm_probability) * model.vocab_size * itemsize
+    activations += embeddings + logits
+    if model.use_te_layers:  # The activation function is a kernel of its own: its input and output, with gradients.
+        activations += 2 * itemsize * model.intermediate_size * tokens
+
+    root = (model.vocab_size + model.max_position_embeddings) * model.hidden_size
+    weights_of_layer = (num_parameters - root) // layers
+    # What is cast stays for the backward: a copy in BF16, or two in FP8, by rows and by columns.
+    copies = 2 if training.use_fp8 or itemsize < WEIGHT else 0
+    shards = training.use_fsdp2 or training.use_nvfsdp
+    owned = -(-num_parameters // (training.shard_group_size or world_size)) if shards else num_parameters
+    working = copies * (root + kept * weights_of_layer)
+    if shards:
+        # The gradients of two layers as they come and in FP32, on their way to their owners.
+        reduced = 2 * (itemsize + GRADIENT) * weights_of_layer
+        # Two layers and the root are gathered at a time, or everything.
+        gathered = root + (2 if reshards else layers) * weights_of_layer
+        # FSDP2 gathers in the compute dtype, and Transformer Engine then keeps no copies.
+        working = reduced + (itemsize * gathered if training.use_fsdp2 else WEIGHT * gathered + working)
+    gradients = GRADIENT * owned
+    # Gradients are there from the start where DDP or nvFSDP keep buffers, and from the second micro-batch on.
+    buffers = world_size > 1 and not training.use_fsdp2
+    early = gradients if buffers or training.gradient_accumulation_steps > 1 else 0
+    start = early + working + activations
+    end = 2 * gradients if with_graphs and world_size > 1 else gradients
+    return (WEIGHT + MOMENTS) * owned + max(start, end)
+
+
+def remedies(config: Config) -> list[str]:
+    """What makes a training step take less memory, first what a run can change without starting anew."""
+    model, training = config.model, config.training
+    found = []
+    if training.recompute_every_n_layers != 1:
+        found.append("training.recompute_every_n_layers=1 (or 2: half of the layers)")
+    if not (training.use_fsdp2 or training.use_nvfsdp):
+        found.append("several GPUs and training.use_fsdp2=True")
+    elif training.use_fsdp2 and training.reshard_after_forward is not True:
+        found.append("training.reshard_after_forward=True")
+    if model.micro_batch_size > 1:
+        found.append(f"for a new run a model.micro_batch_size below {model.micro_batch_size}")
+    return found
+
+
+@contextmanager
+def explaining_lack_of_memory(config: Config) -> Iterator[None]:
+    """Say what to change where memory is not enough.
+
+    Raises
+    ------
+    MemoryError
+        In place of PyTorch's error, with its first line and what would take less memory.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        on_gpu, in_host_memory = isinstance(error, torch.OutOfMemoryError), "DefaultCPUAllocator" in str(error)
+        if not (on_gpu or in_host_memory):
+            raise
+        reason = str(error).partition("\n")[0].rstrip(".")
+        advice = "; ".join([*remedies(config), "a smaller model"])
+        raise MemoryError(f"{reason}. What takes less: {advice}.") from error

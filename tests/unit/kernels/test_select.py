@@ -1,0 +1,81 @@
+"""Which kernels a run gets, on machines that are only pretended here."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from geneformer_pretrain.config.schema import ConfigError, load_config
+from geneformer_pretrain.kernels import select as kernels
+from modeling_bert_te import FlashAttention
+
+
+class Kernels:
+    """Stands for what needs Triton."""
+
+
+CHOICES = {"model.attention_kernel": kernels.choose_attention, "model.fused_kernels": kernels.choose_fused}
+
+
+@pytest.fixture
+def choose(monkeypatch):
+    def choose(kernel, key="model.attention_kernel", capability=(9, 0), dtype=torch.bfloat16, device="cuda", **model):
+        pretended = SimpleNamespace(TritonAttention=Kernels, TritonFused=Kernels)
+        monkeypatch.setitem(sys.modules, "geneformer_pretrain.triton_kernels", pretended)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        overrides = [f"{key}={kernel}", *(f"model.{name}={value}" for name, value in model.items())]
+        return type(CHOICES[key](load_config("10m", overrides), torch.device(device), dtype))
+
+    return choose
+
+
+def test_auto_takes_triton_only_where_it_was_tuned(choose):
+    assert choose("auto") is Kernels
+    assert choose("auto", capability=(8, 0)) is FlashAttention
+    assert choose("auto", capability=(10, 0)) is FlashAttention
+    assert choose("auto", num_attention_heads=2) is FlashAttention  # heads of 128
+    assert choose("auto", dtype=torch.float32) is FlashAttention
+    assert choose("auto", device="cpu") is FlashAttention
+    assert choose("auto", micro_batch_size=1365) is Kernels  # x 2048 tokens x 3 x 256 < 2**31
+    assert choose("auto", micro_batch_size=1366) is FlashAttention
+
+
+def test_auto_takes_the_fused_kernels_on_hopper(choose):
+    key = "model.fused_kernels"
+    assert choose("auto", key) is Kernels
+    assert choose("torch", key) is type(None)
+    assert choose("auto", key, capability=(8, 0)) is type(None)
+    assert choose("auto", key, dtype=torch.float32) is type(None)
+    assert choose("auto", key, device="cpu") is type(None)
+    assert choose("auto", key, hidden_size=8192, num_attention_heads=128) is type(None)
+    assert choose("auto", key, vocab_size=100_000) is type(None)
+    assert choose("auto", key, intermediate_size=516) is type(None)
+
+
+def test_what_is_asked_for_is_taken(choose):
+    assert choose("torch") is FlashAttention
+    assert choose("triton", capability=(10, 0)) is Kernels
+    assert choose("triton", num_attention_heads=2) is Kernels
+
+
+@pytest.mark.parametrize(
+    ("key", "machine", "obstacle"),
+    [
+        ("model.attention_kernel", {"device": "cpu"}, "a GPU"),
+        ("model.attention_kernel", {"dtype": torch.float32}, "training.compute_dtype=bfloat16"),
+        ("model.attention_kernel", {"capability": (8, 0)}, "compute capability 9.0"),
+        ("model.attention_kernel", {"num_attention_heads": 1}, "head sizes 16, 32, 64 and 128, not 256"),
+        ("model.attention_kernel", {"micro_batch_size": 2000}, "up to 2,796,202 tokens, not 4,096,000"),
+        ("model.fused_kernels", {"micro_batch_size": 5000}, "up to 8,388,607 tokens, not 10,240,000"),
+        ("model.fused_kernels", {"device": "cpu"}, "a GPU"),
+        ("model.fused_kernels", {"capability": (8, 0)}, "compute capability 9.0"),
+        ("model.fused_kernels", {"capability": (12, 0)}, "compute capability 9 or 10"),
+        ("model.fused_kernels", {"hidden_size": 8192}, "model.hidden_size up to 4,096, not 8,192"),
+        ("model.fused_kernels", {"vocab_size": 100_000}, "model.vocab_size up to 65,536, not 100,000"),
+        ("model.fused_kernels", {"intermediate_size": 516}, "multiples of 8 as model.intermediate_size, not 516"),
+    ],
+)
+def test_what_cannot_run_is_refused(choose, key, machine, obstacle):
+    with pytest.raises(ConfigError, match=f"{key}=triton .*{obstacle}.*set {key}=torch"):
+        choose("triton", key, **machine)

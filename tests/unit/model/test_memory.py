@@ -1,0 +1,151 @@
+"""The memory estimate against peaks measured on H200s and H100s (docs/performance.md); what a lack of memory says."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from geneformer_pretrain.config.schema import load_config
+from geneformer_pretrain.distributed.engines import reshards_after_forward
+from geneformer_pretrain.distributed.world import World
+from geneformer_pretrain.model.memory import estimate_peak, explaining_lack_of_memory
+
+GIB = 2**30
+PARAMETERS = {"10m": 10_346_322, "106m": 106_779_730, "4b": 2_910_000_000}
+FP8 = ("model.use_te_layers=true", "training.use_fp8=true")
+PYTORCH = ("model.use_te_layers=false", "training.use_fp8=false")
+FSDP2 = ("training.use_fsdp2=true",)
+LAYER_OF_4B = 12 * 2560**2
+
+
+def estimate(name, *overrides, world_size=1, reshards=True):
+    return estimate_peak(load_config(name, list(overrides)), world_size, PARAMETERS[name], 2, reshards=reshards) / GIB
+
+
+def freed_since(name, *overrides):
+    """GiB by which a peak in FP8 was higher while the outputs of all layers were kept."""
+    config = load_config(name, list(overrides))
+    model, every = config.model, config.training.recompute_every_n_layers
+    layers = model.num_hidden_layers - (model.num_hidden_layers // every if every else 0)
+    return layers * 2 * model.hidden_size * model.token_budget / GIB
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "measured"),
+    [
+        ("10m", PYTORCH, 5.2),
+        ("106m", PYTORCH, 15.9),
+        ("4b", (*PYTORCH, "model.micro_batch_size=15"), 105.9),
+        ("4b", (*PYTORCH, "model.micro_batch_size=18"), 116.8),
+        ("4b", (*PYTORCH, "training.recompute_every_n_layers=2"), 59.8),
+        ("4b", ("training.use_fp8=false", "model.micro_batch_size=16"), 107.9),
+        ("4b", (*FP8, "model.micro_batch_size=16"), 116.1),
+    ],
+)
+def test_estimate_is_near_what_was_measured(name, overrides, measured):
+    assert estimate(name, *overrides) == pytest.approx(measured, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "reshards", "measured"),
+    [
+        ("106m", FSDP2, True, 15.4),
+        ("106m", ("training.use_nvfsdp=true",), True, 15.8),
+        ("4b", (*PYTORCH, *FSDP2, "model.micro_batch_size=18"), True, 96.5),
+        ("4b", FSDP2, True, 66.8),
+    ],
+)
+def test_estimate_is_near_what_was_measured_on_two_gpus(name, overrides, reshards, measured):
+    assert estimate(name, *overrides, world_size=2, reshards=reshards) == pytest.approx(measured, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "reshards", "measured"),
+    [
+        ((*FP8, "training.recompute_every_n_layers=2"), 1, True, 63.6),
+        ((*FSDP2, "model.micro_batch_size=16"), 2, True, 100.8),
+        ((*FSDP2, "model.micro_batch_size=16"), 2, False, 106.1),
+    ],
+)
+def test_estimate_is_near_what_was_measured_when_outputs_were_kept(overrides, world_size, reshards, measured):
+    found = estimate("4b", *overrides, world_size=world_size, reshards=reshards)
+    assert found == pytest.approx(measured - freed_since("4b", *overrides), rel=0.05)
+
+
+def test_recomputing_lets_4b_train_in_80_gb():
+    whole, half, none = (estimate("4b", f"training.recompute_every_n_layers={n}") for n in (1, 2, 0))
+    assert whole < half < 80e9 / GIB < none
+
+
+def test_recomputing_every_nth_layer_keeps_the_others():
+    # 36 layers of 61,440 bytes a token, and their weights in BF16, against 5,120 for an input; one recomputed layer is
+    # there as well.
+    tokens = 20_480
+    saved = estimate("4b", *PYTORCH) - estimate("4b", *PYTORCH, "training.recompute_every_n_layers=3")
+    assert saved * GIB == pytest.approx((11 * 61_440 - 12 * 5_120) * tokens + 11 * 2 * LAYER_OF_4B, rel=1e-3)
+
+
+def test_sharding_divides_weights_and_optimizer_state():
+    four, eight = (estimate("4b", *FSDP2, world_size=size) for size in (4, 8))
+    assert (four - eight) * GIB == pytest.approx(12 * PARAMETERS["4b"] / 8, rel=0.01)
+    assert estimate("4b", *FSDP2, "training.shard_group_size=4", world_size=8) == pytest.approx(four, rel=1e-6)
+    assert estimate("4b", world_size=8) > estimate("4b", world_size=1)
+
+
+def test_graphs_of_several_ranks_have_gradients_twice():
+    small = load_config("4b", [*PYTORCH, "model.micro_batch_size=1"])
+    parameters = PARAMETERS["4b"]
+    peaks = {size: estimate_peak(small, size, parameters, 2, with_graphs=True) for size in (1, 2)}
+    assert peaks[2] == (16 + 4) * parameters
+    assert peaks[1] < peaks[2]
+
+
+def test_weights_that_stay_gathered_are_counted():
+    more = estimate("4b", *FSDP2, world_size=8, reshards=False)
+    # All layers in BF16, of which two were counted before.
+    assert (more - estimate("4b", *FSDP2, world_size=8)) * GIB == pytest.approx(34 * 2 * LAYER_OF_4B, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "gib", "world_size", "reshards"),
+    [
+        ((), 139.8, 2, False),
+        ((), 79.2, 2, True),  # 71 GiB would fit, but with too little to spare for an estimate
+        ((), 79.2, 4, False),
+        (("training.shard_group_size=2",), 79.2, 4, True),  # each GPU holds a half of the model, not a quarter
+        (("training.reshard_after_forward=false",), 79.2, 2, False),
+        (("training.reshard_after_forward=true",), 139.8, 2, True),
+    ],
+)
+def test_weights_stay_gathered_where_memory_allows(overrides, gib, world_size, reshards, monkeypatch):
+    gpu = SimpleNamespace(total_memory=int(gib * GIB))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    world = World(0, 0, world_size, torch.device("cuda"))
+    assert reshards_after_forward(load_config("4b", [*FSDP2, *overrides]), world, 2) is reshards
+
+
+@pytest.mark.parametrize(
+    ("overrides", "advised", "not_advised"),
+    [
+        ((), ("recompute_every_n_layers=1", "use_fsdp2=True", "micro_batch_size below 10"), ("reshard",)),
+        (FSDP2, ("reshard_after_forward=True", "micro_batch_size below 10"), ("use_fsdp2",)),
+        ((*FSDP2, "training.reshard_after_forward=true"), ("recompute_every_n_layers=1",), ("reshard",)),
+        (("training.recompute_every_n_layers=1", "model.micro_batch_size=1"), ("use_fsdp2",), ("recompute", "below")),
+    ],
+)
+def test_lack_of_memory_says_what_to_change(overrides, advised, not_advised):
+    given = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nException raised from malloc")
+    with pytest.raises(MemoryError) as error, explaining_lack_of_memory(load_config("4b", list(overrides))):
+        raise given
+    assert str(error.value).startswith("CUDA out of memory. Tried to allocate 2.00 GiB. What takes less: ")
+    for words in advised:
+        assert words in str(error.value)
+    for words in not_advised:
+        assert words not in str(error.value)
+
+
+def test_other_errors_pass():
+    given = RuntimeError("no memory of it")
+    with pytest.raises(RuntimeError) as error, explaining_lack_of_memory(load_config("4b")):
+        raise given
+    assert error.value is given

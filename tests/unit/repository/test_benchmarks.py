@@ -1,0 +1,77 @@
+"""The benchmarks start, and the one that others are asked to rerun measures something."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from benchmarks.throughput import records_of_run
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def run(name, *arguments, **environment):
+    command = [sys.executable, str(ROOT / "benchmarks" / name), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.name)
+def test_help(path):
+    done = run(path.name, "--help")
+    assert done.returncode == 0, done.stderr
+    assert "usage:" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["attention.py", "precision.py", "profile_step.py"])
+def test_what_needs_a_gpu_says_so_at_once(name):
+    done = run(name, CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 2
+    assert f"{name}: error: no CUDA GPU is visible here" in done.stderr
+
+
+LAUNCHER = """
+import pathlib, subprocess, sys, time
+worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"], start_new_session=True)
+folder = pathlib.Path(sys.argv[1])
+(folder / "worker").write_text(str(worker.pid))
+(folder / "run").mkdir()
+(folder / "run" / "metrics.jsonl").write_text('{"step": 1}\\n{"step": 2}\\n{"step": 3')
+time.sleep(1000)
+"""
+
+
+def test_a_run_is_ended_with_its_workers_once_its_steps_are_there(tmp_path):
+    command = [sys.executable, "-c", LAUNCHER, str(tmp_path)]
+    assert records_of_run(command, tmp_path, 2) == [{"step": 1}, {"step": 2}]
+    worker = int((tmp_path / "worker").read_text())
+    assert not psutil.pid_exists(worker) or psutil.Process(worker).status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_run_that_fails_is_told_with_its_output(tmp_path):
+    command = [sys.executable, "-c", "import sys; sys.exit('no such corpus')"]
+    with pytest.raises(RuntimeError, match="failed:\nno such corpus"):
+        records_of_run(command, tmp_path, 2)
+
+
+def test_throughput_measures_both_sides(tmp_path):
+    shrunk = ["model.num_hidden_layers=1", "model.hidden_size=64", "model.seq_length=256", "model.micro_batch_size=4"]
+    of_the_engine = "training.reshard_after_forward=false"
+    results = tmp_path / "results.json"
+    done = run(
+        *("throughput.py", "--models", "10m", "--engines", "fsdp2", "--steps", 6, "--skip", 1, "--cells", 300),
+        *("--save-every", 3),
+        *("--baseline", "plain", "--baseline-cells", 1, "--json", results, "--overrides", *shrunk, of_the_engine),
+    )
+    assert done.returncode == 0, done.stderr
+    ours, baseline = json.loads(results.read_text())
+    assert (ours["engine"], baseline["engine"]) == ("fsdp2", "baseline")
+    assert ours["tokens_per_second"] > baseline["tokens_per_second"] > 0
+    # Tokens a second and FLOPs a second differ by the FLOPs a token, the same for both.
+    assert ours["tflops"] / ours["tokens_per_second"] == pytest.approx(
+        baseline["tflops"] / baseline["tokens_per_second"]
+    )
+    assert f"{ours['tokens_per_second']:,.0f}" in done.stdout

@@ -1,0 +1,120 @@
+"""`slurm/train.sbatch` against stand-ins for SLURM's commands: what it starts, and when it queues again."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+ROOT = Path(__file__).resolve().parents[3]
+SCRIPT = ROOT / "slurm" / "train.sbatch"
+
+# The stand-in for srun drops srun's own options and becomes the command.
+STAND_INS = {
+    "srun": 'while [[ $1 == --* ]]; do shift; done\necho $$ > "$STUBS/srun.pid"\nexec "$@"\n',
+    "scontrol": 'if [ "$1" = show ]; then echo 127.0.0.1; else echo "$@" >> "$STUBS/scontrol.log"; fi\n',
+    "squeue": 'echo "$JOB_STATE"\n',
+}
+TRAIN = """
+import json, os, pathlib, signal, sys, time
+
+folder = pathlib.Path(sys.argv[-1].removeprefix("training.checkpoint_dir=").strip('"'))
+
+def leave(reason, code):
+    (folder / "exit.json").write_text(json.dumps({"reason": reason, "step": 7, "exit_code": code}))
+    sys.exit(code)
+
+signal.signal(signal.SIGUSR1, lambda *_: leave("signal", 75))
+(folder / "arguments").write_text(" ".join(sys.argv[1:]))
+match sys.argv[1]:
+    case "completed":
+        leave("completed", 0)
+    case "error":
+        leave("error", 3)
+    case "crash":
+        sys.exit(1)
+    case "wait":
+        time.sleep(60)
+"""
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> dict[str, str]:
+    """Environment of a SLURM job on one node, in a folder with a stand-in `train.py`."""
+    stubs = tmp_path / "stubs"
+    stubs.mkdir()
+    for name, text in STAND_INS.items():
+        (stubs / name).write_text("#!/usr/bin/env bash\n" + text)
+        (stubs / name).chmod(0o755)
+    (tmp_path / "train.py").write_text(TRAIN)
+    return os.environ | {
+        "PATH": f"{stubs}:{os.environ['PATH']}",
+        "STUBS": str(stubs),
+        "JOB_STATE": "RUNNING",
+        "PYTHON": sys.executable,
+        "NPROC_PER_NODE": "1",
+        "CHECKPOINT_DIR": str(tmp_path / "lr=1e-4,wd=0.01"),
+        "SLURM_SUBMIT_DIR": str(tmp_path),
+        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_JOB_NODELIST": "node[1]",
+        "SLURM_JOB_NUM_NODES": "1",
+    }
+
+
+def run(job: dict[str, str], *args: str, signum: signal.Signals | None = None) -> tuple[int, str, list[str]]:
+    """Run the script; return its exit status, its output and the jobs it queued again."""
+    folder, stubs = Path(job["CHECKPOINT_DIR"]), Path(job["STUBS"])
+    process = subprocess.Popen(
+        ["bash", SCRIPT, *args], env=job, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    if signum is not None:
+        deadline = time.monotonic() + 60
+        while not (folder / "arguments").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os.kill(int((stubs / "srun.pid").read_text()), signum)
+    output, _ = process.communicate(timeout=60)
+    log = stubs / "scontrol.log"
+    return process.returncode, output, log.read_text().splitlines() if log.exists() else []
+
+
+def test_completed_run_ends(job: dict[str, str]) -> None:
+    status, output, requeued = run(job, "completed", "training.seed=3")
+    assert (status, requeued) == (0, []), output
+    arguments = (Path(job["CHECKPOINT_DIR"]) / "arguments").read_text().split()
+    assert arguments[:2] == ["completed", "training.seed=3"]
+    override = OverridesParser.create().parse_override(arguments[2])
+    assert (override.key_or_group, override.value()) == ("training.checkpoint_dir", job["CHECKPOINT_DIR"])
+
+
+@pytest.mark.parametrize("state", ["RUNNING", "CANCELLED"])
+def test_time_limit_queues_again_unless_cancelled(job: dict[str, str], state: str) -> None:
+    """SIGUSR1 passes torchrun, reaches the worker, and the reason in exit.json decides."""
+    job["JOB_STATE"] = state
+    status, output, requeued = run(job, "wait", signum=signal.SIGUSR1)
+    assert "exit.json: signal" in output
+    expected = (0, [f"requeue {job['SLURM_JOB_ID']}"]) if state == "RUNNING" else (1, [])
+    assert (status, requeued) == expected, output
+
+
+@pytest.mark.parametrize("outcome", ["error", "crash"])
+def test_faults_are_not_queued_again(job: dict[str, str], outcome: str) -> None:
+    """Also when an earlier run left a reason that would queue the job again."""
+    folder = Path(job["CHECKPOINT_DIR"])
+    folder.mkdir()
+    (folder / "exit.json").write_text('{"reason": "signal", "step": 5, "exit_code": 75}')
+    status, output, requeued = run(job, outcome)
+    assert (status, requeued) == (1, []), output
+    assert f"exit.json: {'error' if outcome == 'error' else 'missing'}" in output
+
+
+def test_checkpoint_folder_is_required(job: dict[str, str]) -> None:
+    del job["CHECKPOINT_DIR"]
+    completed = subprocess.run(["bash", SCRIPT], env=job, capture_output=True, text=True, check=False)
+    assert completed.returncode != 0
+    assert "set CHECKPOINT_DIR" in completed.stderr

@@ -1,0 +1,161 @@
+"""The lock on a checkpoint folder, in one process; tests/faults has it between runs."""
+
+import errno
+import fcntl
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from geneformer_pretrain.checkpoint.store import CheckpointError
+from geneformer_pretrain.config.schema import ConfigError
+from geneformer_pretrain.run.archive import move_aside
+from geneformer_pretrain.run.folder import (
+    EARLIER_EXIT_FILE,
+    EXIT_FILE,
+    LOCK_FILE,
+    hold_folder,
+    is_used,
+    telling_of_failed_start,
+)
+
+
+def test_held_until_the_end_and_then_gone(tmp_path: Path) -> None:
+    folder = tmp_path / "made/for/it"
+    with hold_folder(folder):
+        assert not is_used(folder)
+        with pytest.raises(CheckpointError, match=f"made/for/it is in use by process {os.getpid()} on .*, since 20"):
+            hold_folder(folder).__enter__()
+        (folder / "result").touch()
+        assert is_used(folder)
+    assert [path.name for path in folder.iterdir()] == ["result"]
+    with hold_folder(folder):
+        pass
+    assert folder.exists()
+
+
+def test_a_folder_made_in_vain_is_removed(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), hold_folder(tmp_path / "new"):
+        1 / 0  # noqa: B018
+    assert not (tmp_path / "new").exists()
+    assert not is_used(tmp_path / "new")
+
+
+def test_a_file_left_by_a_killed_run_does_not_hold(tmp_path: Path) -> None:
+    (tmp_path / LOCK_FILE).write_text('{"host": "gone", "pid": 1, "since": "long ago"}')
+    (tmp_path / "exit.json").touch()
+    with hold_folder(tmp_path):
+        assert f'"pid": {os.getpid()}' in (tmp_path / LOCK_FILE).read_text()
+        assert not (tmp_path / "exit.json").exists()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_on_a_removed_file_is_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The holder before ends between the opening of its file and the locking."""
+    flock, calls = fcntl.flock, []
+
+    def slow(descriptor: int, operation: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == 1:
+            (tmp_path / LOCK_FILE).unlink()
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", slow)
+    with hold_folder(tmp_path):
+        assert len(calls) == 2
+        assert (tmp_path / LOCK_FILE).exists()
+        with pytest.raises(CheckpointError, match="in use"):
+            hold_folder(tmp_path).__enter__()
+
+
+def test_what_a_killed_start_put_out_of_sight_is_not_the_last_end(tmp_path: Path) -> None:
+    (tmp_path / "step_1").mkdir()
+    (tmp_path / EARLIER_EXIT_FILE).write_text("{}")
+    with hold_folder(tmp_path):
+        previous = move_aside(tmp_path)
+    assert previous is not None
+    assert [entry.name for entry in previous.iterdir()] == ["step_1"]
+
+
+def test_a_file_of_something_else_is_not_taken_for_the_last_end(tmp_path: Path) -> None:
+    (tmp_path / EXIT_FILE).write_text("doors")
+    for start in (hold_folder(tmp_path), telling_of_failed_start(str(tmp_path))):
+        with pytest.raises(CheckpointError, match=r"exit\.json is not of a run, .* move the file away"), start:
+            raise CheckpointError("exit.json is not of a run, so move the file away")
+    assert [entry.name for entry in tmp_path.iterdir()] == [EXIT_FILE]
+    assert (tmp_path / EXIT_FILE).read_text() == "doors"
+
+
+def test_without_locks_the_run_starts_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def unsupported(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    with caplog.at_level(logging.WARNING), hold_folder(tmp_path):
+        pass
+    assert "No locks available" in caplog.text
+
+
+def test_the_lock_stays_when_an_earlier_run_is_moved_aside(tmp_path: Path) -> None:
+    (tmp_path / "step_1").mkdir()
+    with hold_folder(tmp_path):
+        previous = move_aside(tmp_path)
+        assert previous is not None
+        assert (tmp_path / LOCK_FILE).exists()
+        assert (previous / "step_1").exists()
+        assert move_aside(tmp_path) is None
+
+
+def test_a_lock_that_cannot_be_removed_hides_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A folder that became read-only is told by what could not be saved, not by the lock."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    def fail_in_a_read_only_folder() -> None:
+        with hold_folder(tmp_path):
+            monkeypatch.setattr(Path, "unlink", refuse)
+            raise CheckpointError("nothing can be saved")
+
+    with pytest.raises(CheckpointError, match="nothing can be saved"):
+        fail_in_a_read_only_folder()
+    assert f"cannot remove {tmp_path / LOCK_FILE}" in caplog.text
+    monkeypatch.undo()
+    with hold_folder(tmp_path):  # The lock itself is gone.
+        pass
+
+
+COMPLETED = '{"reason": "completed", "exit_code": 0, "step": 2}\n'
+
+
+@pytest.mark.parametrize("error", [ConfigError("wrong"), dist.DistBackendError("NCCL error"), KeyError("a bug")])
+def test_whatever_fails_a_start_replaces_the_earlier_end(tmp_path: Path, error: Exception) -> None:
+    (tmp_path / "exit.json").write_text(COMPLETED)
+    with pytest.raises(type(error)), telling_of_failed_start(str(tmp_path)):
+        raise error
+    told = json.loads((tmp_path / "exit.json").read_text())
+    assert told == {"reason": "error", "exit_code": 1, "rank": 0, "error": f"{type(error).__name__}: {error}"}
+    assert [path.name for path in tmp_path.iterdir()] == ["exit.json"]
+
+
+def test_without_locks_a_failed_start_leaves_a_folder_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another run may be under way in it."""
+
+    def flock(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    (tmp_path / LOCK_FILE).write_text("held by another run")
+    (tmp_path / "metrics.jsonl").touch()
+    with pytest.raises(ConfigError), telling_of_failed_start(str(tmp_path)):
+        raise ConfigError("wrong")
+    assert (tmp_path / LOCK_FILE).read_text() == "held by another run"
+    assert not (tmp_path / "exit.json").exists()
