@@ -13,15 +13,15 @@ import torch.distributed as dist
 from hydra._internal.utils import get_args_parser
 from omegaconf import DictConfig, OmegaConf
 
-from geneformer_pretrain.checkpoint.store import CheckpointError
 from geneformer_pretrain.config.overrides import read_overrides, without_plus
-from geneformer_pretrain.config.schema import Config, ConfigError, check_names, require, resolve
+from geneformer_pretrain.config.schema import Config, check_names, resolve
 from geneformer_pretrain.distributed.agreement import naming_lost_connections
 from geneformer_pretrain.distributed.rendezvous import end, telling_all_ranks
 from geneformer_pretrain.distributed.world import distributed_world
+from geneformer_pretrain.errors import CheckpointError, ConfigError, TrainingError, require
 from geneformer_pretrain.model.memory import explaining_lack_of_memory
 from geneformer_pretrain.run.folder import hold_folder, is_used, telling_of_failed_start
-from geneformer_pretrain.run.signals import EXIT_CODE_SIGNAL, TrainingError, leave, write_exit
+from geneformer_pretrain.run.signals import EXIT_CODE_SIGNAL, leave, write_exit
 from geneformer_pretrain.training.trainer import Trainer
 
 

@@ -8,15 +8,9 @@ from typing import IO, Any
 
 import xxhash
 
+from geneformer_pretrain.errors import CheckpointError
+
 MANIFEST = "manifest.json"
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be used, or the ranks disagree about it."""
-
-
-class CheckpointSaveError(CheckpointError):
-    """A checkpoint could not be saved; raised on every rank, earlier checkpoints are untouched."""
 
 
 def read_manifest(path: str | Path) -> dict[str, Any]:

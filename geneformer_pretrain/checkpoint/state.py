@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from geneformer_pretrain.config.schema import ConfigError
+from geneformer_pretrain.errors import ConfigError
 from modeling_bert_te import BertForMaskedLM
 
 

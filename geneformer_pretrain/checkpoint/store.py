@@ -28,8 +28,6 @@ import torch
 
 from geneformer_pretrain.checkpoint.formats import FORMATS, CheckpointFormat
 from geneformer_pretrain.checkpoint.manifest import (
-    CheckpointError,
-    CheckpointSaveError,
     describe,
     read_manifest,
     signature,
@@ -40,6 +38,7 @@ from geneformer_pretrain.checkpoint.manifest import (
 )
 from geneformer_pretrain.checkpoint.shards import HostBuffers, Shards
 from geneformer_pretrain.distributed.agreement import Ranks, agreed
+from geneformer_pretrain.errors import CheckpointError, CheckpointSaveError
 from geneformer_pretrain.run.writing import delete_folder
 
 __all__ = ["CheckpointError", "CheckpointSaveError", "CheckpointStore", "read_manifest"]

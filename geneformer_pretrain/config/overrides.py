@@ -13,17 +13,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from geneformer_pretrain.errors import ConfigError, require
+
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "hydra_config"
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot work; the message names the key and the remedy."""
-
-
-def require(condition: bool, message: str) -> None:
-    """Raise ConfigError with `message` unless `condition` holds."""
-    if not condition:
-        raise ConfigError(message)
 
 
 IS_PART = """is it part of a value with a space? Quote that for the shell and for Hydra: 'KEY="VALUE"'."""

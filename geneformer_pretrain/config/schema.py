@@ -27,8 +27,7 @@ from geneformer_pretrain.config.overrides import (
     read_overrides,
     without_plus,
 )
-from geneformer_pretrain.config.overrides import ConfigError as ConfigError
-from geneformer_pretrain.config.overrides import require as require
+from geneformer_pretrain.errors import ConfigError, require
 
 PATH_KEYS = (
     "training.checkpoint_dir",

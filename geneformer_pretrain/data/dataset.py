@@ -8,12 +8,13 @@ from typing import Any
 import xxhash
 
 from geneformer_pretrain.checkpoint.state import DataIdentity, Progress
-from geneformer_pretrain.config.schema import Config, ConfigError
+from geneformer_pretrain.config.schema import Config
 from geneformer_pretrain.data.batch import BatchBuilder
 from geneformer_pretrain.data.corpus import Corpus, open_corpus, require_corpus
 from geneformer_pretrain.data.loader import Loader
 from geneformer_pretrain.data.packing import PLANNER_VERSION, PackShape
 from geneformer_pretrain.data.stream import PackStream
+from geneformer_pretrain.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from geneformer_pretrain.config.schema import Config, ModelConfig, require
+from geneformer_pretrain.config.schema import Config, ModelConfig
 from geneformer_pretrain.distributed.world import World
+from geneformer_pretrain.errors import require
 from geneformer_pretrain.kernels.select import choose_attention, choose_fused
 from geneformer_pretrain.model.initialization import initialize_weights
 from geneformer_pretrain.model.memory import estimate_peak

@@ -13,7 +13,6 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-from geneformer_pretrain.config.overrides import ConfigError
 from geneformer_pretrain.distributed.agreement import (
     agreed,
     is_agreed,
@@ -22,6 +21,7 @@ from geneformer_pretrain.distributed.agreement import (
     naming_failed_connections,
     naming_lost_connections,
 )
+from geneformer_pretrain.errors import ConfigError
 
 MEETING = timedelta(minutes=10)
 """How long a rank waits for the others: the first start on a slow file system takes minutes."""

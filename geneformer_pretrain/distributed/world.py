@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from geneformer_pretrain.config.schema import ConfigError
 from geneformer_pretrain.distributed.agreement import naming_failed_connections
 from geneformer_pretrain.distributed.rendezvous import meet, telling_all_ranks
+from geneformer_pretrain.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 import torch
 
-from geneformer_pretrain.config.schema import Config, ConfigError, Kernel
+from geneformer_pretrain.config.schema import Config, Kernel
+from geneformer_pretrain.errors import ConfigError
 from modeling_bert_te import Attention, FlashAttention, FusedKernels
 
 CAPABILITY = (9, 0)

@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from geneformer_pretrain.config.schema import ComputeDtype, Config, ConfigError, Fp8Recipe, require
+from geneformer_pretrain.config.schema import ComputeDtype, Config, Fp8Recipe
+from geneformer_pretrain.errors import ConfigError, require
 from modeling_bert_te import te_linear
 
 FP8_CAPABILITY = (8, 9)

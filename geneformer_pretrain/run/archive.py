@@ -6,7 +6,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from geneformer_pretrain.config.schema import ConfigError
+from geneformer_pretrain.errors import ConfigError
 from geneformer_pretrain.run.folder import EARLIER_EXIT_FILE, EXIT_FILE
 from geneformer_pretrain.run.record import KEPT, RECORD, is_record
 from geneformer_pretrain.run.writing import not_of_a_run

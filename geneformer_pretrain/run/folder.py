@@ -12,8 +12,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
-from geneformer_pretrain.checkpoint.manifest import CheckpointError
 from geneformer_pretrain.distributed.agreement import Ranks
+from geneformer_pretrain.errors import CheckpointError
 from geneformer_pretrain.run.signals import write_exit
 from geneformer_pretrain.run.writing import not_of_a_run, writing_to
 

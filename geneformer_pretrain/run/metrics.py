@@ -11,7 +11,8 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
-from geneformer_pretrain.config.schema import Config, ConfigError
+from geneformer_pretrain.config.schema import Config
+from geneformer_pretrain.errors import ConfigError
 
 log = logging.getLogger(__name__)
 

@@ -18,10 +18,6 @@ EXIT_CODE_SIGNAL = 75
 HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
-class TrainingError(RuntimeError):
-    """Training cannot go on."""
-
-
 class StopSignals:
     """While active, remembers a SIGTERM, SIGINT, SIGUSR1 or SIGHUP instead of dying of it.
 

@@ -7,9 +7,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from geneformer_pretrain.config.schema import ComputeDtype, Config, ConfigError
+from geneformer_pretrain.config.schema import ComputeDtype, Config
 from geneformer_pretrain.data.batch import PackedBatch
 from geneformer_pretrain.distributed.world import World
+from geneformer_pretrain.errors import ConfigError
 
 LARGEST_WIDTH = 1024
 """Hidden size up to which graphs are taken without being asked for. Kernels of wider models outlast their launches by

@@ -12,8 +12,8 @@ from geneformer_pretrain.checkpoint.state import Progress
 from geneformer_pretrain.config.schema import Config
 from geneformer_pretrain.distributed.watchdog import Watchdog
 from geneformer_pretrain.distributed.world import World
+from geneformer_pretrain.errors import TrainingError
 from geneformer_pretrain.run.metrics import MetricsLog
-from geneformer_pretrain.run.signals import TrainingError
 
 log = logging.getLogger(__name__)
 

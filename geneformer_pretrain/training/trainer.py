@@ -25,19 +25,20 @@ from geneformer_pretrain.checkpoint.state import (
     require_same_model,
     spread_optimizer_step,
 )
-from geneformer_pretrain.checkpoint.store import CheckpointSaveError, CheckpointStore, read_manifest
-from geneformer_pretrain.config.schema import Config, ConfigError
+from geneformer_pretrain.checkpoint.store import CheckpointStore, read_manifest
+from geneformer_pretrain.config.schema import Config
 from geneformer_pretrain.data.batch import Batch, PackedBatch
 from geneformer_pretrain.data.dataset import check_data, open_training_data, open_validation_data
 from geneformer_pretrain.distributed.agreement import Ranks
 from geneformer_pretrain.distributed.engines import architecture, build_engine, check_engine, reshards_after_forward
 from geneformer_pretrain.distributed.watchdog import Watchdog
 from geneformer_pretrain.distributed.world import World
+from geneformer_pretrain.errors import CheckpointSaveError, ConfigError, TrainingError
 from geneformer_pretrain.model.precision import check_machine, compute_dtype, forward_context, fp8_state
 from geneformer_pretrain.run.archive import has_results, move_aside, require_no_other_use
 from geneformer_pretrain.run.metrics import MetricsLog, cut_back
 from geneformer_pretrain.run.record import CellLog, identity_of_rank, write_run_record
-from geneformer_pretrain.run.signals import StopSignals, TrainingError
+from geneformer_pretrain.run.signals import StopSignals
 from geneformer_pretrain.run.writing import writing_to
 from geneformer_pretrain.training.cuda_graphs import MicroBatchGraphs, takes_cuda_graphs
 from geneformer_pretrain.training.optimizer import build_optimizer, learning_rate, update

@@ -6,11 +6,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from geneformer_pretrain.config.schema import ConfigError
 from geneformer_pretrain.data.batch import Batch, build_batches
 from geneformer_pretrain.data.dataset import DataSource
 from geneformer_pretrain.data.stream import PackStream
 from geneformer_pretrain.distributed.world import World
+from geneformer_pretrain.errors import ConfigError
 
 
 class Validation:

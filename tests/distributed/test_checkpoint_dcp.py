@@ -13,8 +13,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from geneformer_pretrain.checkpoint.formats import FullFormat, ShardedFormat
-from geneformer_pretrain.checkpoint.manifest import CheckpointError, CheckpointSaveError, read_manifest
+from geneformer_pretrain.checkpoint.manifest import read_manifest
 from geneformer_pretrain.checkpoint.store import CheckpointStore
+from geneformer_pretrain.errors import CheckpointError, CheckpointSaveError
 from tests.tiny import RunWorkers
 
 # Names end in the dimension to shard; "even", "uneven" and "one" (an empty shard on rank 1) over two ranks.

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
-from geneformer_pretrain.config.schema import ConfigError, load_config
+from geneformer_pretrain.config.schema import load_config
 from geneformer_pretrain.distributed.world import World
+from geneformer_pretrain.errors import ConfigError
 from geneformer_pretrain.run.signals import StopSignals
 from geneformer_pretrain.training import trainer as trainer_module
 from geneformer_pretrain.training.trainer import Trainer, next_batch

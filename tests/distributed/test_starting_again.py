@@ -7,10 +7,8 @@ from pathlib import Path
 import pytest
 
 import train
-from geneformer_pretrain.checkpoint.store import CheckpointError
-from geneformer_pretrain.config.schema import ConfigError
 from geneformer_pretrain.data.dataset import open_training_data
-from geneformer_pretrain.run.signals import TrainingError
+from geneformer_pretrain.errors import CheckpointError, ConfigError, TrainingError
 from tests.tiny import (
     make_cells,
     one_cpu_thread,  # noqa: F401 - an automatic fixture

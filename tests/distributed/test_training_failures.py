@@ -12,12 +12,12 @@ from torch import Tensor
 
 import train
 from geneformer_pretrain.checkpoint import store as checkpoint
-from geneformer_pretrain.checkpoint.store import CheckpointSaveError
 from geneformer_pretrain.config.schema import Config, load_config
 from geneformer_pretrain.data.batch import Batch
 from geneformer_pretrain.distributed.world import World
+from geneformer_pretrain.errors import CheckpointSaveError, TrainingError
 from geneformer_pretrain.training import trainer
-from geneformer_pretrain.training.trainer import PendingStep, Trainer, TrainingError
+from geneformer_pretrain.training.trainer import PendingStep, Trainer
 from tests.tiny import (
     RunWorkers,
     one_cpu_thread,  # noqa: F401 - an automatic fixture

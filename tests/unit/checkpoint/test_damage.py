@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from geneformer_pretrain.checkpoint.manifest import CheckpointError, read_manifest, write_manifest
+from geneformer_pretrain.checkpoint.manifest import read_manifest, write_manifest
 from geneformer_pretrain.checkpoint.store import CheckpointStore
+from geneformer_pretrain.errors import CheckpointError
 from tests.checkpoints import FORMATS, assert_holds, names, save, zeros
 
 # The manifest

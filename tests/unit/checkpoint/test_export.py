@@ -17,7 +17,7 @@ from torch.testing import assert_close
 from transformers import BertConfig
 
 from geneformer_pretrain.checkpoint import export
-from geneformer_pretrain.run.signals import TrainingError
+from geneformer_pretrain.errors import TrainingError
 from modeling_bert_te import BertForMaskedLM
 from tests.tiny import (
     VOCAB_SIZE,

@@ -18,8 +18,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from geneformer_pretrain.checkpoint.manifest import CheckpointError, CheckpointSaveError, describe, read_manifest
+from geneformer_pretrain.checkpoint.manifest import describe, read_manifest
 from geneformer_pretrain.checkpoint.store import CheckpointStore
+from geneformer_pretrain.errors import CheckpointError, CheckpointSaveError
 from tests.checkpoints import FORMATS, assert_holds, names, save, save_and_wait, zeros
 
 ROOT = Path(__file__).parents[3]

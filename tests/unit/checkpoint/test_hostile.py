@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
-from geneformer_pretrain.checkpoint.manifest import CheckpointError, describe, read_manifest, write_manifest
+from geneformer_pretrain.checkpoint.manifest import describe, read_manifest, write_manifest
 from geneformer_pretrain.checkpoint.store import CheckpointStore
+from geneformer_pretrain.errors import CheckpointError
 from tests.checkpoints import save, tensors_of, zeros
 
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from geneformer_pretrain.checkpoint import formats as checkpoint_format
-from geneformer_pretrain.checkpoint.manifest import CheckpointError, CheckpointSaveError, read_manifest
+from geneformer_pretrain.checkpoint.manifest import read_manifest
 from geneformer_pretrain.checkpoint.store import CheckpointStore
+from geneformer_pretrain.errors import CheckpointError, CheckpointSaveError
 from tests.checkpoints import FORMATS, assert_equal, assert_holds, names, save, save_and_wait, tensors_of, zeros
 
 # What is saved is what is loaded

@@ -6,8 +6,8 @@ import pytest
 
 import train
 from geneformer_pretrain.checkpoint.store import CheckpointStore
+from geneformer_pretrain.errors import TrainingError
 from geneformer_pretrain.run.archive import move_aside
-from geneformer_pretrain.run.signals import TrainingError
 from tests.checkpoints import assert_holds, names, save
 from tests.tiny import (
     one_cpu_thread,  # noqa: F401 - an automatic fixture

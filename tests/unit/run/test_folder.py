@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from geneformer_pretrain.checkpoint.store import CheckpointError
-from geneformer_pretrain.config.schema import ConfigError
+from geneformer_pretrain.errors import CheckpointError, ConfigError
 from geneformer_pretrain.run.archive import move_aside
 from geneformer_pretrain.run.folder import (
     EARLIER_EXIT_FILE,

@@ -12,8 +12,9 @@ import pytest
 import torch
 import yaml
 
-from geneformer_pretrain.config.schema import ConfigError, load_config
+from geneformer_pretrain.config.schema import load_config
 from geneformer_pretrain.distributed.world import World
+from geneformer_pretrain.errors import ConfigError
 from geneformer_pretrain.run import metrics
 from geneformer_pretrain.run.metrics import JsonLines, MetricsLog, cut_back, start_wandb
 from geneformer_pretrain.run.record import CellLog, write_run_record

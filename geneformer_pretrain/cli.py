@@ -1,0 +1,81 @@
+"""The command line `geneformer-pretrain COMMAND ...`: a table of commands, each in a module of its own.
+
+A command module in `geneformer_pretrain.commands` has two functions. `add_arguments(parser)` declares its
+arguments and imports nothing heavy, so that `--help` answers at once. `run(arguments)` does the work and returns a
+`Summary`; it imports what it needs.
+"""
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import NoReturn
+
+COMMANDS: dict[str, str] = {}
+"""Names of the commands, each with what it does; the module's name has underscores for dashes."""
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run one command and exit: 0 if it succeeded, 1 if not."""
+    sys.exit(_run(list(sys.argv[1:] if arguments is None else arguments)))
+
+
+def _run(arguments: list[str]) -> int:
+    logging.basicConfig(format="%(levelname)s %(message)s")
+    parser = _parser(arguments)
+    parsed = parser.parse_args(arguments)
+    from geneformer_pretrain.console import say
+    from geneformer_pretrain.errors import UserError, explain
+
+    module = import_module(_module(parsed.command))
+    try:
+        summary = module.run(parsed)
+    except KeyboardInterrupt:
+        say("Interrupted.", error=True)
+        return 1
+    except Exception as error:
+        text = str(error) if isinstance(error, UserError) else explain(error)
+        if text is None:
+            raise
+        say(f"Error: {text}", error=True)
+        return 1
+    if os.environ.get("RANK", "0") == "0":
+        for line in summary.lines:
+            say(line)
+        if parsed.report is not None:
+            Path(parsed.report).write_text(json.dumps(summary.values, indent=1) + "\n")
+    return 0
+
+
+def _module(command: str) -> str:
+    return f"geneformer_pretrain.commands.{command.replace('-', '_')}"
+
+
+class _Parser(argparse.ArgumentParser):
+    """Exits with 1 on a mistake, as every error of a command does."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(1, f"Error: {message}. `{self.prog} --help` lists the arguments.\n")
+
+
+def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+    """Build the parser; only the command that is named gets its arguments."""
+    parser = _Parser(
+        prog="geneformer-pretrain",
+        description="From counts to a pretrained Geneformer and what it knows. Training itself: torchrun train.py.",
+        epilog="`geneformer-pretrain COMMAND --help` explains a command.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    named = next((argument for argument in arguments if not argument.startswith("-")), None)
+    for name, text in COMMANDS.items():
+        command = commands.add_parser(
+            name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
+        if name == named:
+            import_module(_module(name)).add_arguments(command)
+            command.add_argument("--report", metavar="FILE", help="write the summary to this file, as JSON")
+    return parser

@@ -1,0 +1,173 @@
+"""Files and folders that are either complete or absent, and locks that work on any file system."""
+
+import errno
+import fcntl
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+from .errors import OutputError
+
+log = logging.getLogger(__name__)
+
+NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK)
+"""Errors of file systems that have no locks."""
+
+
+def sync_file(file: IO[Any]) -> None:
+    """Bring everything written to `file` so far onto the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring the names in a folder onto the disk: a new file or a rename is not safe before."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def delete_folder(folder: Path) -> None:
+    """Delete a folder; of a link to one, only the link."""
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside `path`; on success it is synced and renamed to `path`, else it is removed.
+
+    Parameters
+    ----------
+    path
+        A file, new or old.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def require_new(path: Path, *, overwrite: bool, what: str = "output") -> None:
+    """Refuse an output that exists, unless it may be overwritten.
+
+    Raises
+    ------
+    OutputError
+        Naming the path and the option.
+    """
+    if os.path.lexists(path) and not overwrite:
+        raise OutputError(f"{path}: this {what} exists already; name another one or add --overwrite.")
+
+
+@contextmanager
+def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Give a temporary folder beside `path`; on success it is renamed to `path`, else it is removed.
+
+    An existing folder is replaced only with `overwrite`, and only once the new one is complete.
+
+    Raises
+    ------
+    OutputError
+        If `path` exists and may not be overwritten.
+    """
+    require_new(path, overwrite=overwrite)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary, replaced = path.with_name(path.name + ".tmp"), path.with_name(path.name + ".replaced")
+    for left in (temporary, replaced):  # by a process that was killed
+        with suppress(FileNotFoundError):
+            delete_folder(left)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as content:
+                    os.fsync(content.fileno())
+        sync_folder(temporary)
+        if os.path.lexists(path):
+            path.rename(replaced)
+        temporary.rename(path)
+        sync_folder(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    with suppress(FileNotFoundError):
+        delete_folder(replaced)
+
+
+def open_lock(path: Path, *, wait: bool) -> int:
+    """Open a file and lock it for this process; the lock ends when the descriptor is closed or the process ends.
+
+    Where the file system has no locks, a warning is logged and the file is not locked.
+
+    Parameters
+    ----------
+    path
+        Created if need be, with the permissions that its folder gives to others.
+    wait
+        Wait for another holder to end.
+
+    Returns
+    -------
+    int
+        The descriptor, for reading and writing.
+
+    Raises
+    ------
+    BlockingIOError
+        If another process holds the lock and `wait` is false.
+    OSError
+        If the file cannot be created or opened.
+    """
+    while True:
+        descriptor = _open_shared(path)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                os.close(descriptor)
+                if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                    raise BlockingIOError(error.errno, error.strerror, str(path)) from error
+                raise
+            log.warning("no locks on this file system (%s): %s is not locked", error.strerror, path)
+            return descriptor
+        # The previous holder may have removed the file after it was opened here.
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(path), os.fstat(descriptor)):
+                return descriptor
+        os.close(descriptor)
+
+
+def _open_shared(path: Path) -> int:
+    """Open a lock file; whoever may write into its folder may open it too, whatever the umask."""
+    try:
+        return os.open(path, os.O_RDWR)
+    except FileNotFoundError:
+        pass
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    with suppress(PermissionError):  # another user made it a moment ago
+        os.fchmod(descriptor, 0o600 | (os.stat(path.parent).st_mode & 0o066))
+    return descriptor
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock `path`, waiting for other processes."""
+    descriptor = open_lock(path, wait=True)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
