@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from geneformer_pretrain.config.schema import ModelConfig
-from geneformer_pretrain.distributed.engines import Engine, architecture
-from geneformer_pretrain.run.writing import delete_folder
+from geneformer_pretrain.config.model import ModelConfig
+from geneformer_pretrain.distributed.engines import Engine
+from geneformer_pretrain.files import delete_folder
 
 
 def gather_weights(engine: Engine, is_main: bool) -> dict[str, Tensor]:
@@ -22,7 +22,7 @@ def gather_weights(engine: Engine, is_main: bool) -> dict[str, Tensor]:
     """
     tensors: dict[str, Tensor] = {}
     for name, parameter in engine.model.canonical_parameters():
-        whole = engine.gather(parameter.detach())
+        whole = engine.gather_full(parameter.detach())
         if is_main:
             tensors[name] = whole.to("cpu", torch.float32, copy=True).contiguous()
     return tensors
@@ -48,7 +48,7 @@ def write_model(tensors: dict[str, Tensor], config: ModelConfig, folder: Path) -
     weights, description = temporary / "model.safetensors", temporary / "config.json"
     save_file(tensors, weights, metadata={"format": "pt"})
     stock = {"architectures": ["BertForMaskedLM"], "model_type": "bert", "torch_dtype": "float32"}
-    description.write_text(json.dumps({**stock, **architecture(config)}, indent=2) + "\n")
+    description.write_text(json.dumps({**stock, **config.architecture()}, indent=2) + "\n")
     weights.chmod(stat.S_IMODE(description.stat().st_mode))  # safetensors lets nobody else read it, whatever the umask
     for path in (weights, description):
         with path.open("rb") as file:

@@ -41,7 +41,7 @@ from torch.futures import Future
 
 from geneformer_pretrain.checkpoint.manifest import sync_file
 from geneformer_pretrain.checkpoint.shards import Shards, TensorInfo
-from geneformer_pretrain.distributed.agreement import reason_of
+from geneformer_pretrain.errors import root_cause
 
 
 class CheckpointFormat(Protocol):
@@ -162,7 +162,7 @@ class _Writer(FileSystemWriter):
             return super().write_data(plan, planner)
         except RuntimeError as error:
             # On their way to the other ranks errors lose what caused them: that the disk is full, for instance.
-            raise RuntimeError(reason_of(error)) from error
+            raise RuntimeError(root_cause(error)) from error
 
     def storage_meta(self) -> None:
         # The default records the absolute path as a pickled Path, whose class differs between Pythons.

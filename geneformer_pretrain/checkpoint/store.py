@@ -37,9 +37,9 @@ from geneformer_pretrain.checkpoint.manifest import (
     write_manifest,
 )
 from geneformer_pretrain.checkpoint.shards import HostBuffers, Shards
-from geneformer_pretrain.distributed.agreement import Ranks, agreed
+from geneformer_pretrain.distributed.agreement import Ranks, on_all_ranks
 from geneformer_pretrain.errors import CheckpointError, CheckpointSaveError
-from geneformer_pretrain.run.writing import delete_folder
+from geneformer_pretrain.files import delete_folder
 
 __all__ = ["CheckpointError", "CheckpointSaveError", "CheckpointStore", "read_manifest"]
 
@@ -81,9 +81,9 @@ class CheckpointStore:
         self._undeletable: set[Path] = set()
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._in_flight: Future[None] | None = None
-        self.ranks.agree("torch version", lambda: str(torch.__version__), CheckpointError)
-        self.ranks.share(self.directory, "training.checkpoint_dir", CheckpointError)
-        self.ranks.on_first(self._tidy, CheckpointError)
+        self.ranks.require_equal({"torch version": str(torch.__version__)}, CheckpointError)
+        self.ranks.require_shared_folder(self.directory, "training.checkpoint_dir", CheckpointError)
+        self.ranks.run_on_rank0(self._tidy, CheckpointError)
 
     # Saving
 
@@ -141,7 +141,7 @@ class CheckpointStore:
             held.update(self._host.copy(shards, borrow=blocking))
             return step
 
-        steps = self.ranks.together(stage, CheckpointSaveError)
+        steps = self.ranks.run_on_all_ranks(stage, CheckpointSaveError)
         if len(set(steps)) > 1:
             raise CheckpointSaveError(f"the ranks are about to save different steps: {steps}")
         if blocking:
@@ -176,13 +176,13 @@ class CheckpointStore:
             return {name: describe(temporary / name) for name in names}
 
         try:
-            self.ranks.on_first(make_folder, CheckpointSaveError)
-            written = self.ranks.together(write_files, CheckpointSaveError)
+            self.ranks.run_on_rank0(make_folder, CheckpointSaveError)
+            written = self.ranks.run_on_all_ranks(write_files, CheckpointSaveError)
             body["files"] = {name: entry for files in written for name, entry in sorted(files.items())}
             body["world_size"] = self.ranks.size
             body["torch"], body["python"] = str(torch.__version__), platform.python_version()
             body["time"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-            self.ranks.on_first(lambda: self._commit(temporary, final, body), CheckpointSaveError)
+            self.ranks.run_on_rank0(lambda: self._commit(temporary, final, body), CheckpointSaveError)
         except CheckpointSaveError as error:
             if self.ranks.rank == 0:
                 try:
@@ -274,7 +274,8 @@ class CheckpointStore:
             If there are step folders but none is good, or if the ranks do not see the same ones.
         """
         self.wait()
-        self.ranks.agree("the checkpoints they see", self._listing, CheckpointError)
+        (listing,) = self.ranks.run_on_all_ranks(self._listing, CheckpointError)[self.ranks.rank :][:1]
+        self.ranks.require_equal({"checkpoints": listing}, CheckpointError)
         faults: list[str] = []
         for folder in self._folders():
             fault = self._shared_fault(folder)
@@ -290,7 +291,7 @@ class CheckpointStore:
                 f"none of the checkpoints is good. {'; '.join(faults)}. Restore one of these folders from a copy, or "
                 "start over with training.resume_from_checkpoint=false, which moves the earlier run aside"
             )
-            raise agreed(error, self.ranks.size)
+            raise on_all_ranks(error, self.ranks.size)
         return None
 
     def load(self, path: str | Path, targets: Mapping[str, torch.Tensor], *, optional: str | None = None) -> None:
@@ -312,7 +313,7 @@ class CheckpointStore:
         """
         self.wait()
         folder = Path(path)
-        self.ranks.agree("the checkpoint to load", lambda: (folder.name, stamp(folder)), CheckpointError)
+        self.ranks.require_equal({"checkpoint to load": (folder.name, stamp(folder))}, CheckpointError)
         fault = self._shared_fault(folder)
         if fault is not None:
             raise CheckpointError(f"{folder}: {fault}")
@@ -334,8 +335,8 @@ class CheckpointStore:
                 more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
                 raise ValueError(f"{folder} does not fit this model: " + "; ".join(problems[:5]) + more)
 
-        self.ranks.together(check, CheckpointError)
-        self.ranks.together(lambda: format.read(folder, wanted), CheckpointError)
+        self.ranks.run_on_all_ranks(check, CheckpointError)
+        self.ranks.run_on_all_ranks(lambda: format.read(folder, wanted), CheckpointError)
 
     def _folders(self) -> list[Path]:
         """Step folders, newest first, and links that should lead to one."""

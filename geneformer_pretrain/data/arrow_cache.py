@@ -25,7 +25,7 @@ import xxhash
 from filelock import FileLock
 from tqdm import tqdm
 
-from geneformer_pretrain.run.writing import writing_to
+from geneformer_pretrain.files import writing_to
 
 COLUMN = "input_ids"
 DATA_FILE = "cells.arrow"

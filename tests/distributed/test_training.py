@@ -20,12 +20,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.testing import assert_close
 
-import train
-from geneformer_pretrain.config.schema import load_config
+from geneformer_pretrain.config.compose import load_config
 from geneformer_pretrain.data.batch import Batch
 from geneformer_pretrain.data.masking import MaskRule, mask_cell
 from geneformer_pretrain.distributed.world import World, distributed_world
 from geneformer_pretrain.errors import ConfigError
+from geneformer_pretrain.training import main as train
 from geneformer_pretrain.training.trainer import PendingStep, Trainer
 from tests.tiny import (
     RunWorkers,

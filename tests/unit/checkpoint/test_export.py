@@ -18,13 +18,13 @@ from transformers import BertConfig
 
 from geneformer_pretrain.checkpoint import export
 from geneformer_pretrain.errors import TrainingError
+from geneformer_pretrain.training.main import run
 from modeling_bert_te import BertForMaskedLM
 from tests.tiny import (
     VOCAB_SIZE,
     one_cpu_thread,  # noqa: F401 - an automatic fixture
     tiny_config,
 )
-from train import run
 
 STOCK = """
 import sys, warnings

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from geneformer_pretrain.config.schema import load_config
+from geneformer_pretrain.config.compose import load_config
 from geneformer_pretrain.distributed.engines import reshards_after_forward
 from geneformer_pretrain.distributed.world import World
 from geneformer_pretrain.model.memory import estimate_peak, explaining_lack_of_memory

@@ -16,12 +16,12 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
 
-import train
 from geneformer_pretrain.checkpoint.store import CheckpointStore
 from geneformer_pretrain.config import overrides as overriding
 from geneformer_pretrain.config import schema as config
-from geneformer_pretrain.config.schema import CONFIG_DIR
+from geneformer_pretrain.config.compose import CONFIG_DIR
 from geneformer_pretrain.data import stream
+from geneformer_pretrain.training import main as train
 from geneformer_pretrain.training import trainer
 from tests.tiny import (
     make_cells,
@@ -353,7 +353,7 @@ def test_error_in_a_real_process(tmp_path: Path) -> None:
 )
 def test_what_hydra_would_refuse_without_advice(arguments: list[str], message: str) -> None:
     with pytest.raises(config.ConfigError, match=re.escape(message)):
-        train.check_arguments(arguments)
+        read_command_line(arguments)
 
 
 @pytest.mark.parametrize(("text", "line"), [("training:\n\tfoo: 3\n", 2), ("training: {", 1)])
@@ -364,7 +364,7 @@ def test_a_file_that_is_not_yaml_is_named(
     monkeypatch.setattr(config, "CONFIGURATIONS", (tmp_path, "defaults"))
     monkeypatch.setattr(overriding, "CONFIG_DIR", tmp_path)
     with pytest.raises(config.ConfigError, match=rf"mine\.yaml: not YAML: .* line {line}, column \d"):
-        train.check_arguments(["--config-name", "mine"])
+        read_command_line(["--config-name", "mine"])
 
 
 def test_arguments_that_are_left_to_hydra() -> None:
@@ -377,7 +377,7 @@ def test_arguments_that_are_left_to_hydra() -> None:
         ["model=${oc.env:SIZE}"],
         ["--resolve", "--cfg", "job"],
     ):
-        given = get_args_parser().parse_args(train.check_arguments(arguments))
+        given = get_args_parser().parse_args(read_command_line(arguments))
         assert given == get_args_parser().parse_args(arguments)
 
 
@@ -395,7 +395,7 @@ def test_arguments_that_are_left_to_hydra() -> None:
     ],
 )
 def test_arguments_of_wandb_need_no_plus(arguments: list[str], expected: dict[str, Any] | None) -> None:
-    given = get_args_parser().parse_args(train.check_arguments(arguments)).overrides
+    given = get_args_parser().parse_args(read_command_line(arguments)).overrides
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         composed = config.resolve(compose("l0_sanity", overrides=given))
     assert composed == config.load_config("l0_sanity", arguments)
@@ -406,10 +406,10 @@ def test_arguments_of_wandb_need_no_plus(arguments: list[str], expected: dict[st
 def test_folders_of_configurations_that_are_not_there_are_named(tmp_path: Path) -> None:
     for option in ("--config-dir", "--config-path"):
         with pytest.raises(config.ConfigError, match=rf"^{option}: no folder {tmp_path}/none; correct the path"):
-            train.check_arguments([option, f"{tmp_path}/none"])
-        train.check_arguments([option, str(tmp_path)])
-    train.check_arguments(["--config-path", "hydra_config"])
-    train.check_arguments(["--config-path", "pkg://somewhere"])
+            read_command_line([option, f"{tmp_path}/none"])
+        read_command_line([option, str(tmp_path)])
+    read_command_line(["--config-path", "hydra_config"])
+    read_command_line(["--config-path", "pkg://somewhere"])
 
 
 def test_options_between_overrides_keep_their_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -422,7 +422,7 @@ def test_options_between_overrides_keep_their_values(tmp_path: Path, monkeypatch
         "--",
         "training.seed=2",
     ]
-    given = get_args_parser().parse_args(train.check_arguments(arguments))
+    given = get_args_parser().parse_args(read_command_line(arguments))
     assert given.config_dir == "training.seed=2"
     assert given.overrides == ["training.seed=1", "training.num_workers=0", "training.seed=2"]
 
@@ -430,13 +430,13 @@ def test_options_between_overrides_keep_their_values(tmp_path: Path, monkeypatch
 @pytest.mark.parametrize("value", ["${x", "{name:", "'a", "a=b\\"])
 def test_quotes_that_would_not_help_are_not_offered(value: str) -> None:
     with pytest.raises(config.ConfigError, match=r"quotes and brackets are closed$"):
-        train.check_arguments([f"data.path={value}"])
+        read_command_line([f"data.path={value}"])
 
 
 @pytest.mark.parametrize("value", ["a=b", "~/cells", "it's", 'a"b=c', "/a b=c(1)[2].parquet"])
 def test_the_quotes_that_hydra_is_said_to_need_are_right(value: str) -> None:
     with pytest.raises(config.ConfigError) as refused:
-        train.check_arguments([f"data.path={value}"])
+        read_command_line([f"data.path={value}"])
     (advised,) = shlex.split(str(refused.value).partition("for the shell: ")[2])
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         assert compose("l0_sanity", overrides=[advised]).data.path == value
@@ -465,8 +465,8 @@ def test_help_names_the_configurations_and_how_to_see_one() -> None:
 WANDB = """
 import sys
 from pathlib import Path
-import train
-from geneformer_pretrain.config.schema import load_config
+from geneformer_pretrain.training import main as train
+from geneformer_pretrain.config.compose import load_config
 
 train.run(load_config(overrides=sys.argv[1:]))
 assert "wandb" not in sys.modules, "wandb was imported although tracking is off"

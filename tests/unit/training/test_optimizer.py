@@ -9,8 +9,9 @@ import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR
 from torch.testing import assert_close
 
-from geneformer_pretrain.config.schema import LrSchedule, load_config
-from geneformer_pretrain.training.optimizer import build_optimizer, learning_rate, update
+from geneformer_pretrain.config.compose import load_config
+from geneformer_pretrain.config.training import LrSchedule
+from geneformer_pretrain.training.optimizer import build_optimizer, learning_rate
 
 TRAINING = replace(load_config("l0_sanity").training, weight_decay=0.1, learning_rate=1e-2)
 
