@@ -274,8 +274,7 @@ class CheckpointStore:
             If there are step folders but none is good, or if the ranks do not see the same ones.
         """
         self.wait()
-        (listing,) = self.ranks.run_on_all_ranks(self._listing, CheckpointError)[self.ranks.rank :][:1]
-        self.ranks.require_equal({"checkpoints": listing}, CheckpointError)
+        self.ranks.require_equal({"checkpoints": self._listing()}, CheckpointError)
         faults: list[str] = []
         for folder in self._folders():
             fault = self._shared_fault(folder)
