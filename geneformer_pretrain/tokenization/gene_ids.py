@@ -1,7 +1,7 @@
 """Gene ids as files spell them, matched to the genes of a gene set."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -82,7 +82,7 @@ class GeneIndex:
         others = [(alias, place_of[gene_id]) for alias, gene_id in aliases.items() if alias != gene_id]
         names = [(symbol, place) for place, symbol in enumerate(symbols) if symbol is not None]
         self.examples = tuple(gene_id for gene_id, _ in genes[:: max(1, len(genes) // 3)][:3])
-        self._steps = [
+        self._steps: list[tuple[str, Callable[[str], str], dict[str, int]]] = [
             ("alias", str, dict(others)),
             ("exact", str, place_of),
             ("version", without_version, _look_up((without_version(gene_id), place) for gene_id, place in genes)),
@@ -174,12 +174,16 @@ class GeneMatch:
         """
         columns = len(self.gene_ids)
         counts = "" if column_counts is None else f", with {self.share_of_counts(column_counts):.1%} of the counts"
-        lines = [f"{self.num_matched:,} of {columns:,} genes matched ({self.num_matched / max(1, columns):.1%}){counts}"]
+        lines = [
+            f"{self.num_matched:,} of {columns:,} genes matched ({self.num_matched / max(1, columns):.1%}){counts}"
+        ]
         for way, number in self.num_columns_by_way.items():
             if number and way != "unmatched":
                 lines.append(f"  {number:,} {WAYS[way]}")
         if self.num_matched > self.num_genes:
-            lines.append(f"  {self.num_matched - self.num_genes:,} are further columns of a gene: their counts are summed")
+            lines.append(
+                f"  {self.num_matched - self.num_genes:,} are further columns of a gene: their counts are summed"
+            )
         if self.num_matched < columns:
             lines.append(f"  not matched, for example: {', '.join(self.unmatched_ids(column_counts))}")
             lines.append(f"  ids of the gene set, for example: {', '.join(self.examples)}")

@@ -181,9 +181,7 @@ class Dictionaries:
                 "gene names: none of them leads to a gene with a token; the dictionary must be {symbol: gene id}."
             )
         aliases = {
-            found: gene
-            for found, gene in self.mapping.items()
-            if self._is_gene(gene) and found.upper() != gene.upper()
+            found: gene for found, gene in self.mapping.items() if self._is_gene(gene) and found.upper() != gene.upper()
         }
         symbols: dict[str, str] = {}
         for symbol, gene in self.names.items():

@@ -59,7 +59,5 @@ def _frame(special: dict[str, int]) -> dict[str, object]:
         "type": "TemplateProcessing",
         "single": cell,
         "pair": pair,
-        "special_tokens": {
-            name: {"id": name, "ids": [special[name]], "tokens": [name]} for name in ("<cls>", "<eos>")
-        },
+        "special_tokens": {name: {"id": name, "ids": [special[name]], "tokens": [name]} for name in ("<cls>", "<eos>")},
     }
