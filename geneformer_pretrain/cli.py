@@ -15,7 +15,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
 
-COMMANDS: dict[str, str] = {}
+COMMANDS: dict[str, str] = {
+    "gene-set": "import, build, show and export gene sets: vocabularies with the medians that rank genes",
+}
 """Names of the commands, each with what it does; the module's name has underscores for dashes."""
 
 
