@@ -15,7 +15,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
 
-COMMANDS: dict[str, str] = {}
+COMMANDS: dict[str, str] = {
+    "tokenize": "turn counts of genes in cells into a corpus of tokens",
+}
 """Names of the commands, each with what it does; the module's name has underscores for dashes."""
 
 
