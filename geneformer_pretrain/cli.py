@@ -17,6 +17,7 @@ from typing import NoReturn
 
 COMMANDS: dict[str, str] = {
     "gene-set": "import, build, show and export gene sets: vocabularies with the medians that rank genes",
+    "tokenize": "turn counts of genes in cells into a corpus of tokens",
 }
 """Names of the commands, each with what it does; the module's name has underscores for dashes."""
 
