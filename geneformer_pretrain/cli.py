@@ -15,7 +15,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
 
-COMMANDS: dict[str, str] = {}
+COMMANDS: dict[str, str] = {
+    "plan": "size a run before it is started: memory, time, disk and cost, without a GPU",
+    "curves": "draw the training curves of a run from its metrics.jsonl",
+}
 """Names of the commands, each with what it does; the module's name has underscores for dashes."""
 
 
