@@ -50,6 +50,103 @@ def small_scores(seed: int = 0, cells: int = 40, genes: int = 30) -> pa.Table:
 def brute_force_like_rank(cell: np.ndarray, rank: np.ndarray, score: np.ndarray) -> np.ndarray:
     means = np.full(len(score), np.nan)
     for i in range(len(score)):
+        others = [
+            score[j]
+            for j in range(len(score))
+            if j != i and cell[j] == cell[i] and abs(rank[j] - rank[i]) <= max(10, rank[i] // 10)
+            if not np.isnan(score[j])
+        ]
+        if not np.isnan(rank[i]) and len(others) >= 5:
+            means[i] = np.mean(others)
+    return means
+
+
+def test_table_equals_scipy_and_pandas(tmp_path: Path) -> None:
+    scores = small_scores()
+    write_scores(tmp_path / "scores", scores, parts=3)
+    summarize(tmp_path / "scores", tmp_path, replicates="donor")
+    genes = read_genes(tmp_path)
+    frame = scores.to_pandas().astype({"shift_goal": np.float64, "gene_similarity": np.float64})
+    assert set(genes.index) == set(frame.perturbation)
+    for name in ("shift_goal", "gene_similarity"):
+        pool = frame[name].dropna().to_numpy()
+        by_gene = {gene: values.dropna().to_numpy() for gene, values in frame.groupby("perturbation")[name]}
+        frame["excess"] = frame[name] - brute_force_like_rank(
+            *(frame[column].to_numpy(np.float64) for column in ("cell", "rank", name))
+        )
+        expected = pd.DataFrame(
+            {
+                f"mean_{name}": {gene: values.mean() for gene, values in by_gene.items()},
+                f"sd_{name}": {gene: values.std(ddof=1) for gene, values in by_gene.items()},
+                f"p_{name}": {gene: stats.ranksums(values, pool).pvalue for gene, values in by_gene.items()},
+                f"effect_{name}": {g: np.sign(values[:, None] - pool).mean() for g, values in by_gene.items()},
+                f"excess_{name}": frame.groupby("perturbation")["excess"].mean(),
+            }
+        )
+        expected[f"q_{name}"] = stats.false_discovery_control(expected[f"p_{name}"])
+        by_donor = frame.groupby(["perturbation", "donor"])["excess"].mean().unstack()
+        expected[f"replicate_mean_{name}"] = by_donor.mean(axis=1)
+        expected[f"replicate_sd_{name}"] = by_donor.std(axis=1)
+        expected[f"replicate_p_{name}"] = stats.ttest_1samp(by_donor, 0, axis=1).pvalue
+        expected[f"replicate_q_{name}"] = stats.false_discovery_control(expected[f"replicate_p_{name}"])
+        for column in expected:
+            np.testing.assert_allclose(genes[column], expected[column].loc[genes.index], rtol=1e-8, atol=1e-10)
+    np.testing.assert_array_equal(genes["cells"], frame.groupby("perturbation").size().loc[genes.index])
+    np.testing.assert_allclose(genes["mean_rank"], frame.groupby("perturbation")["rank"].mean().loc[genes.index])
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_cutting_into_chunks_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parts: int) -> None:
+    summarize(write_scores(tmp_path / "scores", small_scores()), tmp_path / "whole", replicates="donor")
+    monkeypatch.setattr(statistics_scores, "BATCH_ROWS", 17)
+    summarize(write_scores(tmp_path / "cut", small_scores(), parts), tmp_path / "out", replicates="donor")
+    pd.testing.assert_frame_equal(read_genes(tmp_path / "out"), read_genes(tmp_path / "whole"), rtol=1e-9)
+
+
+@given(
+    st.lists(hnp.arrays(np.float32, st.integers(1, 30), elements=st.floats(-2, 2, width=32)), min_size=1, max_size=5)
+)
+def test_mid_ranks_are_those_of_scipy(batches: list[np.ndarray]) -> None:
+    ranks = MidRanks()
+    for batch in batches:
+        ranks.add(batch.astype(np.float64))
+    values = np.concatenate(batches)
+    np.testing.assert_array_equal(ranks(values.astype(np.float64)), stats.rankdata(values) - 0.5)
+    assert ranks.dropped_bits == 0
+
+
+def test_large_pools_are_bounded_and_nearly_exact() -> None:
+    values = np.random.default_rng(0).normal(0, 1e-3, 200_000)
+    ranks = MidRanks(max_distinct=1 << 14)
+    for batch in np.split(values, 20):
+        ranks.add(batch)
+    exact = stats.rankdata(values.astype(np.float32)) - 0.5
+    assert ranks.dropped_bits > 0
+    assert np.abs(ranks(values) - exact).max() < 1e-3 * len(values)
+    assert abs(ranks(values).sum() - exact.sum()) < 1e-9 * exact.sum()
+    assert len(ranks._keys) <= 1 << 14
+
+
+@given(st.integers(0, 10_000))
+def test_means_of_like_rank_equal_loops(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    cell = np.sort(generator.integers(0, 3, 60))
+    rank = generator.integers(0, 300, 60).astype(np.float64)
+    rank[generator.random(60) < 0.1] = np.nan
+    score = generator.normal(size=60)
+    score[generator.random(60) < 0.1] = np.nan
+    means = like_rank_means(Chunk(cell, np.zeros(60, np.int64), None, rank, score[None]))[0]
+    expected = brute_force_like_rank(cell, rank, score)
+    np.testing.assert_allclose(means, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_null_is_made_of_the_nearest_in_rank() -> None:
+    generator = np.random.default_rng(1)
+    rank, excess = generator.random(700) * 2000, generator.normal(size=700)
+    excess[3], excess[4] = 9.0, np.nan
+    member = generator.random(700) < 0.8
+    z, p = like_rank_null(excess, rank, member)
+    for gene in (0, 3, 100, 699):
         nearest = np.argsort(np.abs(rank - rank[gene]))
         others = [g for g in nearest if g != gene and member[g] and not np.isnan(excess[g])]
         null = excess[others[:200]]
