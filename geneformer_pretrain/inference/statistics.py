@@ -42,6 +42,8 @@ NULL_SIZE, MIN_NULL = 200, 20
 """Perturbations of like rank that make a null, if there are so many, and the fewest that do."""
 MIN_NULL_CELLS = 10
 """Cells that a perturbation needs to be part of a null."""
+NORMAL_MAD = float(stats.norm.ppf(0.75))
+"""Median absolute deviation of a normal distribution, in its standard deviations."""
 MIN_REPLICATES = 2
 SIGNIFICANT = 0.05
 
@@ -246,18 +248,19 @@ def like_rank_null(excess: FloatArray, rank: FloatArray, member: np.ndarray) -> 
     member = member & ~np.isnan(excess) & ~np.isnan(rank)
     candidates = np.flatnonzero(member)
     candidates = candidates[np.argsort(rank[candidates], kind="stable")]
+    candidate_rank = rank[candidates]
     for gene in np.flatnonzero(~np.isnan(excess) & ~np.isnan(rank)):
         others = min(NULL_SIZE, len(candidates) - int(member[gene]))
         if others < MIN_NULL:
             continue
-        place = int(np.searchsorted(rank[candidates], rank[gene]))
+        place = int(np.searchsorted(candidate_rank, rank[gene]))
         near = candidates[max(0, place - NULL_SIZE - 1) : place + NULL_SIZE + 1]
         near = near[near != gene]
         near = near[np.argsort(np.abs(rank[near] - rank[gene]), kind="stable")[:others]]
         null = excess[near]
-        distances = np.abs(null - np.median(null))
-        distance = excess[gene] - np.median(null)
-        spread = np.median(distances) / stats.norm.ppf(0.75)
+        median = np.median(null)
+        distance, distances = excess[gene] - median, np.abs(null - median)
+        spread = np.median(distances) / NORMAL_MAD
         z[gene] = distance / spread if spread > 0 else np.nan
         p[gene] = (1 + np.sum(distances >= abs(distance))) / (1 + others)
     return z, p

@@ -8,14 +8,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 SIGNIFICANT = 0.05
-LABELLED = 12
-"""Perturbations that get their name in a plot."""
+LABELLED, LISTED = 12, 8
+"""Perturbations that get their name in the volcano, and at each end of the ranked plot."""
 
 PLAIN, MARKED = "#9aa5b1", "#c0392b"
 
 
 def plot_ranked(table: pa.Table, score: str, test: str, path: Path) -> None:
-    """Draw the mean score of every perturbation in ascending order, and name those at the two ends.
+    """Draw the mean score of every perturbation in ascending order, and list those at the two ends.
 
     Parameters
     ----------
@@ -39,15 +39,13 @@ def plot_ranked(table: pa.Table, score: str, test: str, path: Path) -> None:
     axes.scatter(
         place[significant], mean[order][significant], s=12, c=MARKED, linewidths=0, label=f"{test} < {SIGNIFICANT}"
     )
-    ends = np.unique(np.concatenate([np.arange(len(order))[: LABELLED // 2], np.arange(len(order))[-LABELLED // 2 :]]))
-    for number, end in enumerate(ends):
-        above = end < len(order) / 2
-        _label(
-            axes, names[order[end]], place[end], mean[order[end]], (8, 9 * (number % 6) * (1 if above else -1)), above
-        )
+    lowest, highest = names[order[:LISTED]], names[order[::-1][:LISTED]]
+    # The points rise from the lower left to the upper right and leave the other two corners free.
+    axes.text(0.02, 0.98, "\n".join(["lowest", *lowest]), fontsize=7, va="top", transform=axes.transAxes)
+    axes.text(0.98, 0.02, "\n".join(["highest", *highest]), fontsize=7, ha="right", transform=axes.transAxes)
     axes.set(xlabel="perturbations, by mean score", ylabel=f"mean {score}")
     if significant.any():
-        axes.legend(loc="best", frameon=False)
+        axes.legend(loc="upper center", frameon=False)
     _save(figure, axes, path)
 
 
@@ -70,20 +68,16 @@ def plot_volcano(table: pa.Table, score: str, test: str, path: Path) -> None:
     axes.axvline(0, color="black", linewidth=0.6, linestyle=":")
     for gene in np.argsort(q, kind="stable")[:LABELLED]:
         if q[gene] < SIGNIFICANT:
-            _label(axes, names[gene], effect[gene], height[gene], (4, 3), True)
-    axes.set(xlabel=effect_column.replace("_", " ", 1), ylabel=f"-log10 {test}")
+            axes.annotate(
+                names[gene], (effect[gene], height[gene]), (4, 3), textcoords="offset points", fontsize=7, va="center"
+            )
+    axes.set(xlabel=effect_column, ylabel=f"-log10 {test}")
     _save(figure, axes, path)
 
 
 def _columns(table: pa.Table, value: str, q: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     names = table["symbol" if "symbol" in table.column_names else "perturbation"]
     return table[value].to_numpy(), table[q].to_numpy(), np.array(names.to_pylist(), object)
-
-
-def _label(axes: Axes, name: str, x: float, y: float, offset: tuple[float, float], left: bool) -> None:
-    axes.annotate(
-        name, (x, y), offset, textcoords="offset points", fontsize=7, ha="left" if left else "right", va="center"
-    )
 
 
 def _save(figure: Figure, axes: Axes, path: Path) -> None:
