@@ -15,7 +15,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
 
-COMMANDS: dict[str, str] = {}
+COMMANDS: dict[str, str] = {
+    "evaluate": "what the embeddings of labelled cells are worth, beside baselines",
+}
 """Names of the commands, each with what it does; the module's name has underscores for dashes."""
 
 

@@ -16,23 +16,22 @@ if TYPE_CHECKING:
     from geneformer_pretrain.inference.evaluate import Classes, Features
     from geneformer_pretrain.tokenization.gene_set import GeneSet
 
+PCA_OF_COUNTS = "PCA of log-normalised counts"
 LOSS_CELLS = 1000
 """Cells of the masked-token loss, drawn at random if there are more."""
-
-COUNTS_SUFFIXES = (".h5ad", ".zarr", ".h5", ".loom")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("model", metavar="MODEL", help="folder of a model, such as a run's final_model")
-    parser.add_argument("cells", metavar="CELLS", help="a corpus, or counts, with the label as a column")
+    parser.add_argument("cells", metavar="CELLS", nargs="+", help="a corpus, or counts, with the label as a column")
     parser.add_argument("--label", metavar="COLUMN", required=True, help="column that names the class of each cell")
     parser.add_argument("--output", metavar="DIR", required=True, help="folder of the report")
     parser.add_argument(
         "--groups", metavar="COLUMN", help="hold out whole groups, such as donors, named by this column"
     )
     parser.add_argument(
-        "--counts", metavar="COUNTS", help="counts of the same cells, for the baseline of log-normalised counts"
+        "--counts", metavar="COUNTS", nargs="+", help="counts of the cells of a corpus, for one more baseline"
     )
     parser.add_argument("--gene-set", metavar="GENES", help="gene-set folder, for a model that brings none")
     parser.add_argument("--layer", type=int, default=-2, help="hidden state: 0 embeddings, -1 last, -2 second to last")
@@ -53,6 +52,7 @@ def run(arguments: argparse.Namespace) -> Summary:
     require_new(output, overwrite=arguments.overwrite)
     require(arguments.max_cells > 0, f"--max-cells {arguments.max_cells}: at least 1 is needed.")
 
+    from geneformer_pretrain.inference.cells import is_corpus
     from geneformer_pretrain.inference.embed import embed_cells
     from geneformer_pretrain.inference.evaluate import (
         principal_components,
@@ -80,11 +80,9 @@ def run(arguments: argparse.Namespace) -> Summary:
         "random weights": random_weights.embeddings[classes.kept],
         "PCA of token presence": principal_components(presence, arguments.seed),
     }
-    counts = arguments.counts or (arguments.cells if arguments.cells.endswith(COUNTS_SUFFIXES) else None)
-    if counts is not None:
-        features["PCA of log-normalised counts"] = _components_of_counts(
-            counts, embedded.table, classes, arguments.seed
-        )
+    counts = arguments.counts or [path for path in arguments.cells if not is_corpus(path)]
+    if counts:
+        features[PCA_OF_COUNTS] = _components_of_counts(counts, embedded.table, classes, arguments.seed)
     scores = {}
     for name, matrix in features.items():
         say(f"Scoring: {name}", error=True)
@@ -97,7 +95,7 @@ def run(arguments: argparse.Namespace) -> Summary:
         losses,
         label=arguments.label,
         group=arguments.groups,
-        folds=len(folds),
+        folds=folds,
         seed=arguments.seed,
     )
     with new_folder(output, overwrite=arguments.overwrite) as folder:
@@ -115,7 +113,7 @@ def _classes(table: pa.Table, arguments: argparse.Namespace) -> Classes:
     for option, column in (("--label", arguments.label), ("--groups", arguments.groups)):
         if column is not None and column not in table.column_names:
             raise DataError(
-                f"{option} {column}: {arguments.cells} has no such column; it has {', '.join(table.column_names)}."
+                f"{option} {column}: {arguments.cells[0]} has no such column; it has {', '.join(table.column_names)}."
             )
     chosen = np.arange(len(table))
     if len(chosen) > arguments.max_cells:
@@ -128,13 +126,16 @@ def _classes(table: pa.Table, arguments: argparse.Namespace) -> Classes:
     return replace(classes, kept=chosen[classes.kept])
 
 
-def _components_of_counts(counts: str, table: pa.Table, classes: Classes, seed: int) -> Features:
+def _components_of_counts(counts: list[str], table: pa.Table, classes: Classes, seed: int) -> Features:
     """Principal components of the log-normalised counts of the chosen cells, found by their cell ids."""
+    from geneformer_pretrain.errors import DataError
     from geneformer_pretrain.inference.evaluate import log_normalised, principal_components
     from geneformer_pretrain.inference.evaluate_counts import counts_of_cells
 
+    if "cell_id" not in table.column_names:
+        raise DataError("--counts: the cells have no column cell_id by which counts could be found; leave it out.")
     ids = table["cell_id"].take(classes.kept).to_pylist()
-    return principal_components(log_normalised(counts_of_cells([counts], ids)), seed)
+    return principal_components(log_normalised(counts_of_cells(counts, ids)), seed)
 
 
 def _losses(

@@ -93,16 +93,16 @@ def select_classes(
     DataError
         Fewer than two classes or groups remain.
     """
-    if groups is not None and len({name for name in groups if name is not None}) < 2:
+    if groups is not None and len({name for name in groups if _is_name(name)}) < 2:
         raise DataError(
             f"--groups {group}: all cells are of one group, so none can be held out; choose another column or leave "
             "the option out."
         )
     left_out: dict[str, int] = {}
-    usable = np.array([name is not None and name != "" for name in labels], bool)
+    usable = np.array([_is_name(name) for name in labels], bool)
     _count(left_out, "no label", int((~usable).sum()))
     if groups is not None:
-        without = usable & np.array([name is None or name == "" for name in groups], bool)
+        without = usable & np.array([not _is_name(name) for name in groups], bool)
         _count(left_out, f"no {group}", int(without.sum()))
         usable &= ~without
     text = np.array([str(name) for name in labels], object)
@@ -110,7 +110,7 @@ def select_classes(
         members = usable & (text == name)
         if members.sum() < MIN_CELLS:
             reason = f"{name} (fewer than {MIN_CELLS} cells)"
-        elif groups is not None and len({groups[row] for row in np.flatnonzero(members)}) < 2:
+        elif groups is not None and len({groups[row] for row in np.flatnonzero(members).tolist()}) < 2:
             reason = f"{name} (one {group} only)"
         else:
             continue
@@ -126,8 +126,14 @@ def select_classes(
         )
     group_codes = None
     if groups is not None:
-        group_codes = np.unique([str(groups[row]) for row in kept], return_inverse=True)[1].astype(np.int64)
+        group_names = np.array([str(name) for name in groups])
+        group_codes = np.unique(group_names[kept], return_inverse=True)[1].astype(np.int64)
     return Classes(kept, codes.astype(np.int64), names.tolist(), group_codes, left_out)
+
+
+def _is_name(value: Any) -> bool:
+    """False for null, NaN and the empty text."""
+    return value is not None and value != "" and value == value
 
 
 def _count(left_out: dict[str, int], reason: str, cells: int) -> None:
@@ -136,14 +142,29 @@ def _count(left_out: dict[str, int], reason: str, cells: int) -> None:
 
 
 def split_folds(classes: Classes, seed: int) -> list[Split]:
-    """Split the cells into folds, stratified by class; with groups, a group is in one fold only."""
+    """Split the cells into folds, stratified by class; with groups, a group is in one fold only.
+
+    Raises
+    ------
+    DataError
+        The groups leave a fold with one class to learn from.
+    """
     if classes.groups is None:
         folds = StratifiedKFold(FOLDS, shuffle=True, random_state=seed).split(classes.codes, classes.codes)
     else:
         number = min(FOLDS, int(classes.groups.max()) + 1)
         grouped = StratifiedGroupKFold(number, shuffle=True, random_state=seed)
         folds = grouped.split(classes.codes, classes.codes, classes.groups)
-    return [(train, test) for train, test in folds]
+    splits = [(train, test) for train, test in folds if len(test)]
+    if any(len(np.unique(classes.codes[train])) < 2 for train, _ in splits):
+        raise DataError("--groups: with some groups held out, one class alone remains to learn from; leave it out.")
+    return splits
+
+
+def unseen_cells(classes: Classes, folds: Sequence[Split]) -> int:
+    """Count the test cells whose class no training cell of their fold has; every representation misses them."""
+    codes = classes.codes
+    return int(sum((~np.isin(codes[test], codes[train])).sum() for train, test in folds))
 
 
 def probe(features: Features, codes: IntArray, folds: Sequence[Split], make: Callable[[], Any]) -> dict[str, Any]:

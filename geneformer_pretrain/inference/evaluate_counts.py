@@ -29,9 +29,7 @@ def counts_of_cells(paths: Sequence[str | Path], cell_ids: Sequence[str]) -> spa
     """
     wanted = {name: row for row, name in enumerate(cell_ids)}
     if len(wanted) < len(cell_ids):
-        raise DataError(
-            "--counts: the cells to evaluate have ids that occur twice, so counts cannot be matched to them."
-        )
+        raise DataError("--counts: some ids of the cells occur twice, so their counts cannot be found; leave it out.")
     columns: dict[str, int] = {}
     found = np.zeros(len(cell_ids), np.int64)
     parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []

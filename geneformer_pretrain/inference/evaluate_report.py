@@ -1,7 +1,7 @@
 """The report of an evaluation: one table with the model and its baselines, a reading of it, and pictures."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,14 @@ from sklearn.metrics import confusion_matrix
 
 from geneformer_pretrain.inference.evaluate import (
     COMPONENTS,
-    FOLDS,
     MIN_CELLS,
     NEIGHBOURS,
     Classes,
     Features,
     IntArray,
+    Split,
     flat_map,
+    unseen_cells,
 )
 
 FORMAT_VERSION = 1
@@ -38,7 +39,7 @@ def report_values(
     *,
     label: str,
     group: str | None,
-    folds: int,
+    folds: Sequence[Split],
     seed: int,
 ) -> dict[str, Any]:
     """Make the content of `report.json`.
@@ -66,7 +67,8 @@ def report_values(
         "cells": len(classes.codes),
         "classes": dict(zip(names.tolist(), counts.tolist(), strict=True)),
         "left_out": classes.left_out,
-        "folds": folds,
+        "folds": len(folds),
+        "cells_of_unseen_classes": unseen_cells(classes, folds),
         "seed": seed,
         "representations": rows,
         "majority_class": dict(majority),
@@ -149,6 +151,11 @@ def _markdown(values: Mapping[str, Any], method: str) -> list[str]:
         "",
         *(f"- {line}" for line in reading(values)),
     ]
+    if values["cells_of_unseen_classes"]:
+        lines += [
+            "",
+            f"{values['cells_of_unseen_classes']:,} cells are of a class that no training cell of their fold has.",
+        ]
     if values["masked_loss"]:
         lines += ["", "| | masked-token loss, nats |", "|---|---|"]
         lines += [f"| {name} | {loss:.3f} |" for name, loss in values["masked_loss"].items()]
@@ -162,6 +169,10 @@ def _markdown(values: Mapping[str, Any], method: str) -> list[str]:
         lines[-1] += f". A class needs {MIN_CELLS} cells."
     lines += ["", f"![{method} of each representation](map.png)", "", "![Confusion of the classes](confusion.png)"]
     return lines
+
+
+def _left_out(values: Mapping[str, Any]) -> str:
+    return "; ".join(f"{name}: {count:,} cells" for name, count in values["left_out"].items())
 
 
 def plot_maps(path: Path, features: Mapping[str, Features], classes: Classes, seed: int) -> str:
@@ -206,7 +217,7 @@ def plot_confusion(path: Path, classes: Classes, predicted: IntArray) -> None:
 def summary_lines(values: Mapping[str, Any], folder: Path) -> list[str]:
     """Format the result for the terminal."""
     lines = [
-        f"{values['cells']:,} cells, {len(values['classes'])} classes of {values['label']}, {FOLDS} folds at most."
+        f"{values['cells']:,} cells, {len(values['classes'])} classes of {values['label']}, {values['folds']} folds."
     ]
     for name, row in values["representations"].items():
         lines.append(

@@ -1,6 +1,7 @@
 """Masked-token loss of a trained model on given cells."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,20 @@ SELECTED = 0.15
 """Share of the genes that are selected, as in pretraining."""
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from drawing bars and from listing weights that are not used."""
+    level, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
+        if bars:
+            transformers.logging.enable_progress_bar()
+
+
 def load_with_head(folder: Path, *, random_weights: bool, seed: int) -> BertForMaskedLM | None:
     """Load a model with its head for masked tokens, on the first GPU (in BF16) or the CPU (in FP32).
 
@@ -33,12 +48,8 @@ def load_with_head(folder: Path, *, random_weights: bool, seed: int) -> BertForM
     BertForMaskedLM or None
         None if the folder holds no such head.
     """
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    try:
+    with _quiet():
         model, info = BertForMaskedLM.from_pretrained(folder, output_loading_info=True, local_files_only=True)
-    finally:
-        transformers.logging.set_verbosity(level)
     if any(name.startswith("cls.predictions.transform") for name in info["missing_keys"]):
         return None
     if random_weights:
@@ -85,7 +96,7 @@ def masked_loss(
         No token was selected.
     """
     rule = MaskRule(seed, SELECTED, model.config.vocab_size, num_special_tokens, mask_token)
-    device = model.get_input_embeddings().weight.device
+    device = model.device
     total, number = 0.0, 0
     for first, last in _batches(offsets, max_tokens):
         cells = [
