@@ -138,7 +138,7 @@ def test_report(world: SimpleNamespace) -> None:
     assert values["left_out"] == {"rare (fewer than 10 cells)": 4}
     rows = values["representations"]
     assert list(rows) == ["model", "random weights", "PCA of token presence"]
-    assert rows["model"]["logistic"]["macro_f1"] > 0.9 > rows["random weights"]["logistic"]["macro_f1"]
+    assert rows["model"]["logistic"]["macro_f1"] > 0.75 > rows["random weights"]["logistic"]["macro_f1"]
     assert rows["PCA of token presence"]["logistic"]["macro_f1"] > 0.9
     assert values["majority_class"]["accuracy"] == pytest.approx(29 / 86)
     losses = values["masked_loss"]
