@@ -15,7 +15,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
 
-COMMANDS: dict[str, str] = {}
+COMMANDS: dict[str, str] = {
+    "embed": "Embed cells with a trained model.",
+}
 """Names of the commands, each with what it does; the module's name has underscores for dashes."""
 
 
