@@ -21,6 +21,7 @@ COMMANDS: dict[str, str] = {
     "plan": "size a run before it is started: memory, time, disk and cost, without a GPU",
     "curves": "draw the training curves of a run from its metrics.jsonl",
     "evaluate": "what the embeddings of labelled cells are worth, beside baselines",
+    "embed": "Embed cells with a trained model.",
 }
 """Names of the commands, each with what it does; the module's name has underscores for dashes."""
 
