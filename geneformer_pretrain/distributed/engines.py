@@ -136,7 +136,7 @@ def build_engine(
         for number in range(config.model.num_hidden_layers):
             layer = BertLayer(stock_config, use_te)
             initialize(layer, f"bert.encoder.layer.{number}")
-            layer.recompute = recompute > 0 and number % recompute == 0
+            layer.gradient_checkpointing = recompute > 0 and number % recompute == 0
             if compile_blocks:
                 layer.compile_in_place()
             shard(layer)
@@ -146,7 +146,7 @@ def build_engine(
     model.set_attention(choose_attention(config, world.device, compute_dtype))
     model.set_fused_kernels(choose_fused(config, world.device, compute_dtype))
     if compile_blocks:
-        model.compile_ends()
+        model.compile_embeddings_and_head()
     model.train()
     if config.training.use_fsdp2:
         return _fsdp2(model, shard, world, reshards)

@@ -212,10 +212,10 @@ def test_dropout_follows_its_probabilities():
     attention = model.bert.encoder.layer[0].attention["self"]
     x = torch.randn(64, SIZES["hidden_size"])
     bounds = torch.tensor([0, 64], dtype=torch.int32)
-    plan = model.bert.attention.plan(bounds, 64, 64)
-    mean = torch.stack([attention(x, plan)[0] for _ in range(300)]).mean(0)
+    prepared = model.bert.attention.prepare(bounds, 64, 64)
+    mean = torch.stack([attention(x, prepared) for _ in range(300)]).mean(0)
     attention.eval()
-    assert_close(mean, attention(x, plan)[0], atol=0.05, rtol=0.1)
+    assert_close(mean, attention(x, prepared), atol=0.05, rtol=0.1)
 
 
 class PlainKernels:
@@ -224,7 +224,7 @@ class PlainKernels:
     def __init__(self, watched=False):
         self.watched = watched
         self.calls = dict.fromkeys(
-            ("residual_norm", "linear_beside_residual", "feed_forward", "linear_cross_entropy"), 0
+            ("residual_norm", "linear_with_residual", "feed_forward", "linear_cross_entropy"), 0
         )
 
     def residual_norm(self, x, b, residual, weight, bias, eps, dropout):
@@ -234,8 +234,8 @@ class PlainKernels:
         assert not dropout
         return F.layer_norm(residual + x + (0.0 if b is None else b), weight.shape, weight, bias, eps)
 
-    def linear_beside_residual(self, x, weight, bias):
-        self.calls["linear_beside_residual"] += 1
+    def linear_with_residual(self, x, weight, bias):
+        self.calls["linear_with_residual"] += 1
         self.residual = x.clone()
         return F.linear(x, weight, bias), self.residual
 
@@ -265,28 +265,28 @@ def test_fused_kernels_are_given_what_they_need():
     layers = len(ours.bert.encoder["layer"])
     assert given.calls == {
         "residual_norm": 2 * layers,
-        "linear_beside_residual": layers,
+        "linear_with_residual": layers,
         "feed_forward": layers,
         "linear_cross_entropy": 1,
     }
 
 
-class AttentionThatFindsBiasGradient(FlashAttention):
+class AttentionThatComputesBiasGrad(FlashAttention):
     """Adds the sum of qkv's gradient to the gradient of the bias, as kernels do on the way."""
 
-    finds_bias_gradient = True
+    computes_bias_grad = True
 
-    def __call__(self, qkv, plan, dropout, bias=None):
+    def __call__(self, qkv, prepared, dropout, bias=None):
         assert bias is not None
         # Zeros whose gradient is qkv's: as if the bias were added here.
-        return super().__call__(qkv + (bias - bias.detach()).view(qkv.shape[1:]), plan, dropout)
+        return super().__call__(qkv + (bias - bias.detach()).view(qkv.shape[1:]), prepared, dropout)
 
 
 def test_the_bias_of_attention_gets_its_gradient_once():
     ours, _ = make_pair()
     batch = packed_arguments(*make_cells([5, 3]))
     results = []
-    for kernels, attention in ((None, FlashAttention()), (PlainKernels(), AttentionThatFindsBiasGradient())):
+    for kernels, attention in ((None, FlashAttention()), (PlainKernels(), AttentionThatComputesBiasGrad())):
         ours.set_fused_kernels(kernels)
         ours.set_attention(attention)
         ours.zero_grad()
@@ -314,7 +314,7 @@ class AddsInPlace(torch.autograd.Function):
 class InPlaceKernels(PlainKernels):
     """Kernels that change gradients, as Triton's do."""
 
-    def linear_beside_residual(self, x, weight, bias):
+    def linear_with_residual(self, x, weight, bias):
         return AddsInPlace.apply(x, weight, bias)
 
     def feed_forward(self, x, expand, bias, contract):
@@ -449,7 +449,7 @@ def test_recomputed_layers_keep_their_input_alone(recomputed):
 
     loss, grads, random, kept = run()
     for number in recomputed:
-        model.bert.encoder["layer"][number].recompute = True
+        model.bert.encoder["layer"][number].gradient_checkpointing = True
     loss_again, grads_again, random_again, kept_again = run()
     assert torch.equal(loss, loss_again)
     assert torch.equal(random, random_again)
