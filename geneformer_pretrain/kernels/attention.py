@@ -102,7 +102,7 @@ def _drop(weights, a, rotated, b, threshold):
 
 @triton.jit
 def _grad_of_scores(weights, grad_weights, minus_delta, a, rotated, b, threshold):
-    """Compute the gradient of scores: weights * (grad_weights - delta), where a weight is dropped weights * (0 - delta).
+    """Compute the gradient of scores: weights * (grad_weights - delta), or weights * (0 - delta) where one is dropped.
 
     In PTX for the reason given above, and because a multiply-add under a predicate needs no selection.
     """

@@ -223,9 +223,7 @@ class PlainKernels:
 
     def __init__(self, watched=False):
         self.watched = watched
-        self.calls = dict.fromkeys(
-            ("residual_norm", "linear_with_residual", "feed_forward", "linear_cross_entropy"), 0
-        )
+        self.calls = dict.fromkeys(("residual_norm", "linear_with_residual", "feed_forward", "linear_cross_entropy"), 0)
 
     def residual_norm(self, x, b, residual, weight, bias, eps, dropout):
         self.calls["residual_norm"] += 1
