@@ -12,8 +12,8 @@ SMALLER_SHARED_MEMORY = (11, 0)
 """Compute capability from which a multiprocessor has no room for a block of the fused kernels' products."""
 MAX_WIDTH, MAX_VOCABULARY = 4096, 2**16
 """Largest hidden size and vocabulary of the fused kernels: a row has to fit into the registers of one program."""
-MAX_OFFSET = 2**31
-"""Elements of a tensor that the kernels' 32-bit offsets can address."""
+MAX_OFFSET = 2**31 - 1
+"""Largest number of elements in a tensor: the kernels' offsets are 32-bit integers."""
 WIDTH_MULTIPLE = 8
 """Layer widths must be multiples of this: TMA loads rows in units of 16 bytes."""
 FLASH_HEAD_SIZES = range(8, 257, 8)
@@ -49,7 +49,7 @@ def use_triton_attention(model: ModelConfig, device: torch.device, compute_dtype
     head_size = model.hidden_size // model.num_attention_heads
     unsupported = _unsupported(model, device, compute_dtype, 3 * model.hidden_size)
     if head_size not in (16, 32, 64, 128):
-        unsupported.append(f"takes head sizes 16, 32, 64 and 128, not {head_size}")
+        unsupported.append(f"supports head sizes 16, 32, 64 and 128, not {head_size}")
     # With heads of 128 the kernels run but spill registers.
     tuned = is_hopper(device) and head_size <= 64
     chosen = _use_triton("model.attention_kernel", model.attention_kernel, unsupported, tuned)
@@ -73,13 +73,13 @@ def use_triton_fused(model: ModelConfig, device: torch.device, compute_dtype: to
     for name, most in (("hidden_size", MAX_WIDTH), ("vocab_size", MAX_VOCABULARY)):
         value = getattr(model, name)
         if value > most:
-            unsupported.append(f"takes model.{name} up to {most:,}, not {value:,}")
+            unsupported.append(f"supports model.{name} up to {most:,}, not {value:,}")
     if not unsupported and torch.cuda.get_device_capability(device) >= SMALLER_SHARED_MEMORY:
         unsupported.append("needs the shared memory of compute capability 9 or 10")
     for name in ("hidden_size", "intermediate_size"):
         value = getattr(model, name)
         if value % WIDTH_MULTIPLE:
-            unsupported.append(f"takes multiples of {WIDTH_MULTIPLE} as model.{name}, not {value:,}")
+            unsupported.append(f"supports multiples of {WIDTH_MULTIPLE} as model.{name}, not {value:,}")
     return _use_triton("model.fused_kernels", model.fused_kernels, unsupported, is_hopper(device))
 
 
@@ -97,9 +97,9 @@ def _unsupported(
     if device.type != "cuda":
         return ["needs a GPU"]
     reasons = []
-    most = (MAX_OFFSET - 1) // elements_per_token
+    most = MAX_OFFSET // elements_per_token
     if model.token_budget > most:
-        reasons.append(f"takes micro-batches up to {most:,} tokens, not {model.token_budget:,}")
+        reasons.append(f"supports micro-batches up to {most:,} tokens, not {model.token_budget:,}")
     if compute_dtype != torch.bfloat16:
         reasons.append("needs training.compute_dtype=bfloat16")
     if torch.cuda.get_device_capability(device) < MIN_CAPABILITY:

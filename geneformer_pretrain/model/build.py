@@ -41,7 +41,7 @@ def build_model(
         for number in range(config.model.num_hidden_layers):
             layer = BertLayer(stock_config, use_te)
             initialize(layer, f"bert.encoder.layer.{number}")
-            layer.recompute = recompute > 0 and number % recompute == 0
+            layer.gradient_checkpointing = recompute > 0 and number % recompute == 0
             if resolved.compile:
                 layer.compile_in_place()
             if shard is not None:
@@ -52,5 +52,5 @@ def build_model(
     model.set_attention(attention(resolved.attention_kernel))
     model.set_fused_kernels(fused_kernels(resolved.fused_kernels))
     if resolved.compile:
-        model.compile_ends()
+        model.compile_embeddings_and_head()
     return model.train()
