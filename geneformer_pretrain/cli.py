@@ -15,7 +15,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
 
-COMMANDS: dict[str, str] = {}
+COMMANDS: dict[str, str] = {
+    "export": "a checkpoint of a run to a plain Hugging Face BERT",
+}
 """Names of the commands, each with what it does; the module's name has underscores for dashes."""
 
 

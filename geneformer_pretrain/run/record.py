@@ -14,10 +14,10 @@ from typing import Any, Self
 import xxhash
 from omegaconf import OmegaConf
 
-from geneformer_pretrain.checkpoint.manifest import sync_file
 from geneformer_pretrain.config.schema import Config
 from geneformer_pretrain.data.batch import BatchInfo
 from geneformer_pretrain.distributed.world import World
+from geneformer_pretrain.files import sync_file
 from geneformer_pretrain.run.metrics import JsonLines, cut_back
 
 RECORDED_PACKAGES = (

@@ -18,14 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from geneformer_pretrain.checkpoint.export import gather_weights, write_model
+from geneformer_pretrain.checkpoint.manifest import read_manifest
 from geneformer_pretrain.checkpoint.state import (
     Progress,
     accumulation_steps,
+    broadcast_step_count,
     named_tensors,
     require_same_model,
-    spread_optimizer_step,
+    state_to_save,
 )
-from geneformer_pretrain.checkpoint.store import CheckpointStore, read_manifest
+from geneformer_pretrain.checkpoint.store import CheckpointStore
 from geneformer_pretrain.config.schema import Config
 from geneformer_pretrain.data.batch import Batch, PackedBatch
 from geneformer_pretrain.data.dataset import check_data, open_training_data, open_validation_data
@@ -154,8 +156,8 @@ class Trainer:
                 self.say(f"{self.folder} had results but no checkpoint to go on from; they are in {previous} now.")
             return
         state = read_manifest(path)["state"]
-        progress = Progress(**state["progress"])
-        other_data = self.config.training.accept_changed_data and asdict(self.data.identity) != state["data"]
+        progress = Progress.from_state(state["progress"])
+        other_data = self.config.training.accept_changed_data and not self.data.identity.is_same(state["data"])
 
         def check() -> None:
             require_same_model(architecture(self.config.model), state.get("model", {}), str(path))
@@ -169,7 +171,7 @@ class Trainer:
             progress.epoch, progress.epoch_first_pack = progress.epoch + 1, progress.next_pack
         tensors = self._tensors()
         self.store.load(path, tensors, optional=FP8_PREFIX)
-        spread_optimizer_step(self.optimizer, tensors["optimizer.step"])
+        broadcast_step_count(self.optimizer, tensors["optimizer.step"])
         wanted = self.progress.packs_per_step
         self.progress = progress
         self.say(f"Resumed from {path}: {progress.step} steps done.")
@@ -232,7 +234,7 @@ class Trainer:
         self.say("Exporting the model.")
         weights = gather_weights(self.engine, self.world.is_main)
         final_model = self.folder / "final_model"
-        self._write(lambda: write_model(weights, self.config.model, final_model))
+        self._write(lambda: write_model(weights, architecture(self.config.model), final_model))
         self.say(describe_end(self))
         return True
 
@@ -402,13 +404,13 @@ class Trainer:
         """Save a checkpoint; a failed save is survived, unless it is the last one or one too many."""
         progress = self.progress
         self.watchdog.beat(progress.step, "saving")
-        vars(progress).update(self.stream.state_at(progress.next_pack))
-        state = {
-            "progress": asdict(progress),
-            "data": asdict(self.data.identity),
-            "data_files": self.data.files,
-            "model": architecture(self.config.model),
-        }
+        state = state_to_save(
+            progress,
+            **self.stream.state_at(progress.next_pack),
+            data=self.data.identity,
+            data_files=self.data.files,
+            model=architecture(self.config.model),
+        )
         blocking = final or not self.config.training.async_save
         unconfirmed, self.unconfirmed_save = self.unconfirmed_save, not blocking
         with self._surviving(final=False):
@@ -420,7 +422,6 @@ class Trainer:
                 progress.step,
                 self._tensors(),
                 state,
-                self.engine.checkpoint_format,
                 blocking=blocking,
             )
             if blocking:
