@@ -22,6 +22,7 @@ COMMANDS: dict[str, str] = {
     "curves": "draw the training curves of a run from its metrics.jsonl",
     "evaluate": "what the embeddings of labelled cells are worth, beside baselines",
     "embed": "Embed cells with a trained model.",
+    "export": "a checkpoint of a run to a plain Hugging Face BERT",
 }
 """Names of the commands, each with what it does; the module's name has underscores for dashes."""
 

@@ -34,11 +34,20 @@ def sync_folder(folder: Path) -> None:
 
 
 def delete_folder(folder: Path) -> None:
-    """Delete a folder; of a link to one, only the link."""
+    """Delete a folder; of a link to one, only the link.
+
+    Raises
+    ------
+    OSError
+        Naming the folder, where that of `shutil.rmtree` may name only a file inside.
+    """
     if folder.is_symlink():
         folder.unlink()
-    else:
+        return
+    try:
         shutil.rmtree(folder)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder)) from error
 
 
 @contextmanager

@@ -47,8 +47,6 @@ class Engine:
     accumulation_context
         Makes the context of one micro-batch's forward and backward. The argument is true for the last one of a step;
         before it, DDP and the replicas of hybrid sharding need not reduce gradients.
-    checkpoint_format
-        "full" for one file, "sharded" for a distributed checkpoint.
     reshard
         Frees gathered weights after forward passes that had no backward.
     gather_full
@@ -62,7 +60,6 @@ class Engine:
     forward_module: nn.Module
     gradient_divisor: float
     accumulation_context: Callable[[bool], AbstractContextManager[None]]
-    checkpoint_format: str
     reshard: Callable[[], None] = lambda: None
     gather_full: Callable[[Tensor], Tensor] = full_tensor
     prepare_for_checkpoint: Callable[[dict[str, Tensor]], object] = lambda tensors: None
@@ -91,7 +88,7 @@ def make_engine(
 def _ddp(model: BertForMaskedLM, world: World, cuda_graphs: bool) -> Engine:
     if world.size == 1 or cuda_graphs:
         # Nobody to share gradients with, or they are summed where micro-batches are replayed.
-        return Engine("ddp", model, model, 1.0, lambda last: nullcontext(), "full")
+        return Engine("ddp", model, model, 1.0, lambda last: nullcontext())
     # Layers are compiled one by one already. Cut further, at DDP's buckets, they would draw other dropout than alone.
     torch._dynamo.config.optimize_ddp = False
     module = DistributedDataParallel(
@@ -103,7 +100,7 @@ def _ddp(model: BertForMaskedLM, world: World, cuda_graphs: bool) -> Engine:
     def accumulation_context(last: bool) -> AbstractContextManager[None]:
         return nullcontext() if last else module.no_sync()
 
-    return Engine("ddp", model, module, float(world.size), accumulation_context, "full")
+    return Engine("ddp", model, module, float(world.size), accumulation_context)
 
 
 def shard_group_size(config: Config, world: World) -> int:
@@ -169,7 +166,7 @@ def _fsdp2(
             if isinstance(module, FSDPModule):
                 module.reshard()
 
-    return Engine("fsdp2", model, model, float(world.size), accumulation_context, "sharded", reshard)
+    return Engine("fsdp2", model, model, float(world.size), accumulation_context, reshard)
 
 
 def nvfsdp_sharding(mesh: DeviceMesh) -> Callable[[nn.Module], None]:
@@ -207,7 +204,6 @@ def _nvfsdp(model: BertForMaskedLM, shard: Callable[[nn.Module], None], world: W
         model,
         float(world.size),
         lambda last: microbatch(model, last),
-        "sharded",
         gather_full=uneven_dtensor_to_full_tensor,
         prepare_for_checkpoint=preprocess_state_dict_for_uneven_dtensor,
     )

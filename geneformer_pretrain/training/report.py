@@ -117,10 +117,16 @@ def number(count: int, one: str, many: str | None = None) -> str:
 def describe_end(progress: Progress, folder: Path) -> str:
     """Describe the work done, and where its results are."""
     skipped = f", {progress.skipped_steps} updates skipped" if progress.skipped_steps else ""
+    best = (
+        []
+        if progress.best_step is None
+        else [f"best model   {folder / 'best_model'} (step {progress.best_step}, {progress.best_loss:.4f})"]
+    )
     return "\n".join(
         [
             f"Done: {number(progress.step, 'step')}, {progress.cells:,} cells, {progress.tokens:,} tokens{skipped}.",
             f"model        {folder / 'final_model'}",
+            *best,
             f"checkpoints  {folder / f'step_{progress.step}'}",
             f"metrics      {folder / 'metrics.jsonl'}",
         ]

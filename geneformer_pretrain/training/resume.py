@@ -1,7 +1,6 @@
 """Goes on from a checkpoint."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -11,11 +10,10 @@ from geneformer_pretrain.checkpoint.manifest import read_manifest
 from geneformer_pretrain.checkpoint.state import (
     Progress,
     accumulation_steps,
+    broadcast_step_count,
     require_same_model,
-    spread_optimizer_step,
 )
 from geneformer_pretrain.checkpoint.store import CheckpointStore
-from geneformer_pretrain.config.resolved import Resolved
 from geneformer_pretrain.config.schema import Config
 from geneformer_pretrain.data.dataset import DataSource
 from geneformer_pretrain.errors import ConfigError
@@ -30,7 +28,6 @@ def resume(
     tensors: Mapping[str, Tensor],
     optimizer: torch.optim.AdamW,
     config: Config,
-    resolved: Resolved,
     data: DataSource,
     packs_per_step: int,
     say: Callable[[str], None],
@@ -61,8 +58,8 @@ def resume(
         A damaged checkpoint.
     """
     state = read_manifest(path)["state"]
-    progress = Progress(**state["progress"])
-    other_data = config.training.accept_changed_data and asdict(data.identity) != state["data"]
+    progress = Progress.from_state(state["progress"])
+    other_data = config.training.accept_changed_data and not data.identity.is_same(state["data"])
 
     def check() -> None:
         require_same_model(config.model.architecture(), state.get("model", {}), str(path))
@@ -75,7 +72,7 @@ def resume(
         say("The data changed: going on from the start of a new epoch.")
         progress.epoch, progress.epoch_first_pack = progress.epoch + 1, progress.next_pack
     store.load(path, tensors, optional=FP8_PREFIX)
-    spread_optimizer_step(optimizer, tensors["optimizer.step"])
+    broadcast_step_count(optimizer, tensors["optimizer.step"])
     say(f"Resumed from {path}: {progress.step} steps done.")
     if progress.packs_per_step != packs_per_step:
         say(

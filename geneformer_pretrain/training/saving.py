@@ -1,7 +1,7 @@
 """Decides when a checkpoint is saved, and survives saves that fail."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,8 +24,6 @@ class Saver:
         Where to.
     config
         The group `training`.
-    format
-        Of the engine: "full" or "sharded".
     say
         Prints a line on the main rank.
     """
@@ -41,8 +39,21 @@ class Saver:
         minutes = self.config.save_every_minutes
         return minutes > 0 and time.monotonic() - self.last_save >= 60 * minutes
 
-    def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], final: bool) -> None:
-        """Save a checkpoint; a failed save is survived, unless it is the last one or one too many."""
+    def save(
+        self,
+        step: int,
+        tensors: Mapping[str, Tensor],
+        state: Mapping[str, Any],
+        final: bool,
+        protected: Collection[int] = (),
+    ) -> None:
+        """Save a checkpoint; a failed save is survived, unless it is the last one or one too many.
+
+        Parameters
+        ----------
+        protected
+            Steps whose checkpoints are kept, however old.
+        """
         blocking = final or not self.config.async_save
         unconfirmed, self.unconfirmed_save = self.unconfirmed_save, not blocking
         with self._surviving(final=False):
@@ -50,7 +61,7 @@ class Saver:
             if unconfirmed:
                 self.failed_saves = 0
         with self._surviving(final):
-            self.store.save(step, tensors, state, self.format, blocking=blocking)
+            self.store.save(step, tensors, state, blocking=blocking, protected=protected)
             if blocking:
                 self.failed_saves = 0
         self.last_save = time.monotonic()

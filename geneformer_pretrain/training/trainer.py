@@ -1,19 +1,19 @@
 """The training run: build, resume, train, validate, save, export."""
 
 import gc
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses from pathlib import Path
 from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from geneformer_pretrain.checkpoint.export import gather_weights, write_model
-from geneformer_pretrain.checkpoint.state import Progress, accumulation_steps, named_tensors
+from geneformer_pretrain.checkpoint.export import gather_weights, read_weights, write_model
+from geneformer_pretrain.checkpoint.state import Progress, accumulation_steps, named_tensors, state_to_save
 from geneformer_pretrain.checkpoint.store import CheckpointStore
 from geneformer_pretrain.config.schema import Config
 from geneformer_pretrain.console import say
@@ -60,6 +60,7 @@ class Trainer:
         self.config, self.world, self.earlier_exit = config, world, earlier_exit
         training = config.training
         self.folder = Path(training.checkpoint_dir)
+        self.gene_set = None if config.data.gene_set is None else Path(config.data.gene_set)
         if training.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself only with it
             torch.use_deterministic_algorithms(True)
@@ -80,11 +81,12 @@ class Trainer:
             self._archive("The earlier run in {folder} is in {previous} now.")
         self.store = CheckpointStore(self.folder, keep_last_n=training.keep_last_n)
         self.progress = self._resume()
+        self.protected = set() if self.progress.best_step is None else {self.progress.best_step}
         self.accumulation = accumulation_steps(self.progress.packs_per_step, world.size)
         self.stream = self.data.stream(self.progress.epoch, self.progress.epoch_first_pack)
 
         self.watchdog = Watchdog(training.hang_timeout_seconds, self.folder, world, write_exit)
-        self.saver = Saver(self.store, training, self.engine.checkpoint_format, self.say)
+        self.saver = Saver(self.store, training, self.say)
         self.step = TrainStep(
             self.engine, self.optimizer, training, self.resolved, world, self.accumulation, self.context, self._beat
         )
@@ -110,7 +112,7 @@ class Trainer:
                 self._archive("{folder} had results but no checkpoint to go on from; they are in {previous} now.")
             return Progress(packs_per_step=packs)
         return resume(
-            path, self.store, self.tensors(), self.optimizer, self.config, self.resolved, self.data, packs, self.say
+            path, self.store, self.tensors(), self.optimizer, self.config, self.data, packs, self.say
         )
 
     def _beat(self, phase: str) -> None:
@@ -158,9 +160,16 @@ class Trainer:
             return False
         self.say("Exporting the model.")
         weights = gather_weights(self.engine, self.world.is_main)
-        self._write(lambda: write_model(weights, self.config.model, self.folder / "final_model"))
+        self._write(lambda: write_model(weights, self.config.model.architecture(), self.folder / "final_model", self.gene_set))
+        self._write(self._export_best)
         self.say(describe_end(progress, self.folder))
         return True
+
+    def _export_best(self) -> None:
+        """Export the checkpoint with the lowest validation loss to best_model/."""
+        if self.config.training.keep_best and self.progress.best_step is not None:
+            weights, architecture = read_weights(self.folder / f"step_{self.progress.best_step}")
+            write_model(weights, architecture, self.folder / "best_model", self.gene_set)
 
     def _facts(self) -> StartFacts:
         return StartFacts(
@@ -201,11 +210,14 @@ class Trainer:
             results.collect()
             results.pending = latest
             is_last = progress.step == training.num_train_steps
+            is_best = False
             if self._due(training.validate_every_n_steps, is_last):
                 started = time.perf_counter()
                 latest.validation = self.validate()
+                is_best = training.keep_best and self._is_best(latest.validation)
                 results.pause("validation_seconds", time.perf_counter() - started)
-            if results.stop_requested or results.save_requested or self._due(training.save_every_n_steps, is_last):
+            wants_save = results.stop_requested or results.save_requested or is_best
+            if wants_save or self._due(training.save_every_n_steps, is_last):
                 results.collect()  # so that the checkpoint counts this step's cells, and metrics.jsonl has it
                 started = time.perf_counter()
                 self.save(final=is_last or results.stop_requested)
@@ -235,19 +247,28 @@ class Trainer:
             self.say("No token of the held-out cells is masked: there is no validation loss.")
         return found
 
+    def _is_best(self, validation: dict[str, float]) -> bool:
+        """Record this step as the best one if its validation loss is the lowest so far."""
+        progress, loss = self.progress, validation.get("validation_loss", math.inf)
+        if loss >= (math.inf if progress.best_loss is None else progress.best_loss):
+            return False
+        # The earlier one is kept until a later save: that of this step may fail.
+        self.protected = {step for step in (progress.best_step, progress.step) if step is not None}
+        progress.best_step, progress.best_loss = progress.step, loss
+        return True
+
     def save(self, final: bool) -> None:
         """Save a checkpoint of this step."""
         progress = self.progress
         self.watchdog.beat(progress.step, "saving")
-        position = self.stream.state_at(progress.next_pack)
-        state = {
-            "progress": asdict(replace(progress, **position)),
-            "data": asdict(self.data.identity),
-            "data_files": self.data.files,
-            "model": self.config.model.architecture(),
-            "resolved": self.resolved.values(),
-        }
-        self.saver.save(progress.step, self.tensors(), state, final)
+        state = state_to_save(
+            progress,
+            **self.stream.state_at(progress.next_pack),
+            data=self.data.identity,
+            data_files=self.data.files,
+            model=self.config.model.architecture(),
+        )
+        self.saver.save(progress.step, self.tensors(), state, final, self.protected)
 
     def _write(self, action: Callable[[], T], on_all_ranks: bool = False) -> T:
         """Run an action that writes to the checkpoint folder, on rank 0 or on all, and return its result on rank 0.

@@ -120,7 +120,7 @@ def test_held_out_cells_of_which_no_token_is_masked(tmp_path: Path) -> None:
 def test_damaged_checkpoints_and_changed_data_are_plain_messages(tmp_path: Path) -> None:
     assert train.run(tiny_config(tmp_path)) == 0
     assert "seed: 0 in the checkpoint, 1 now" in failure(overrides(tmp_path, "training.seed=1"))
-    (tmp_path / "run/step_2/checkpoint.pt").write_bytes(b"")
+    (tmp_path / "run/step_2/rank_0.safetensors").write_bytes(b"")
     message = failure(overrides(tmp_path, "training.num_train_steps=4"))
     assert "step_2" in message
     assert not (tmp_path / "run/step_4").exists()
