@@ -89,10 +89,10 @@ def embed(options: EmbedOptions) -> Summary:
     ranks = join_ranks()
     work = options.output.with_name(options.output.name + ".parts")
     if ranks.rank == 0:
-        ranks.together(lambda: _prepare(options, work), UserError)
+        ranks.run_on_all_ranks(lambda: _prepare(options, work), UserError)
         with Lock(work):
             return _embed(options, work, ranks, began)
-    ranks.together(lambda: None, UserError)
+    ranks.run_on_all_ranks(lambda: None, UserError)
     return _embed(options, work, ranks, began)
 
 
@@ -196,7 +196,7 @@ def _open(options: EmbedOptions, model: Model, work: Path, ranks: Ranks) -> tupl
         found.append((cells, Job.open(work, settings, costs, part_cost, ranks.size), groups))
 
     for is_first in (True, False):
-        ranks.together(open_all if (ranks.rank == 0) is is_first else lambda: None, UserError)
+        ranks.run_on_all_ranks(open_all if (ranks.rank == 0) is is_first else lambda: None, UserError)
     return found[0]
 
 

@@ -1,6 +1,6 @@
 """Parameters and FLOPs of a model, counted from its configuration."""
 
-from geneformer_pretrain.config.schema import ModelConfig
+from geneformer_pretrain.config.model import ModelConfig
 
 
 def count_parameters(model: ModelConfig) -> int:

@@ -4,9 +4,9 @@ from dataclasses import dataclass, replace
 from math import gcd
 
 from geneformer_pretrain.config.schema import Config
-from geneformer_pretrain.distributed.engines import KEEPING_SHARE
 from geneformer_pretrain.errors import require
 from geneformer_pretrain.model.memory import PeakMemory, peak_memory
+from geneformer_pretrain.model.resolve import KEEP_GATHERED_BELOW
 from geneformer_pretrain.planner.arithmetic import count_parameters, flops_per_token
 from geneformer_pretrain.planner.lengths import CellLengths
 from geneformer_pretrain.planner.saving import CHECKPOINT_BYTES, MODEL_BYTES, Saving, kept_checkpoints, saving
@@ -231,7 +231,7 @@ def _memory(config: Config, cluster: Cluster, parameters: int) -> tuple[bool, Pe
 
     reshards = training.reshard_after_forward
     if reshards is None:
-        kept = training.use_fsdp2 and peak(False).total <= KEEPING_SHARE * cluster.card.memory_gib * GIB
+        kept = training.use_fsdp2 and peak(False).total <= KEEP_GATHERED_BELOW * cluster.card.memory_gib * GIB
         reshards = not kept
     return reshards, peak(reshards)
 

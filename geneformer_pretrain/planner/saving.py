@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from geneformer_pretrain.config.schema import TrainingConfig
+from geneformer_pretrain.config.training import TrainingConfig
 
 CHECKPOINT_BYTES = 12
 """Bytes a parameter of a checkpoint: the FP32 weight and AdamW's two moments."""

@@ -5,19 +5,21 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from geneformer_pretrain.distributed.agreement import Ranks
-from geneformer_pretrain.errors import CheckpointError, explain
+from geneformer_pretrain.errors import CheckpointError, TrainingError, explain
 from geneformer_pretrain.files import naming, open_lock, writing_to
 
 log = logging.getLogger(__name__)
 
 LOCK_FILE, EXIT_FILE = ".lock", "exit.json"
 KEY = "training.checkpoint_dir"
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -91,6 +93,38 @@ def _in_use(folder: Path) -> str:
         entry = json.loads((folder / LOCK_FILE).read_bytes())
         who = f"process {entry['pid']} on {entry['host']}, since {entry['since']}"
     return f"{folder} is in use by {who}. End that run first, or give this one another {KEY}."
+
+
+class FolderWriter:
+    """Runs actions that write to the folder of a run, so that all ranks stop if any cannot write; collective.
+
+    Parameters
+    ----------
+    folder
+        Of the run.
+    ranks
+        All of them.
+    """
+
+    def __init__(self, folder: Path, ranks: Ranks) -> None:
+        self.folder, self.ranks = folder, ranks
+
+    def write(self, action: Callable[[], T], *, on_all_ranks: bool = False) -> T:
+        """Run an action on rank 0 or on all, and return its result on rank 0.
+
+        Raises
+        ------
+        TrainingError
+            On every rank, if any of them cannot write, with its reason.
+        """
+
+        def attempt() -> T | None:
+            if not (on_all_ranks or self.ranks.rank == 0):
+                return None
+            with writing_to(self.folder, KEY):
+                return action()
+
+        return cast(T, self.ranks.run_on_all_ranks(attempt, TrainingError)[0])
 
 
 def foreign(file: Path) -> str:

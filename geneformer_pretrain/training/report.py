@@ -28,9 +28,7 @@ class StartFacts:
     stream: PackStream
     validation: Validation | None
     packs_per_step: int
-    accumulation: int
     device: torch.device
-    folder: Path
 
 
 def describe_start(run: StartFacts) -> str:
@@ -58,10 +56,10 @@ def describe_start(run: StartFacts) -> str:
     lines += [
         f"micro-batch up to {shape.token_budget:,} tokens, {shape.max_cells} cells",
         f"step        {number(run.packs_per_step, 'pack')}: {number(resolved.world_size, 'process', 'processes')} x "
-        f"{number(run.accumulation, 'micro-batch', 'micro-batches')}",
+        f"{number(run.packs_per_step // resolved.world_size, 'micro-batch', 'micro-batches')}",
         f"epoch       about {steps_of_epoch:,} steps; the run has {config.training.num_train_steps:,}",
         f"engine      {run.engine} on {run.device.type}",
-        f"output      {run.folder}",
+        f"output      {config.training.checkpoint_dir}",
     ]
     if config.training.use_fsdp2:
         gathered = "for the forward and again for the backward" if resolved.reshard_after_forward else "once a step"

@@ -28,8 +28,8 @@ class Saver:
         Prints a line on the main rank.
     """
 
-    def __init__(self, store: CheckpointStore, config: TrainingConfig, format: str, say: Callable[[str], None]) -> None:
-        self.store, self.config, self.format, self.say = store, config, format, say
+    def __init__(self, store: CheckpointStore, config: TrainingConfig, say: Callable[[str], None]) -> None:
+        self.store, self.config, self.say = store, config, say
         self.failed_saves = 0
         self.unconfirmed_save = False
         self.last_save = time.monotonic()

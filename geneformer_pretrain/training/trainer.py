@@ -4,10 +4,8 @@ import gc
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses from pathlib import Path
-from typing import TypeVar, cast
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -17,18 +15,16 @@ from geneformer_pretrain.checkpoint.state import Progress, accumulation_steps, n
 from geneformer_pretrain.checkpoint.store import CheckpointStore
 from geneformer_pretrain.config.schema import Config
 from geneformer_pretrain.console import say
-from geneformer_pretrain.data.batch import Batch
 from geneformer_pretrain.distributed.agreement import Ranks
 from geneformer_pretrain.distributed.engines import make_engine, sharding
 from geneformer_pretrain.distributed.watchdog import Watchdog
 from geneformer_pretrain.distributed.world import World
-from geneformer_pretrain.errors import ConfigError, TrainingError
-from geneformer_pretrain.files import writing_to
+from geneformer_pretrain.errors import ConfigError
 from geneformer_pretrain.model.build import build_model
 from geneformer_pretrain.model.precision import forward_context, fp8_state
 from geneformer_pretrain.model.resolve import DTYPES, resolve_on_all_ranks
 from geneformer_pretrain.run.archive import archive_run, has_results, require_no_other_use
-from geneformer_pretrain.run.folder import KEY, write_exit
+from geneformer_pretrain.run.folder import FolderWriter, write_exit
 from geneformer_pretrain.run.logs import RunLogs
 from geneformer_pretrain.run.record import identity_of_rank
 from geneformer_pretrain.run.signals import StopSignals
@@ -38,9 +34,7 @@ from geneformer_pretrain.training.report import StartFacts, describe_end, descri
 from geneformer_pretrain.training.results import StepResults
 from geneformer_pretrain.training.resume import FP8_PREFIX, resume
 from geneformer_pretrain.training.saving import Saver
-from geneformer_pretrain.training.step import TrainStep, next_batch
-
-T = TypeVar("T")
+from geneformer_pretrain.training.step import TrainStep
 
 
 class Trainer:
@@ -76,7 +70,8 @@ class Trainer:
         self.engine = make_engine(model, shard, config, world, self.resolved)
         self.optimizer = build_optimizer(self.engine.model, training)
 
-        self._write(lambda: require_no_other_use(self.folder))
+        self.writer = FolderWriter(self.folder, ranks)
+        self.writer.write(lambda: require_no_other_use(self.folder))
         if not training.resume_from_checkpoint:
             self._archive("The earlier run in {folder} is in {previous} now.")
         self.store = CheckpointStore(self.folder, keep_last_n=training.keep_last_n)
@@ -93,13 +88,13 @@ class Trainer:
         self.logs: RunLogs | None = None
         if self.progress.step < training.num_train_steps:
             first_step = self.progress.step
-            self._write(lambda: self._open_logs(first_step), on_all_ranks=True)
+            self.writer.write(lambda: self._open_logs(first_step), on_all_ranks=True)
 
     def _open_logs(self, first_step: int) -> None:
         self.logs = RunLogs(self.folder, self.config, self.resolved, self.world, first_step)
 
     def _archive(self, message: str) -> None:
-        previous = self._write(lambda: archive_run(self.folder, self.earlier_exit))
+        previous = self.writer.write(lambda: archive_run(self.folder, self.earlier_exit))
         if previous is not None:
             self.say(message.format(folder=self.folder, previous=previous))
 
@@ -108,12 +103,10 @@ class Trainer:
         packs = self.config.training.gradient_accumulation_steps * self.world.size
         path = self.store.find_latest()
         if path is None:
-            if self._write(lambda: has_results(self.folder)):
+            if self.writer.write(lambda: has_results(self.folder)):
                 self._archive("{folder} had results but no checkpoint to go on from; they are in {previous} now.")
             return Progress(packs_per_step=packs)
-        return resume(
-            path, self.store, self.tensors(), self.optimizer, self.config, self.data, packs, self.say
-        )
+        return resume(path, self.store, self.tensors(), self.optimizer, self.config, self.data, packs, self.say)
 
     def _beat(self, phase: str) -> None:
         self.watchdog.beat(self.progress.step + 1, phase)
@@ -139,7 +132,14 @@ class Trainer:
             True if the run is complete; false if a signal stopped it after a checkpoint.
         """
         training, progress = self.config.training, self.progress
-        self.say(describe_start(self._facts()))
+        packs, device = progress.packs_per_step, self.world.device
+        self.say(
+            describe_start(
+                StartFacts(
+                    self.config, self.resolved, self.engine.name, self.data, self.stream, self.validation, packs, device
+                )
+            )
+        )
         if progress.step > training.num_train_steps:
             self.say(
                 f"This run has {progress.step} steps, more than training.num_train_steps={training.num_train_steps}: "
@@ -160,30 +160,16 @@ class Trainer:
             return False
         self.say("Exporting the model.")
         weights = gather_weights(self.engine, self.world.is_main)
-        self._write(lambda: write_model(weights, self.config.model.architecture(), self.folder / "final_model", self.gene_set))
-        self._write(self._export_best)
+        self.writer.write(lambda: self._export(weights))
         self.say(describe_end(progress, self.folder))
         return True
 
-    def _export_best(self) -> None:
-        """Export the checkpoint with the lowest validation loss to best_model/."""
-        if self.config.training.keep_best and self.progress.best_step is not None:
-            weights, architecture = read_weights(self.folder / f"step_{self.progress.best_step}")
-            write_model(weights, architecture, self.folder / "best_model", self.gene_set)
-
-    def _facts(self) -> StartFacts:
-        return StartFacts(
-            self.config,
-            self.resolved,
-            self.engine.name,
-            self.data,
-            self.stream,
-            self.validation,
-            self.progress.packs_per_step,
-            self.accumulation,
-            self.world.device,
-            self.folder,
-        )
+    def _export(self, weights: dict[str, Tensor]) -> None:
+        """Write final_model/, and best_model/ from the checkpoint with the lowest validation loss."""
+        best = self.progress.best_step if self.config.training.keep_best else None
+        write_model(weights, self.config.model.architecture(), self.folder / "final_model", gene_set=self.gene_set)
+        if best is not None:
+            write_model(*read_weights(self.folder / f"step_{best}"), self.folder / "best_model", gene_set=self.gene_set)
 
     def _train(self, stack: ExitStack, logs: RunLogs) -> None:
         """Loop over optimizer steps."""
@@ -229,20 +215,11 @@ class Trainer:
     def _due(self, interval: int | None, is_last: bool) -> bool:
         return is_last or bool(interval and self.progress.step % interval == 0)
 
-    @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Evaluate the held-out cells, without dropout; empty if there are none, or none of their tokens is masked."""
+        """Evaluate the held-out cells; empty if there are none, or none of their tokens is masked."""
         if self.validation is None:
             return {}
-
-        def forward(batches: Iterator[Batch]) -> tuple[Tensor, Tensor]:
-            self.watchdog.beat(self.progress.step, "validating")
-            return self.step.forward(next_batch(batches, "data.validation_path"))
-
-        self.engine.model.eval()
-        found = self.validation.evaluate(forward)
-        self.engine.model.train()
-        self.engine.reshard()
+        found = self.validation.evaluate(self.step, self._beat)
         if not found:
             self.say("No token of the held-out cells is masked: there is no validation loss.")
         return found
@@ -269,20 +246,3 @@ class Trainer:
             model=self.config.model.architecture(),
         )
         self.saver.save(progress.step, self.tensors(), state, final, self.protected)
-
-    def _write(self, action: Callable[[], T], on_all_ranks: bool = False) -> T:
-        """Run an action that writes to the checkpoint folder, on rank 0 or on all, and return its result on rank 0.
-
-        Raises
-        ------
-        TrainingError
-            On every rank, if any of them cannot write, with its reason.
-        """
-
-        def write() -> T | None:
-            if not (on_all_ranks or self.world.is_main):
-                return None
-            with writing_to(self.folder, KEY):
-                return action()
-
-        return cast(T, self.ranks.run_on_all_ranks(write, TrainingError)[0])

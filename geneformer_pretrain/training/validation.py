@@ -1,16 +1,15 @@
 """Loss on held-out cells: the same cells each time, with the same tokens masked."""
 
 import math
-from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from geneformer_pretrain.data.batch import Batch, build_batches
+from geneformer_pretrain.data.batch import build_batches
 from geneformer_pretrain.data.dataset import DataSource
 from geneformer_pretrain.distributed.world import World
 from geneformer_pretrain.errors import ConfigError
+from geneformer_pretrain.training.step import Beat, TrainStep, next_batch
 
 
 class Validation:
@@ -49,29 +48,37 @@ class Validation:
         except (ValueError, RuntimeError) as error:
             raise ConfigError(f"data.validation_path: {error}") from error
 
-    def evaluate(self, forward: Callable[[Iterator[Batch]], tuple[Tensor, Tensor]]) -> dict[str, float]:
-        """Compute the mean cross-entropy over the masked tokens, and its exponential; collective.
+    @torch.no_grad()
+    def evaluate(self, step: TrainStep, beat: Beat) -> dict[str, float]:
+        """Compute the mean cross-entropy over the masked tokens without dropout, and its exponential; collective.
 
         A rank that has fewer packs than others runs its last one again and leaves it out of the sum, since sharding
         engines need all ranks in each forward.
 
         Parameters
         ----------
-        forward
-            Returns the sum of cross-entropies and the number of masked tokens of the next micro-batch.
+        step
+            Of the model to evaluate, which trains on afterwards.
+        beat
+            Called with the name of the phase before each micro-batch.
 
         Returns
         -------
         dict
             `validation_loss` and `validation_perplexity`; empty if no token is masked.
         """
+        engine = step.engine
+        engine.model.eval()
         totals = torch.zeros(2, dtype=torch.float64, device=self.world.device)
         for first in range(0, self.num_packs, self.world.size):
             mine = first + self.world.rank
             batches = build_batches(self.builder, self.stream, [min(mine, self.num_packs - 1)])
-            loss_sum, masked = forward(batches)
+            beat("validating")
+            loss_sum, masked = step.forward(next_batch(batches, "data.validation_path"))
             if mine < self.num_packs:
                 totals += torch.stack([loss_sum.double(), masked.double()])
+        engine.model.train()
+        engine.reshard()
         dist.all_reduce(totals)
         loss_sum, masked = totals.tolist()
         if not masked:
