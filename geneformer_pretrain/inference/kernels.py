@@ -53,15 +53,17 @@ def _residual_norm(
 class InferenceAttention:
     """`modeling_bert_te.Attention` by this project's kernel, without dropout."""
 
-    finds_bias_gradient = False
+    computes_bias_grad = False
 
-    def plan(self, cu_seqlens: Tensor, max_seqlen: int, num_tokens: int) -> tuple[Tensor, Tensor]:
+    def prepare(self, cu_seqlens: Tensor, max_seqlen: int, num_tokens: int) -> tuple[Tensor, Tensor]:
         """The list of tiles, and a seed that nothing depends on."""
         return tile_list(cu_seqlens, num_tokens), cu_seqlens.new_zeros(1, dtype=torch.int64)
 
-    def __call__(self, qkv: Tensor, plan: tuple[Tensor, Tensor], dropout: float, bias: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, qkv: Tensor, prepared: tuple[Tensor, Tensor], dropout: float, bias: Tensor | None = None
+    ) -> Tensor:
         """[T, 3, A, D] -> [T, A, D]."""
-        return packed_attention(qkv, None, *plan, 0.0)[0]
+        return packed_attention(qkv, None, *prepared, 0.0)[0]
 
 
 class InferenceFused:
@@ -81,7 +83,7 @@ class InferenceFused:
         )  # fmt: skip
         return out
 
-    def linear_beside_residual(self, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    def linear_with_residual(self, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """Project x."""
         return torch.nn.functional.linear(x, weight, bias), x
 

@@ -193,7 +193,7 @@ class Runner:
         """Hidden states of a pack on the device, [T, H] in the compute dtype."""
         bert = self.model.bert
         layers = self._compiled if len(parts.input_ids) == self.compiled_tokens else self._eager
-        plan = bert.attention.plan(parts.cu_seqlens, self.longest, len(parts.input_ids))
+        plan = bert.attention.prepare(parts.cu_seqlens, self.longest, len(parts.input_ids))
         x = bert.embeddings(parts.input_ids, parts.position_ids, None)
         for layer in layers:
             x = layer(x, plan)

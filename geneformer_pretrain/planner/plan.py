@@ -6,12 +6,11 @@ from math import gcd
 from geneformer_pretrain.config.schema import Config
 from geneformer_pretrain.errors import require
 from geneformer_pretrain.model.memory import PeakMemory, peak_memory
-from geneformer_pretrain.model.resolve import KEEP_GATHERED_BELOW
+from geneformer_pretrain.model.resolve import KEEP_GATHERED_BELOW, MAX_GRAPH_WIDTH
 from geneformer_pretrain.planner.arithmetic import count_parameters, flops_per_token
 from geneformer_pretrain.planner.lengths import CellLengths
 from geneformer_pretrain.planner.saving import CHECKPOINT_BYTES, MODEL_BYTES, Saving, kept_checkpoints, saving
 from geneformer_pretrain.planner.speed import PACK_FILL, Cluster, StepTime, check_card, step_time
-from geneformer_pretrain.training.cuda_graphs import LARGEST_WIDTH
 
 GIB = 2**30
 ITEMSIZE = 2
@@ -223,7 +222,7 @@ def _memory(config: Config, cluster: Cluster, parameters: int) -> tuple[bool, Pe
     ) and (
         training.cuda_graphs
         if training.cuda_graphs is not None
-        else model.hidden_size <= LARGEST_WIDTH and cluster.nodes == 1
+        else model.hidden_size <= MAX_GRAPH_WIDTH and cluster.nodes == 1
     )
 
     def peak(reshards: bool) -> PeakMemory:
