@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from geneformer_pretrain.config.compose import load_config
+from geneformer_pretrain.config.model import Kernel
 from geneformer_pretrain.errors import ConfigError
 from geneformer_pretrain.kernels import select as kernels
 from modeling_bert_te import FlashAttention
@@ -16,17 +17,22 @@ class Kernels:
     """Stands for what needs Triton."""
 
 
-CHOICES = {"model.attention_kernel": kernels.choose_attention, "model.fused_kernels": kernels.choose_fused}
+CHOICES = {
+    "model.attention_kernel": (kernels.use_triton_attention, kernels.attention),
+    "model.fused_kernels": (kernels.use_triton_fused, kernels.fused_kernels),
+}
 
 
 @pytest.fixture
 def choose(monkeypatch):
     def choose(kernel, key="model.attention_kernel", capability=(9, 0), dtype=torch.bfloat16, device="cuda", **model):
         pretended = SimpleNamespace(TritonAttention=Kernels, TritonFused=Kernels)
-        monkeypatch.setitem(sys.modules, "geneformer_pretrain.triton_kernels", pretended)
+        monkeypatch.setitem(sys.modules, "geneformer_pretrain.kernels.adapters", pretended)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         overrides = [f"{key}={kernel}", *(f"model.{name}={value}" for name, value in model.items())]
-        return type(CHOICES[key](load_config("10m", overrides), torch.device(device), dtype))
+        decide, make = CHOICES[key]
+        use_triton = decide(load_config("10m", overrides).model, torch.device(device), dtype)
+        return type(make(Kernel.triton if use_triton else Kernel.torch))
 
     return choose
 
