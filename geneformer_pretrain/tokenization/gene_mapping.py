@@ -102,7 +102,7 @@ class TokenMatch:
 def match_tokens(new: GeneSet, old: GeneSet, mapping: Mapping[str, Sequence[str]] | None = None) -> TokenMatch:
     """Find the tokens of a new gene set in an old one.
 
-    Special tokens are matched by name. A gene is looked up in the table first, then by its id; symbols are not
+    Special tokens are matched by name. A gene is looked up in the table first; where that leads to none or several, by its id. Symbols are not
     compared, since other species share them.
 
     Parameters
@@ -124,8 +124,8 @@ def match_tokens(new: GeneSet, old: GeneSet, mapping: Mapping[str, Sequence[str]
         if token >= 0:
             found[place].add(token)
     by_table = np.array([next(iter(tokens)) if len(tokens) == 1 else -1 for tokens in found], np.int32)
-    ambiguous = np.array([len(tokens) > 1 for tokens in found])
-    rows = np.where((by_table < 0) & ~ambiguous, by_id, by_table)
+    rows = np.where(by_table < 0, by_id, by_table)
+    ambiguous = np.array([len(tokens) > 1 for tokens in found]) & (rows < 0)
     if not (rows >= 0).any():
         _refuse(genes, old, mapping)
     special = np.array([old.special_tokens.get(name, -1) for name in new.special_tokens], np.int32)

@@ -81,8 +81,9 @@ def test_values_outside_of_the_range_never_give_a_wrong_median(values: list[floa
     assert exact.medians()[0] == expected
 
 
-@pytest.mark.parametrize("index_type", [np.int32, np.int64])
-@pytest.mark.parametrize("data_type", [np.float32, np.float64, np.uint8, np.int16, np.uint32, np.int64])
+@pytest.mark.parametrize(
+    ("index_type", "data_type"), [(np.int32, np.float32), (np.int64, np.float64), (np.int32, np.uint16)]
+)
 def test_columns_of_a_gene_are_summed_and_zeros_ignored(index_type: type, data_type: type) -> None:
     """One cell: gene 0 in two columns and one of them twice, gene 1 explicitly zero, one column of no gene."""
     indices = np.array([3, 0, 2, 0, 1, 4], index_type)
