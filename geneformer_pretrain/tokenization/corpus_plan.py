@@ -179,13 +179,14 @@ def settle(plan: Plan, folder: Path) -> None:
         If a source changed since the corpus was begun.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / PLAN_FILE).exists() and any(path.name != LOCK_FILE for path in folder.iterdir()):
-        raise OutputError(f"{folder} holds other files; name a new folder, or add --overwrite if it is a corpus.")
-    with locked(folder / LOCK_FILE):
-        if not (folder / PLAN_FILE).exists():
-            with replacing(folder / PLAN_FILE) as temporary:
-                temporary.write_text(json.dumps(plan.as_dict(), indent=1) + "\n", encoding="utf-8")
-            return
+    others = {path.name for path in folder.iterdir()} - {LOCK_FILE, f"{PLAN_FILE}.tmp"}
+    if not (folder / PLAN_FILE).exists():  # looked for after the listing: another shard may be starting
+        if others:
+            raise OutputError(f"{folder} holds other files ({min(others)}); name a new folder.")
+        with locked(folder / LOCK_FILE):
+            if not (folder / PLAN_FILE).exists():
+                with replacing(folder / PLAN_FILE) as temporary:
+                    temporary.write_text(json.dumps(plan.as_dict(), indent=1) + "\n", encoding="utf-8")
     _compare(read_json(folder / PLAN_FILE), plan.as_dict(), folder)
 
 
