@@ -19,7 +19,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from geneformer_pretrain.config.schema import Config, load_config
+from geneformer_pretrain.config.compose import load_config
+from geneformer_pretrain.config.schema import Config
 from geneformer_pretrain.distributed.world import World, distributed_world
 from geneformer_pretrain.run.signals import StopSignals
 from geneformer_pretrain.training.trainer import Trainer

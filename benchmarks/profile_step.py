@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from geneformer_pretrain.config.schema import load_config
+from geneformer_pretrain.config.compose import load_config
 from geneformer_pretrain.data.loader import Loader
 from geneformer_pretrain.distributed.world import distributed_world
 from geneformer_pretrain.run.signals import StopSignals

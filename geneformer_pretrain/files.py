@@ -34,11 +34,20 @@ def sync_folder(folder: Path) -> None:
 
 
 def delete_folder(folder: Path) -> None:
-    """Delete a folder; of a link to one, only the link."""
+    """Delete a folder; of a link to one, only the link.
+
+    Raises
+    ------
+    OSError
+        Naming the folder, where that of `shutil.rmtree` may name only a file inside.
+    """
     if folder.is_symlink():
         folder.unlink()
-    else:
+        return
+    try:
         shutil.rmtree(folder)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder)) from error
 
 
 @contextmanager
@@ -171,3 +180,37 @@ def locked(path: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def writing_to(folder: Path, key: str) -> Iterator[None]:
+    """Name the configuration key and the remedy in errors of files in a folder; other errors pass unchanged.
+
+    Raises
+    ------
+    OutputError
+        In place of the system's error at a file in the folder, or on the way to it.
+    """
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, OutputError) or error.filename is None or error.strerror is None:
+            raise
+        place, base = Path(os.fsdecode(error.filename)).absolute(), folder.absolute()
+        if not (place.is_relative_to(base) or base.is_relative_to(place)):
+            raise
+        raise OutputError(
+            f"{key}: cannot write to {place} ({error.strerror}). {key} needs a writable folder with free space: fix it "
+            "or choose another."
+        ) from error
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Add the path to errors of the system that do not name one, as writing to an open file raises them."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise

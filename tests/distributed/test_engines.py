@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
-from geneformer_pretrain.config.schema import load_config
+from geneformer_pretrain.config.compose import load_config
 from geneformer_pretrain.distributed.world import World
 from geneformer_pretrain.errors import ConfigError
 from geneformer_pretrain.run.signals import StopSignals
@@ -55,7 +55,11 @@ def built_with_graphs(rank: int, size: int, given: list[str]) -> dict[str, Any]:
     ):
         engine = build(rank, size, given).engine
     _, _, _, reduces = graphs.call_args.args
-    return {"wrapped": engine.module is not engine.model, "divisor": engine.gradient_divisor, "reduces": reduces}
+    return {
+        "wrapped": engine.forward_module is not engine.model,
+        "divisor": engine.gradient_divisor,
+        "reduces": reduces,
+    }
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -92,7 +96,7 @@ def when_gathered(rank: int, size: int, given: list[str]) -> dict[str, list[bool
         batch = next_batch(loader, "data.path")
     trainer.forward(batch)
     found = {"after a forward": gathered()}
-    trainer.engine.end_evaluation()
+    trainer.engine.reshard()
     found["after an evaluation"] = gathered()
     for is_last in (False, True):
         trainer.forward_backward(batch, is_last)

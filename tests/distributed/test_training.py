@@ -20,13 +20,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.testing import assert_close
 
-import train
-from geneformer_pretrain.config.schema import load_config
+from geneformer_pretrain.config.compose import load_config
 from geneformer_pretrain.data.batch import Batch
 from geneformer_pretrain.data.masking import MaskRule, mask_cell
 from geneformer_pretrain.distributed.world import World, distributed_world
 from geneformer_pretrain.errors import ConfigError
+from geneformer_pretrain.training import main as train
 from geneformer_pretrain.training.trainer import PendingStep, Trainer
+from tests.checkpoints import read_checkpoint
 from tests.tiny import (
     RunWorkers,
     make_cells,
@@ -163,7 +164,7 @@ def test_ranks_and_engines_give_the_same_run(folder: Path, tmp_path: Path, run_w
     assert run_workers(train_all, 2, [long_run(folder, *run) for run in runs]) == [[None, None]] * 2
     for name in ("ddp_2", "fsdp2_2"):
         assert_same_run(tmp_path / name, folder / "one")
-    assert list((tmp_path / "fsdp2_2/step_6").glob("*.distcp"))
+    assert list((tmp_path / "fsdp2_2/step_6").glob("rank_1.safetensors"))
 
     on_four = cut_off(tmp_path / "ddp_2", tmp_path / "on_four", 2)
     uneven = tmp_path / "uneven"
@@ -229,7 +230,7 @@ def short_run(folder: Path, *more: str) -> list[str]:
 def assert_bitwise_equal(run: Path, reference: Path, step: int) -> None:
     assert losses(run) == losses(reference)
     assert (run / "cells/rank_0.jsonl").read_bytes() == (reference / "cells/rank_0.jsonl").read_bytes()
-    ours, expected = (torch.load(path / f"step_{step}/checkpoint.pt") for path in (run, reference))
+    ours, expected = (read_checkpoint(path / f"step_{step}") for path in (run, reference))
     assert ours.keys() == expected.keys()
     assert any(name.startswith("optimizer.exp_avg_sq.") for name in ours)
     for name, tensor in ours.items():

@@ -10,12 +10,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import train
 from geneformer_pretrain.checkpoint import store as checkpoint
-from geneformer_pretrain.config.schema import Config, load_config
+from geneformer_pretrain.config.compose import load_config
+from geneformer_pretrain.config.schema import Config
 from geneformer_pretrain.data.batch import Batch
 from geneformer_pretrain.distributed.world import World
 from geneformer_pretrain.errors import CheckpointSaveError, TrainingError
+from geneformer_pretrain.training import main as train
 from geneformer_pretrain.training import trainer
 from geneformer_pretrain.training.trainer import PendingStep, Trainer
 from tests.tiny import (

@@ -42,7 +42,7 @@ def our_model(stock, compile_blocks, dtype=torch.bfloat16):
     ours.load_state_dict({name: value for name, value in stock.state_dict().items() if name in names})
     ours.bert.embeddings.compute_dtype = dtype
     if compile_blocks:
-        ours.compile_ends()
+        ours.compile_embeddings_and_head()
         for layer in ours.bert.encoder.layer:
             layer.compile_in_place()
     return ours

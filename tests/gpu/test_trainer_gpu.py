@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from geneformer_pretrain.config.schema import load_config
+from geneformer_pretrain.config.compose import load_config
 from geneformer_pretrain.distributed.world import distributed_world
 from geneformer_pretrain.run.signals import StopSignals
 from geneformer_pretrain.training.trainer import Trainer

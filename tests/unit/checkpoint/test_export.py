@@ -16,15 +16,16 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import BertConfig
 
-from geneformer_pretrain.checkpoint import export
+from geneformer_pretrain import files
 from geneformer_pretrain.errors import TrainingError
+from geneformer_pretrain.training.main import run
 from modeling_bert_te import BertForMaskedLM
+from tests.checkpoints import read_checkpoint
 from tests.tiny import (
     VOCAB_SIZE,
     one_cpu_thread,  # noqa: F401 - an automatic fixture
     tiny_config,
 )
-from train import run
 
 STOCK = """
 import sys, warnings
@@ -114,7 +115,7 @@ def test_folder_holds_one_float32_file_and_a_stock_configuration(exported):
 
 def test_equals_the_last_checkpoint(exported):
     """Nothing is lost on the way: every weight of the checkpoint is in the export, bit by bit."""
-    checkpoint = torch.load(exported.parent / "step_3" / "checkpoint.pt")
+    checkpoint = read_checkpoint(exported.parent / "step_3")
     weights = load_file(exported / "model.safetensors")
     assert weights
     assert weights.keys() == {name.removeprefix("model.") for name in checkpoint if name.startswith("model.")}
@@ -210,7 +211,7 @@ def test_an_export_that_may_not_be_replaced_is_named(tmp_path, monkeypatch):
 def test_a_leftover_that_cannot_be_deleted_is_named(tmp_path, monkeypatch):
     config = tiny_config(tmp_path)
     assert run(config) == 0
-    delete, left = export.delete_folder, tmp_path / "run/final_model.replaced"
+    delete, left = files.delete_folder, tmp_path / "run/final_model.replaced"
     left.mkdir()
 
     def refuse(folder):
@@ -218,7 +219,7 @@ def test_a_leftover_that_cannot_be_deleted_is_named(tmp_path, monkeypatch):
             raise PermissionError(errno.EACCES, "Permission denied", "config.json")  # as shutil names it
         delete(folder)
 
-    monkeypatch.setattr(export, "delete_folder", refuse)
+    monkeypatch.setattr(files, "delete_folder", refuse)
     with pytest.raises(TrainingError, match=rf"cannot write to {left} \(Permission denied\)"):
         run(config)
     assert (tmp_path / "run/final_model/config.json").is_file()

@@ -8,18 +8,21 @@ import pytest
 import torch
 from transformers import BertForMaskedLM
 
-from geneformer_pretrain.config.schema import CONFIG_DIR, DataConfig, ModelConfig, TrainingConfig, load_config
+from geneformer_pretrain.config.compose import CONFIG_DIR, load_config
+from geneformer_pretrain.config.data import DataConfig
+from geneformer_pretrain.config.model import ModelConfig
+from geneformer_pretrain.config.training import TrainingConfig
 from geneformer_pretrain.data.dataset import check_vocabulary
 from geneformer_pretrain.errors import ConfigError
 from geneformer_pretrain.model import precision
 from geneformer_pretrain.model.precision import check_machine
+from geneformer_pretrain.training.main import run
 from tests.tiny import (
     one_cpu_thread,  # noqa: F401 - an automatic fixture
     read_exit,
     read_metrics,
     tiny_config,
 )
-from train import run
 
 PATH = re.compile(r"(^|_)(path|dir)$")
 NAMES = ("l0_sanity", "10m", "106m", "4b")

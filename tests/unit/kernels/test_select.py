@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from geneformer_pretrain.config.schema import load_config
+from geneformer_pretrain.config.compose import load_config
 from geneformer_pretrain.errors import ConfigError
 from geneformer_pretrain.kernels import select as kernels
 from modeling_bert_te import FlashAttention

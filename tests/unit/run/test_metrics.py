@@ -12,12 +12,13 @@ import pytest
 import torch
 import yaml
 
-from geneformer_pretrain.config.schema import load_config
+from geneformer_pretrain.config.compose import load_config
 from geneformer_pretrain.distributed.world import World
 from geneformer_pretrain.errors import ConfigError
 from geneformer_pretrain.run import metrics
+from geneformer_pretrain.run.cell_log import CellLog
 from geneformer_pretrain.run.metrics import JsonLines, MetricsLog, cut_back, start_wandb
-from geneformer_pretrain.run.record import CellLog, write_run_record
+from geneformer_pretrain.run.record import write_run_record
 from tests.tiny import overrides, tiny_config
 
 ROOT = Path(__file__).resolve().parents[3]

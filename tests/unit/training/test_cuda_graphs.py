@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from geneformer_pretrain.config.schema import load_config
+from geneformer_pretrain.config.compose import load_config
 from geneformer_pretrain.distributed.world import World, distributed_world
 from geneformer_pretrain.errors import ConfigError
 from geneformer_pretrain.training.cuda_graphs import ALIGNMENT, MicroBatchGraphs, common_buffer, takes_cuda_graphs
