@@ -127,7 +127,7 @@ def finetune(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
         TrainingArguments(
             output_dir=str(arguments.output),
             num_train_epochs=arguments.epochs,
-            per_device_train_batch_size=16,
+            per_device_train_batch_size=8,
             per_device_eval_batch_size=64,
             learning_rate=learning_rate,
             warmup_steps=10,
