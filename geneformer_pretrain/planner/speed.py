@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from geneformer_pretrain.config.schema import Config
 from geneformer_pretrain.errors import ConfigError, require
-from geneformer_pretrain.planner.arithmetic import attention_flops, head_flops, layer_flops
+from geneformer_pretrain.planner.arithmetic import attention_flops, head_flops, layer_flops, sharding_traffic
 from geneformer_pretrain.planner.lengths import genecorpus, lognormal
 from geneformer_pretrain.planner.measured import Card, Measurement, measured_like
 
@@ -154,18 +154,22 @@ def communication_seconds(
         # On one node, gradients are summed after the backward; between nodes beside it.
         return seconds if cluster.nodes == 1 else max(SLOWING * seconds, seconds - HIDING * compute)
     group = training.shard_group_size or gpus
-    micro_batches, part = training.gradient_accumulation_steps, (group - 1) / group
-    gathers = 2 * micro_batches if reshards else 1
-    weights = (2.0 if training.use_fsdp2 else 4.0) * num_parameters
-    collectives = config.model.num_hidden_layers * (gathers + micro_batches)
-    hops = -(-group // cluster.gpus_per_node) if group > cluster.gpus_per_node else 0
-    seconds = part * (gathers * weights + micro_batches * gradients) / cluster.bus(group)
-    seconds += collectives * hops * HOP_SECONDS
+    traffic = sharding_traffic(
+        config.model,
+        group,
+        micro_batches=training.gradient_accumulation_steps,
+        reshards=reshards,
+        pads=training.use_fsdp2,
+    )
+    weight = 2 if training.use_fsdp2 else 4  # FSDP2 gathers BF16, nvFSDP FP32; both reduce FP32.
+    seconds = (group - 1) / group * (weight * traffic.gathered + 4 * traffic.scattered) / cluster.bus(group)
+    if group > cluster.gpus_per_node:
+        seconds += (traffic.gathers + traffic.scatters) * group / cluster.gpus_per_node * HOP_SECONDS
     replicas = gpus // group
     if replicas > 1:
         bus = cluster.bus(gpus, rings=min(group, cluster.gpus_per_node))
         seconds += 2 * (replicas - 1) / replicas * gradients / group / bus
-    launches = SHARDED_LAYER_SECONDS * config.model.num_hidden_layers * micro_batches
+    launches = SHARDED_LAYER_SECONDS * traffic.scatters
     return launches + max(SLOWING * seconds, seconds - HIDING * compute)
 
 
