@@ -17,6 +17,7 @@ from typing import NoReturn
 
 COMMANDS: dict[str, str] = {
     "embed": "Embed cells with a trained model.",
+    "perturb": "Delete, overexpress or shift genes in silico, and score what changes.",
 }
 """Names of the commands, each with what it does; the module's name has underscores for dashes."""
 
