@@ -26,11 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--genes",
         default="all",
         metavar="all|ID,ID|FILE",
-        help="each gene of a cell, a list, or a file with one id a line",
+        help="each gene of a cell, a list, or a file of ids",
     )
-    parser.add_argument(
-        "--together", action="store_true", help="perturb all listed genes at once, in cells that have them"
-    )
+    parser.add_argument("--together", action="store_true", help="perturb all listed genes at once")
     parser.add_argument("--anchor", metavar="ID", help="perturb this gene together with each of --genes")
     parser.add_argument(
         "--shift", type=float, metavar="FRACTION", help="share of a cell's genes to move by, positive to the front"

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from geneformer_pretrain.console import Progress, Summary
 from geneformer_pretrain.distributed.agreement import Ranks
-from geneformer_pretrain.errors import ConfigError, UserError, require
+from geneformer_pretrain.errors import ConfigError, require
 from geneformer_pretrain.files import replacing, require_new
 from geneformer_pretrain.inference.cells import Cells, CountsOptions, open_cells
 from geneformer_pretrain.inference.model import Model, load_model
@@ -84,16 +85,14 @@ def embed(options: EmbedOptions) -> Summary:
     began = perf_counter()
     ranks = join_ranks()
     work = options.output.with_name(options.output.name + ".parts")
-    if ranks.rank == 0:
-        ranks.together(lambda: _prepare(options, work), UserError)
-        with Lock(work):
-            return _embed(options, work, ranks, began)
-    ranks.together(lambda: None, UserError)
-    return _embed(options, work, ranks, began)
+    with in_turn(ranks, lambda: _prepare(options, work, is_main=ranks.rank == 0)):
+        return _embed(options, work, ranks, began)
 
 
-def _prepare(options: EmbedOptions, work: Path) -> None:
-    """Check the outputs and make the folder of intermediate results."""
+def _prepare(options: EmbedOptions, work: Path, *, is_main: bool) -> AbstractContextManager[object]:
+    """Check the outputs, make the folder of intermediate results and lock it; on the first rank."""
+    if not is_main:
+        return nullcontext()
     require(options.output.suffix in (".parquet", ".h5ad"), f"{options.output}: name a .parquet or an .h5ad file.")
     require(options.group_by is None or options.genes is not None, "--group-by averages genes; add --genes FILE.")
     for path in (options.output, options.genes):
@@ -102,6 +101,7 @@ def _prepare(options: EmbedOptions, work: Path) -> None:
     if options.overwrite:
         remove(work)
     work.mkdir(parents=True, exist_ok=True)
+    return Lock(work)
 
 
 def _embed(options: EmbedOptions, work: Path, ranks: Ranks, began: float) -> Summary:

@@ -54,8 +54,10 @@ def in_turn(ranks: Ranks, action: Callable[[], T]) -> T:
     Raises
     ------
     UserError
-        On every rank, if it fails on any.
+        On every rank, if it fails on any; one process alone raises its own error.
     """
+    if ranks.size == 1:
+        return action()
     results: list[T] = []
 
     def act() -> None:

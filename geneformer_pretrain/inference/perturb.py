@@ -5,6 +5,7 @@ when a pack is filled and never stored, are compared with them.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ import pyarrow.compute as pc
 
 from geneformer_pretrain.console import Progress, Summary, say
 from geneformer_pretrain.distributed.agreement import Ranks
-from geneformer_pretrain.errors import DataError, OutputError, UserError, require
+from geneformer_pretrain.errors import DataError, OutputError, require
 from geneformer_pretrain.inference.cells import Cells, CountsOptions, open_cells
 from geneformer_pretrain.inference.comparing import Comparing, Group
 from geneformer_pretrain.inference.edits import Copies, Mode, Rule, find_copies
@@ -121,16 +122,14 @@ def perturb(options: PerturbOptions) -> Summary:
     """
     began = perf_counter()
     ranks = join_ranks()
-    if ranks.rank == 0:
-        ranks.together(lambda: _prepare(options), UserError)
-        with Lock(options.output):
-            return _perturb(options, ranks, began)
-    ranks.together(lambda: None, UserError)
-    return _perturb(options, ranks, began)
+    with in_turn(ranks, lambda: _prepare(options, is_main=ranks.rank == 0)):
+        return _perturb(options, ranks, began)
 
 
-def _prepare(options: PerturbOptions) -> None:
-    """Make the folders, unless they hold something else or finished results."""
+def _prepare(options: PerturbOptions, *, is_main: bool) -> AbstractContextManager[object]:
+    """Make the folders, unless they hold something else or finished results, and lock them; on the first rank."""
+    if not is_main:
+        return nullcontext()
     output = options.output
     if options.overwrite:
         remove(output)
@@ -140,6 +139,7 @@ def _prepare(options: PerturbOptions) -> None:
         raise OutputError(f"{output}: holds something else than scores; name another output.")
     (output / "scores").mkdir(parents=True, exist_ok=True)
     _work(options).mkdir(exist_ok=True)
+    return Lock(output)
 
 
 def _work(options: PerturbOptions) -> Path:

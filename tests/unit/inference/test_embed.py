@@ -15,8 +15,7 @@ from geneformer_pretrain.inference import runner as runner_module
 from geneformer_pretrain.inference.embed import EmbedOptions, embed
 from geneformer_pretrain.inference.model import load_model
 from geneformer_pretrain.inference.runner import Runner
-
-from .worlds import Stock, gene_set, make_cells, make_world, write_cells, write_model
+from tests.unit.inference.worlds import Stock, gene_set, make_cells, make_world, write_cells, write_model
 
 
 @pytest.fixture(autouse=True)
@@ -154,7 +153,7 @@ def test_out_of_memory_halves_the_packs(v1, tmp_path, monkeypatch, capsys):
     monkeypatch.undo()
     expected, _ = run(v1, tmp_path, output=tmp_path / "expected.parquet")
     np.testing.assert_allclose(vectors(output), vectors(expected), atol=1e-6)
-    assert summary.values["pack_tokens"] == 128
+    assert summary.values["pack_tokens"] == 256
     assert "Out of memory with packs of" in capsys.readouterr().err
 
 
@@ -260,7 +259,7 @@ def test_weights_that_are_not_finite(tmp_path):
 
 
 def test_what_is_no_model(tmp_path):
-    with pytest.raises(DataError, match="no config.json"):
+    with pytest.raises(DataError, match=r"no config\.json"):
         load_model(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     with pytest.raises(DataError, match="'gpt2'"):
