@@ -23,6 +23,7 @@ def check(name: str, found: torch.Tensor, expected: torch.Tensor) -> None:
 def main(folder: Path) -> None:
     """Compare each class's outputs with those expected."""
     transformers.logging.set_verbosity_error()  # Heads of other tasks are new in each model.
+    transformers.logging.disable_progress_bar()
     cells = torch.load(folder / "cells.pt", weights_only=True)
     ids, mask = cells["ids"], cells["mask"]
     valid = mask.bool()
