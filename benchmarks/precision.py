@@ -41,7 +41,7 @@ def losses(config: Config, world: World) -> list[float]:
     trainer = Trainer(config, world)
     trainer.signals, trainer.cell_log = StopSignals(), None
     totals = []
-    with trainer.data.loader(trainer.stream, trainer.progress, world.rank, world.size) as loader:
+    with trainer.loader() as loader:
         for _ in range(config.training.num_train_steps):
             pending = trainer.train_step(loader)
             if pending.ready is not None:

@@ -38,7 +38,7 @@ def main() -> None:
         config = load_config(args.config_name, [*args.overrides, *fixed])
         trainer = Trainer(config, world)
         trainer.signals, trainer.cell_log = StopSignals(), None
-        loader: Loader = trainer.data.loader(trainer.stream, trainer.progress, world.rank, world.size)
+        loader: Loader = trainer.loader()
         with loader:
             for _ in range(WARMUP):
                 trainer.train_step(loader)

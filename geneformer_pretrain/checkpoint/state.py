@@ -1,6 +1,6 @@
 """Everything that a checkpoint holds: weights, optimizer, and the position in the data."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -8,52 +8,6 @@ from torch import Tensor
 
 from geneformer_pretrain.errors import ConfigError
 from modeling_bert_te import BertForMaskedLM
-
-
-@dataclass(frozen=True)
-class DataIdentity:
-    """What decides which tokens are seen at which step, and how they are masked.
-
-    A run may only be resumed with the same identity; else cells would be repeated or lost unnoticed.
-    """
-
-    corpus: str
-    vocabulary: str | None
-    seed: int
-    packing: bool
-    micro_batch_size: int
-    seq_length: int
-    max_cells_per_pack: int
-    shuffle_block_cells: int | None
-    mlm_probability: float
-    num_special_tokens: int
-    mask_token_id: int
-    vocab_size: int
-    planner_version: int
-
-    def require_same(
-        self, saved: dict[str, Any], where: str, files: dict[str, str], saved_files: dict[str, str]
-    ) -> None:
-        """Raise ConfigError that lists what differs from the identity saved in a checkpoint.
-
-        Parameters
-        ----------
-        saved
-            Identity in the checkpoint `where`.
-        files, saved_files
-            What to call the hashes of files, here and in the checkpoint: see `DataSource.files`.
-        """
-        changes = []
-        for name, value in asdict(self).items():
-            if saved.get(name) != value:
-                then, now = saved_files.get(name, repr(saved.get(name))), files.get(name, repr(value))
-                changes.append(f"{name}: {then} in the checkpoint, {now if then != now else 'of other content'} now")
-        if changes:
-            raise ConfigError(
-                f"The data of this run differ from those of {where}:\n  " + "\n  ".join(changes) + "\n"
-                "Give back the earlier values, start afresh with training.resume_from_checkpoint=false, or go on "
-                "with the new data from the start of an epoch with training.accept_changed_data=true."
-            )
 
 
 def require_same_model(now: dict[str, Any], saved: dict[str, Any], where: str) -> None:

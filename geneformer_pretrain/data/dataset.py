@@ -1,20 +1,74 @@
-"""From the configuration to the data of a run: corpus, vocabulary, shape, and who they are."""
+"""From the configuration to the data of a run: corpus, vocabulary, shape, and their fingerprint."""
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
-from geneformer_pretrain.checkpoint.state import DataIdentity, Progress
 from geneformer_pretrain.config.schema import Config
 from geneformer_pretrain.data.batch import BatchBuilder
 from geneformer_pretrain.data.corpus import Corpus, open_corpus, require_corpus
 from geneformer_pretrain.data.loader import Loader
-from geneformer_pretrain.data.packing import PLANNER_VERSION, PackShape
+from geneformer_pretrain.data.masking import MaskRule
+from geneformer_pretrain.data.packing import PLANNER_VERSION, BatchShape
 from geneformer_pretrain.data.stream import PackStream
-from geneformer_pretrain.errors import ConfigError
+from geneformer_pretrain.errors import ConfigError, DataError, OutputError
+
+
+@dataclass(frozen=True)
+class DataFingerprint:
+    """Values that decide which tokens are seen at which step, and how they are masked.
+
+    A run may only be resumed with the same fingerprint; else cells would be repeated or lost unnoticed. Checkpoints
+    store it under these names. A field added later needs a default, which stands for checkpoints without it.
+    """
+
+    corpus: str
+    vocabulary: str | None
+    seed: int
+    packing: bool
+    micro_batch_size: int
+    seq_length: int
+    max_cells_per_pack: int
+    shuffle_block_cells: int | None
+    mlm_probability: float
+    num_special_tokens: int
+    mask_token_id: int
+    vocab_size: int
+    planner_version: int
+
+    def changes(self, saved: dict[str, Any], files: dict[str, str], saved_files: dict[str, str]) -> list[str]:
+        """List what differs from the fingerprint in a checkpoint, one line each.
+
+        Parameters
+        ----------
+        saved
+            Fingerprint in the checkpoint.
+        files, saved_files
+            Names to print for the hashes of files, now and in the checkpoint: see ``DataSource.files``.
+        """
+        lines = []
+        for name, value in asdict(self).items():
+            default = next(field.default for field in fields(self) if field.name == name)
+            before = saved.get(name, None if default is MISSING else default)
+            if before != value:
+                then, now = saved_files.get(name, repr(before)), files.get(name, repr(value))
+                lines.append(f"{name}: {then} in the checkpoint, {now if then != now else 'of other content'} now")
+        return lines
+
+    def require_same(
+        self, saved: dict[str, Any], where: str, files: dict[str, str], saved_files: dict[str, str]
+    ) -> None:
+        """Raise ConfigError that lists what differs from the fingerprint in the checkpoint ``where``."""
+        changes = self.changes(saved, files, saved_files)
+        if changes:
+            raise ConfigError(
+                f"The data of this run differ from those of {where}:\n  " + "\n  ".join(changes) + "\n"
+                "Give back the earlier values, start afresh with training.resume_from_checkpoint=false, or go on "
+                "with the new data from the start of an epoch with training.accept_changed_data=true."
+            )
 
 
 @dataclass(frozen=True)
@@ -23,15 +77,15 @@ class DataSource:
 
     config: Config
     corpus: Corpus
-    shape: PackShape
+    shape: BatchShape
     vocabulary: str | None
     pin_memory: bool
 
     @property
-    def identity(self) -> DataIdentity:
-        """What must not change between a run and its resumption."""
+    def fingerprint(self) -> DataFingerprint:
+        """Values that must not change between a run and its resumption."""
         model, data = self.config.model, self.config.data
-        return DataIdentity(
+        return DataFingerprint(
             corpus=self.corpus.fingerprint,
             vocabulary=self.vocabulary,
             seed=self.config.training.seed,
@@ -49,28 +103,15 @@ class DataSource:
 
     @property
     def files(self) -> dict[str, str]:
-        """For people, what the identity has hashes of: path and size of the corpus, path of the vocabulary."""
+        """Readable names of the hashed fields, for error messages."""
         data, corpus = self.config.data, self.corpus
         files = {"corpus": f"{os.path.abspath(data.path)} ({corpus.num_cells:,} cells, {corpus.num_tokens:,} tokens)"}
         if data.vocab_path is not None:
             files["vocabulary"] = os.path.abspath(data.vocab_path)
         return files
 
-    def _masking(self) -> dict[str, Any]:
-        model, data = self.config.model, self.config.data
-        return {
-            "seed": self.config.training.seed,
-            "mlm_probability": self.config.training.mlm_probability,
-            "vocab_size": model.vocab_size,
-            "num_special_tokens": data.num_special_tokens,
-            "mask_token_id": data.mask_token_id,
-            "pad_token_id": model.pad_token_id,
-            "packing": data.packing,
-            "pin_memory": self.pin_memory,
-        }
-
     def stream(self, epoch: int = 0, epoch_first_pack: int = 0) -> PackStream:
-        """The endless stream of packs, from the start of an epoch."""
+        """Return the endless stream of packs, from the start of an epoch."""
         return PackStream(
             self.corpus.lengths,
             self.corpus.fingerprint,
@@ -83,31 +124,37 @@ class DataSource:
             epoch_first_pack=epoch_first_pack,
         )
 
-    def loader(self, stream: PackStream, progress: Progress, rank: int, world_size: int) -> Loader:
-        """Micro-batches of one rank from `progress` to the last step."""
-        return Loader(
+    def builder(self) -> BatchBuilder:
+        """Return a builder of masked micro-batches."""
+        model, data, training = self.config.model, self.config.data, self.config.training
+        return BatchBuilder(
             self.corpus,
-            stream,
             self.shape,
-            rank=rank,
-            world_size=world_size,
-            packs_per_step=progress.packs_per_step,
-            first_step=progress.step,
-            num_steps=self.config.training.num_train_steps - progress.step,
-            num_workers=self.config.training.num_workers,
-            **self._masking(),
+            vocab_size=model.vocab_size,
+            pad_token_id=model.pad_token_id,
+            mask_rule=MaskRule(
+                training.seed, training.mlm_probability, model.vocab_size, data.num_special_tokens, data.mask_token_id
+            ),
+            packing=data.packing,
+            pin_memory=self.pin_memory,
         )
 
-    def builder(self) -> BatchBuilder:
-        """Builds single micro-batches, for validation."""
-        return BatchBuilder(self.corpus, self.shape, **self._masking())
+    def loader(self, stream: PackStream, *, first_step: int, packs_per_step: int, rank: int, world_size: int) -> Loader:
+        """Return the micro-batches of one rank from ``first_step`` to the last step.
+
+        Optimizer step s consumes packs [s P, (s + 1) P) of the stream, P being ``packs_per_step``, a multiple of
+        ``world_size``; its micro-batch m on rank r is pack s P + m world_size + r.
+        """
+        end = self.config.training.num_train_steps * packs_per_step
+        packs = range(first_step * packs_per_step + rank, end, world_size)
+        return Loader(self.builder(), stream, packs, self.config.training.num_workers)
 
 
 def open_training_data(config: Config, is_main: bool, pin_memory: bool) -> DataSource:
     """Open `data.path` and derive the constant shape of a micro-batch from its lengths."""
     vocabulary = None if config.data.vocab_path is None else check_vocabulary(config)
     corpus = _open("data.path", config.data.path, config, is_main)
-    shape = PackShape.create(
+    shape = BatchShape.create(
         corpus.lengths,
         micro_batch_size=config.model.micro_batch_size,
         seq_length=config.model.seq_length,
@@ -129,7 +176,7 @@ def open_validation_data(training: DataSource, is_main: bool) -> DataSource | No
 
 
 def check_data(config: Config) -> None:
-    """Check what takes no time: that both corpora are there, and the vocabulary.
+    """Check that both corpora exist, and the vocabulary; quick.
 
     Raises
     ------
@@ -142,16 +189,16 @@ def check_data(config: Config) -> None:
         if path is not None:
             try:
                 require_corpus(path)
-            except OSError as error:
+            except DataError as error:
                 raise ConfigError(f"{key}: {error}") from error
 
 
 def _open(key: str, path: str, config: Config, is_main: bool) -> Corpus:
     try:
         return open_corpus(path, config.data.cache_dir, vocab_size=config.model.vocab_size, show_progress=is_main)
-    except (ValueError, FileNotFoundError) as error:
+    except DataError as error:
         raise ConfigError(f"{key}: {error}") from error
-    except OSError as error:  # of the cache, whose key it names
+    except OutputError as error:  # names data.cache_dir
         raise ConfigError(str(error)) from error
 
 

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from geneformer_pretrain.checkpoint.manifest import sync_file
 from geneformer_pretrain.config.schema import Config
-from geneformer_pretrain.data.batch import BatchInfo
+from geneformer_pretrain.data.batch import BatchMetadata
 from geneformer_pretrain.distributed.world import World
 from geneformer_pretrain.run.metrics import JsonLines, cut_back
 
@@ -164,7 +164,7 @@ class CellLog:
                 cut_back(path, first_step)
         self.file = JsonLines(own, first_step)
 
-    def write(self, step: int, batch: BatchInfo) -> None:
+    def write(self, step: int, batch: BatchMetadata) -> None:
         """Record one micro-batch of the optimizer step that completes `step` steps."""
         record: dict[str, Any] = {"step": step, "pack": batch.pack, "epoch": batch.epoch}
         self.file.write({**record, "cells": batch.cells.tolist()})

@@ -29,6 +29,7 @@ from geneformer_pretrain.checkpoint.store import CheckpointStore, read_manifest
 from geneformer_pretrain.config.schema import Config
 from geneformer_pretrain.data.batch import Batch, PackedBatch
 from geneformer_pretrain.data.dataset import check_data, open_training_data, open_validation_data
+from geneformer_pretrain.data.loader import Loader
 from geneformer_pretrain.distributed.agreement import Ranks
 from geneformer_pretrain.distributed.engines import architecture, build_engine, check_engine, reshards_after_forward
 from geneformer_pretrain.distributed.watchdog import Watchdog
@@ -94,7 +95,7 @@ class Trainer:
         with_graphs = ranks.together(check, ConfigError)[world.rank]
         ranks.agree_on({"whether to take CUDA graphs": with_graphs}, ConfigError)
         self._open_data(on_gpu)
-        ranks.agree_on(asdict(self.data.identity), ConfigError)
+        ranks.agree_on(asdict(self.data.fingerprint), ConfigError)
         if self.validation is not None:
             ranks.agree_on({"held-out corpus": self.validation.corpus.fingerprint}, ConfigError)
             ranks.together(self.validation.check, ConfigError)
@@ -155,13 +156,14 @@ class Trainer:
             return
         state = read_manifest(path)["state"]
         progress = Progress(**state["progress"])
-        other_data = self.config.training.accept_changed_data and asdict(self.data.identity) != state["data"]
+        fingerprint, files = self.data.fingerprint, (self.data.files, state.get("data_files", {}))
+        other_data = self.config.training.accept_changed_data and bool(fingerprint.changes(state["data"], *files))
 
         def check() -> None:
             require_same_model(architecture(self.config.model), state.get("model", {}), str(path))
             accumulation_steps(progress.packs_per_step, self.world.size)
             if not other_data:
-                self.data.identity.require_same(state["data"], str(path), self.data.files, state.get("data_files", {}))
+                fingerprint.require_same(state["data"], str(path), *files)
 
         self.ranks.together(check, ConfigError)
         if other_data:
@@ -240,7 +242,7 @@ class Trainer:
         """The loop over optimizer steps."""
         training, progress, world = self.config.training, self.progress, self.world
         self.signals = stack.enter_context(StopSignals())
-        loader = stack.enter_context(self.data.loader(self.stream, progress, world.rank, world.size))
+        loader = stack.enter_context(self.loader())
         self._write(lambda: self._open_logs(stack), on_all_ranks=True)
         stack.enter_context(self.watchdog)
         stack.callback(gc.unfreeze)
@@ -262,6 +264,16 @@ class Trainer:
                 self.save(final=is_last or results.stop_agreed)
             if results.stop_agreed:
                 return
+
+    def loader(self) -> Loader:
+        """Return this rank's micro-batches, from the step that the run has got to."""
+        return self.data.loader(
+            self.stream,
+            first_step=self.progress.step,
+            packs_per_step=self.progress.packs_per_step,
+            rank=self.world.rank,
+            world_size=self.world.size,
+        )
 
     def _record(self) -> list[str]:
         cut_back(self.folder / "metrics.jsonl", self.progress.step)  # A damaged one is no reason to change config.yaml.
@@ -405,7 +417,7 @@ class Trainer:
         vars(progress).update(self.stream.state_at(progress.next_pack))
         state = {
             "progress": asdict(progress),
-            "data": asdict(self.data.identity),
+            "data": asdict(self.data.fingerprint),
             "data_files": self.data.files,
             "model": architecture(self.config.model),
         }

@@ -49,7 +49,7 @@ def test_steps_neither_synchronise_nor_recompile(overrides, engine):
     with distributed_world() as world:
         trainer = Trainer(load_config("10m", [*overrides, ENGINES[engine]]), world)
         trainer.signals, trainer.cell_log = StopSignals(), None
-        with trainer.data.loader(trainer.stream, trainer.progress, 0, 1) as loader:
+        with trainer.loader() as loader:
             for _ in range(3):
                 trainer.train_step(loader)
             torch.cuda.synchronize()

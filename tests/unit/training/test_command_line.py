@@ -161,8 +161,6 @@ def test_a_model_too_large_for_the_memory_is_a_plain_message(tmp_path: Path) -> 
 def test_errors_of_the_system_are_plain_messages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "file"
     file.touch()
-    (tmp_path / "cache").mkdir()
-    (tmp_path / "cache/plans").touch()
     remedy = "must be a folder with free space that you may write to: mend that, or name another one."
     message = failure(overrides(tmp_path, f"data.cache_dir={file}"))
     assert message.startswith(f"Error: data.cache_dir: cannot write to {file}/")
@@ -172,10 +170,6 @@ def test_errors_of_the_system_are_plain_messages(tmp_path: Path, monkeypatch: py
     message = failure(overrides(tmp_path, f"training.checkpoint_dir={file}"))
     cause = f"training.checkpoint_dir: cannot write to {file} (File exists). training.checkpoint_dir {remedy}"
     assert message == f"Error: {cause}"
-
-    with monkeypatch.context() as patch:
-        patch.setattr(stream, "LARGE", 1)
-        assert "data.cache_dir: cannot write to" in failure(overrides(tmp_path))
 
     place = str(tmp_path / "run" / "final_model")
 
@@ -237,7 +231,7 @@ def test_an_error_is_told_even_if_the_save_under_way_fails(
 
 
 def test_a_damaged_plan_is_a_plain_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream, "LARGE", 1)
+    monkeypatch.setattr(stream, "MIN_CELLS_FOR_PLAN_FILES", 1)
     assert train.run(tiny_config(tmp_path)) == 0
     (file,) = (tmp_path / "cache/plans").rglob("0.cells.npy")
     file.write_bytes(b"")
