@@ -51,7 +51,21 @@ def write_streams(folder: Path, shards: list[list[pa.Array]], options: ipc.IpcWr
     return folder
 
 
-def write_corpus_folder(folder: Path, parts: list[Cells], columns: dict[str, list[Any]] | None = None) -> Path:
+GENE_SET = {
+    "name": "test",
+    "fingerprint": "f00d",
+    "vocab_size": 25_426,
+    "special_tokens": {"pad": 0, "mask": 1},
+    "max_tokens": 2048,
+}
+
+
+def write_corpus_folder(
+    folder: Path,
+    parts: list[Cells],
+    columns: dict[str, list[Any]] | None = None,
+    gene_set: dict[str, Any] = GENE_SET,
+) -> Path:
     """Write a corpus folder as `tokenize` does.
 
     Parameters
@@ -76,13 +90,6 @@ def write_corpus_folder(folder: Path, parts: list[Cells], columns: dict[str, lis
         pq.write_table(table, folder / f"part-{number:05d}.parquet")
         described.append({"file": f"part-{number:05d}.parquet", "cells": len(cells), "tokens": sum(map(len, cells))})
         first += len(cells)
-    gene_set = {
-        "name": "test",
-        "fingerprint": "f00d",
-        "vocab_size": 25_426,
-        "special_tokens": {"<pad>": 0, "<mask>": 1},
-        "max_tokens": 2048,
-    }
     content = {
         "format_version": 1,
         "gene_set": gene_set,

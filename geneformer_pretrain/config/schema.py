@@ -35,6 +35,7 @@ PATH_KEYS = (
     "data.validation_path",
     "data.cache_dir",
     "data.vocab_path",
+    "data.gene_set",
 )
 
 
@@ -321,6 +322,10 @@ class DataConfig:
     """Folder of converted corpora and packing plans; safe to delete between runs."""
     vocab_path: str | None
     """Text file with one token a line in id order, checked against the model's vocabulary; null: no check."""
+    gene_set: str | None
+    """Gene-set folder that the corpus was tokenized with. It sets model.vocab_size, model.pad_token_id,
+    data.mask_token_id and data.num_special_tokens, stands in for data.vocab_path, and a corpus of another gene set is
+    refused. null: these keys hold."""
     num_special_tokens: int
     """Ids below this are special: never selected for prediction, never a random replacement."""
     mask_token_id: int

@@ -72,7 +72,7 @@ class Corpus:
     sources
         Files that the cells come from, in order.
     gene_set
-        Gene set of the tokens, if ``corpus.json`` names it.
+        Gene set of the tokens, if a ``corpus.json`` beside the files names it.
     empty_files
         Files without rows that were left out.
     """
@@ -90,6 +90,11 @@ class Corpus:
     _batches: list[StreamBatch] = field(repr=False)  # keeps the mapped files alive
     gene_set: CorpusGeneSet | None = None
     empty_files: int = 0
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the first file."""
+        return Path(self.sources[0].path).parent
 
     def cell(self, index: int) -> np.ndarray:
         """Return a copy of the tokens of one cell, int64 [length]; slow."""

@@ -1,11 +1,10 @@
 """From the configuration to the data of a run: corpus, vocabulary, shape, and their fingerprint."""
 
+import logging
 import os
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
-
-import xxhash
+from typing import TYPE_CHECKING, Any
 
 from geneformer_pretrain.config.schema import Config
 from geneformer_pretrain.data.batch import BatchBuilder
@@ -14,7 +13,18 @@ from geneformer_pretrain.data.loader import Loader
 from geneformer_pretrain.data.masking import MaskRule
 from geneformer_pretrain.data.packing import PLANNER_VERSION, BatchShape
 from geneformer_pretrain.data.stream import PackStream
+from geneformer_pretrain.data.vocabulary import (
+    check_vocabulary,
+    load_gene_set,
+    require_gene_set,
+    require_special_tokens,
+)
 from geneformer_pretrain.errors import ConfigError, DataError, OutputError
+
+if TYPE_CHECKING:
+    from geneformer_pretrain.tokenization.gene_set import GeneSet
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -38,6 +48,7 @@ class DataFingerprint:
     mask_token_id: int
     vocab_size: int
     planner_version: int
+    gene_set: str | None = None
 
     def changes(self, saved: dict[str, Any], files: dict[str, str], saved_files: dict[str, str]) -> list[str]:
         """List what differs from the fingerprint in a checkpoint, one line each.
@@ -79,6 +90,7 @@ class DataSource:
     corpus: Corpus
     shape: BatchShape
     vocabulary: str | None
+    gene_set: str | None
     pin_memory: bool
 
     @property
@@ -99,6 +111,7 @@ class DataSource:
             mask_token_id=data.mask_token_id,
             vocab_size=model.vocab_size,
             planner_version=PLANNER_VERSION,
+            gene_set=self.gene_set,
         )
 
     @property
@@ -108,6 +121,8 @@ class DataSource:
         files = {"corpus": f"{os.path.abspath(data.path)} ({corpus.num_cells:,} cells, {corpus.num_tokens:,} tokens)"}
         if data.vocab_path is not None:
             files["vocabulary"] = os.path.abspath(data.vocab_path)
+        if data.gene_set is not None:
+            files["gene_set"] = os.path.abspath(data.gene_set)
         return files
 
     def stream(self, epoch: int = 0, epoch_first_pack: int = 0) -> PackStream:
@@ -151,9 +166,25 @@ class DataSource:
 
 
 def open_training_data(config: Config, is_main: bool, pin_memory: bool) -> DataSource:
-    """Open `data.path` and derive the constant shape of a micro-batch from its lengths."""
+    """Open ``data.path`` and derive the constant shape of a micro-batch from its lengths.
+
+    Parameters
+    ----------
+    config
+        With the values of its gene set, see ``apply_gene_set``.
+    is_main
+        Show the progress of a conversion.
+    pin_memory
+        See ``BatchBuilder``.
+
+    Raises
+    ------
+    ConfigError
+        Naming the key and the file that cannot be used.
+    """
     vocabulary = None if config.data.vocab_path is None else check_vocabulary(config)
-    corpus = _open("data.path", config.data.path, config, is_main)
+    genes = load_gene_set(config)
+    corpus = _open("data.path", config.data.path, config, genes, is_main)
     shape = BatchShape.create(
         corpus.lengths,
         micro_batch_size=config.model.micro_batch_size,
@@ -162,17 +193,17 @@ def open_training_data(config: Config, is_main: bool, pin_memory: bool) -> DataS
         packing=config.data.packing,
         max_cells=config.data.max_cells_per_pack,
     )
-    return DataSource(config, corpus, shape, vocabulary, pin_memory)
+    return DataSource(config, corpus, shape, vocabulary, genes.fingerprint if genes else None, pin_memory)
 
 
 def open_validation_data(training: DataSource, is_main: bool) -> DataSource | None:
-    """Open `data.validation_path`, to be read in the shape of the training data."""
-    path = training.config.data.validation_path
-    return (
-        None
-        if path is None
-        else replace(training, corpus=_open("data.validation_path", path, training.config, is_main))
-    )
+    """Open ``data.validation_path``, to be read in the shape of the training data."""
+    config = training.config
+    if config.data.validation_path is None:
+        return None
+    genes = load_gene_set(config)
+    corpus = _open("data.validation_path", config.data.validation_path, config, genes, is_main)
+    return replace(training, corpus=corpus)
 
 
 def check_data(config: Config) -> None:
@@ -193,57 +224,16 @@ def check_data(config: Config) -> None:
                 raise ConfigError(f"{key}: {error}") from error
 
 
-def _open(key: str, path: str, config: Config, is_main: bool) -> Corpus:
+def _open(key: str, path: str, config: Config, genes: "GeneSet | None", is_main: bool) -> Corpus:
     try:
-        return open_corpus(path, config.data.cache_dir, vocab_size=config.model.vocab_size, show_progress=is_main)
+        corpus = open_corpus(path, config.data.cache_dir, vocab_size=config.model.vocab_size, show_progress=is_main)
+        if genes is not None and corpus.gene_set is None:
+            log.warning("%s: %s does not name its gene set; it is taken to be of %s", key, path, genes.name)
+        elif genes is not None and corpus.gene_set is not None:
+            require_gene_set(corpus.gene_set, corpus.folder, genes)
+        require_special_tokens(corpus, config.data.num_special_tokens)
     except DataError as error:
         raise ConfigError(f"{key}: {error}") from error
     except OutputError as error:  # names data.cache_dir
         raise ConfigError(str(error)) from error
-
-
-def check_vocabulary(config: Config) -> str:
-    """Check the vocabulary file against the model, and return a hash of its tokens, however the lines end.
-
-    Raises
-    ------
-    ConfigError
-        Missing file, other number of tokens than model.vocab_size, a token twice, or <pad> or <mask> elsewhere
-        than the configuration says.
-    """
-    path = Path(str(config.data.vocab_path))
-    if not path.is_file():
-        raise ConfigError(f"data.vocab_path: no file {path}; name a vocabulary or set data.vocab_path=null.")
-    content = path.read_bytes()
-    try:
-        tokens = content.decode("utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"data.vocab_path: {path} is not a text file in UTF-8 ({error}); name one with a token a line. How to "
-            "make one of Geneformer's token_dictionary.pkl stands in docs/data.md."
-        ) from error
-    if "" in tokens:
-        raise ConfigError(f"data.vocab_path: {path}, line {tokens.index('') + 1} is empty; each line is a token.")
-    if len(tokens) != config.model.vocab_size:
-        raise ConfigError(
-            f"data.vocab_path: {path} has {len(tokens)} tokens, model.vocab_size is {config.model.vocab_size}; name "
-            f"the vocabulary that the corpus was made with, or set model.vocab_size={len(tokens)} if it is this one."
-        )
-    if len(set(tokens)) < len(tokens):
-        twice = next(token for i, token in enumerate(tokens) if token in tokens[:i])
-        first, second = [number for number, token in enumerate(tokens, 1) if token == twice][:2]
-        raise ConfigError(
-            f"data.vocab_path: {path} lists the token {twice!r} in line {first} and in line {second}; correct one of "
-            "the two lines."
-        )
-    for key, token_id, name in (
-        ("model.pad_token_id", config.model.pad_token_id, "<pad>"),
-        ("data.mask_token_id", config.data.mask_token_id, "<mask>"),
-    ):
-        if tokens[token_id] != name:
-            remedy = f"set {key}={tokens.index(name)}, or name another file" if name in tokens else "name another file"
-            raise ConfigError(
-                f"data.vocab_path: {path}, line {token_id + 1}: {tokens[token_id]!r} where {key}={token_id} expects "
-                f"{name}; {remedy}."
-            )
-    return xxhash.xxh3_128_hexdigest("".join(f"{token}\n" for token in tokens).encode())
+    return corpus

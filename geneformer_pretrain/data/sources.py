@@ -12,6 +12,8 @@ from geneformer_pretrain.data.parquet_cells import LOAD_DATASET_CACHE
 from geneformer_pretrain.errors import DataError
 
 DESCRIPTION_FILE = "corpus.json"
+PLAN_FILE = "tokenize.json"
+"""Lies in a corpus folder from the start of `tokenize`; ``corpus.json`` follows at its end."""
 FORMAT_VERSION = 1
 
 REMOTE = {
@@ -58,10 +60,14 @@ def read_description(folder: Path) -> CorpusDescription | None:
     Raises
     ------
     DataError
-        If it cannot be read, was written by a newer release, or lists a part that is missing.
+        If it is not there yet, cannot be read, was written by a newer release, or lists a part that is missing.
     """
     path = folder / DESCRIPTION_FILE
     if not path.is_file():
+        if (folder / PLAN_FILE).is_file():
+            raise DataError(
+                f"{folder}: an unfinished corpus; start the same `tokenize` command again, which goes on with it"
+            )
         return None
     try:
         content = json.loads(path.read_text())

@@ -30,6 +30,7 @@ from geneformer_pretrain.config.schema import Config
 from geneformer_pretrain.data.batch import Batch, PackedBatch
 from geneformer_pretrain.data.dataset import check_data, open_training_data, open_validation_data
 from geneformer_pretrain.data.loader import Loader
+from geneformer_pretrain.data.vocabulary import apply_gene_set
 from geneformer_pretrain.distributed.agreement import Ranks
 from geneformer_pretrain.distributed.engines import architecture, build_engine, check_engine, reshards_after_forward
 from geneformer_pretrain.distributed.watchdog import Watchdog
@@ -81,6 +82,7 @@ class Trainer:
             torch.use_deterministic_algorithms(True)
 
         self.ranks = ranks = Ranks(timeout=timedelta(minutes=30))
+        ranks.together(lambda: apply_gene_set(config), ConfigError)
         ranks.agree_on(identity_of_rank(config), ConfigError)
         on_gpu = world.device.type == "cuda"
         compiled = on_gpu and config.data.packing if training.compile is None else training.compile

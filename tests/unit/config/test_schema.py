@@ -9,7 +9,7 @@ import torch
 from transformers import BertForMaskedLM
 
 from geneformer_pretrain.config.schema import CONFIG_DIR, DataConfig, ModelConfig, TrainingConfig, load_config
-from geneformer_pretrain.data.dataset import check_vocabulary
+from geneformer_pretrain.data.vocabulary import check_vocabulary
 from geneformer_pretrain.errors import ConfigError
 from geneformer_pretrain.model import precision
 from geneformer_pretrain.model.precision import check_machine

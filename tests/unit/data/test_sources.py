@@ -95,7 +95,7 @@ def test_a_corpus_folder(tmp_path: Path, cache: Path) -> None:
         assert_holds(corpus, cells)
         assert corpus.gene_set is not None
         assert corpus.gene_set.fingerprint == "f00d"
-        assert corpus.gene_set.special_tokens == {"<pad>": 0, "<mask>": 1}
+        assert corpus.gene_set.special_tokens == {"pad": 0, "mask": 1}
     assert open_corpus(write_parquet(tmp_path / "plain.parquet", cells), cache).gene_set is None
 
 
@@ -105,7 +105,7 @@ def damaged(folder: Path, **changes: Any) -> None:
 
 
 def test_corpus_folders_that_are_refused(tmp_path: Path, cache: Path) -> None:
-    folders = [write_corpus_folder(tmp_path / str(i), [random_cells(5), random_cells(3)]) for i in range(5)]
+    folders = [write_corpus_folder(tmp_path / str(i), [random_cells(5), random_cells(3)]) for i in range(6)]
     (folders[0] / "part-00001.parquet").unlink()
     assert "part-00001.parquet is missing, which corpus.json lists" in refusal(folders[0], cache)
     damaged(folders[1], format_version=2)
@@ -116,3 +116,5 @@ def test_corpus_folders_that_are_refused(tmp_path: Path, cache: Path) -> None:
     assert "corpus.json: not as `tokenize` writes it (KeyError" in refusal(folders[3], cache)
     write_parquet(folders[4] / "part-00001.parquet", random_cells(4))
     assert "its parts hold 9 cells, and corpus.json lists 8" in refusal(folders[4], cache)
+    (folders[5] / "corpus.json").rename(folders[5] / "tokenize.json")
+    assert "an unfinished corpus; start the same `tokenize` command again" in refusal(folders[5], cache)
