@@ -15,7 +15,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
 
-COMMANDS: dict[str, str] = {}
+COMMANDS: dict[str, str] = {
+    "inspect": "Report and draw what a corpus holds: lengths, genes, groups, padding saved, steps per epoch.",
+    "split": "Split a corpus into a training and a held-out part, by cell or by whole groups.",
+}
 """Names of the commands, each with what it does; the module's name has underscores for dashes."""
 
 

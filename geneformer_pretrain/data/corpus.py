@@ -103,6 +103,11 @@ class Corpus:
         row = index - int(self.batch_first_cell[batch])
         return self._batches[batch].column.slice(row, 1).flatten().to_numpy().astype(np.int64)
 
+    def batch(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the tokens of a record batch and its cells' boundaries in them, int64 [cells + 1]."""
+        batch = self._batches[number]
+        return batch.column.flatten().to_numpy(), (batch.offsets - batch.offsets[0]).astype(np.int64)
+
     def describe_cell(self, index: int) -> str:
         """Return where a cell comes from, such as ``data/cells.parquet, row 17``, rows counted from 0."""
         self._require_cell(index)

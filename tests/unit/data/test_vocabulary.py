@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from geneformer_pretrain.tokenization.gene_set import GeneSet
 
 from geneformer_pretrain.data.corpus import open_corpus
 from geneformer_pretrain.data.dataset import DataFingerprint, open_training_data
 from geneformer_pretrain.data.vocabulary import apply_gene_set, require_gene_set, require_special_tokens
 from geneformer_pretrain.errors import ConfigError, DataError
+from geneformer_pretrain.tokenization.gene_set import GeneSet
 from tests.corpora import write_corpus_folder, write_parquet
 from tests.tiny import make_cells, tiny_config
 
