@@ -316,6 +316,9 @@ class DataConfig:
     """Parquet file, folder or glob, or a Hugging Face save_to_disk folder, with a column input_ids."""
     validation_path: str | None
     """Held-out corpus of the same kinds; null: no validation."""
+    validation_fraction: float | None
+    """Share of the cells of data.path that are kept from training and validated on, chosen by a hash of their number:
+    the same cells and masks in every run on this corpus. null: none."""
     validation_packs: int
     """Packs of the held-out corpus that a validation reads at most."""
     cache_dir: str
@@ -344,6 +347,14 @@ class DataConfig:
             0 <= self.mask_token_id < self.num_special_tokens,
             f"data.mask_token_id ({self.mask_token_id}) must be below data.num_special_tokens "
             f"({self.num_special_tokens}), so that <mask> itself is never predicted.",
+        )
+        require(
+            self.validation_fraction is None or 0 < self.validation_fraction < 1,
+            f"data.validation_fraction is {self.validation_fraction}; it must lie between 0 and 1.",
+        )
+        require(
+            self.validation_fraction is None or self.validation_path is None,
+            "data.validation_fraction and data.validation_path are both set; choose one.",
         )
         for name in ("validation_packs", "max_cells_per_pack", "shuffle_block_cells"):
             value = getattr(self, name)
@@ -384,9 +395,12 @@ class Config:
             "of 128. Change one of the two.",
         )
         require(
-            not self.training.validate_every_n_steps or self.data.validation_path is not None,
+            not self.training.validate_every_n_steps
+            or self.data.validation_path is not None
+            or self.data.validation_fraction is not None,
             f"training.validate_every_n_steps is {self.training.validate_every_n_steps}, and there is no held-out "
-            "corpus to validate on: set data.validation_path, or training.validate_every_n_steps=0.",
+            "corpus to validate on: set data.validation_path or data.validation_fraction, or "
+            "training.validate_every_n_steps=0.",
         )
         require(
             not self.training.use_fp8 or self.model.use_te_layers,

@@ -6,12 +6,15 @@ from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import xxhash
+
 from geneformer_pretrain.config.schema import Config
-from geneformer_pretrain.data.batch import BatchBuilder
+from geneformer_pretrain.data.batch import BatchBuilder, PackedBatch
 from geneformer_pretrain.data.corpus import Corpus, open_corpus, require_corpus
 from geneformer_pretrain.data.loader import Loader
 from geneformer_pretrain.data.masking import MaskRule
-from geneformer_pretrain.data.packing import PLANNER_VERSION, BatchShape
+from geneformer_pretrain.data.packing import PLANNER_VERSION, BatchShape, held_out_cells
 from geneformer_pretrain.data.stream import PackStream
 from geneformer_pretrain.data.vocabulary import (
     check_vocabulary,
@@ -25,6 +28,9 @@ if TYPE_CHECKING:
     from geneformer_pretrain.tokenization.gene_set import GeneSet
 
 log = logging.getLogger(__name__)
+
+VALIDATION_SEED = 0x5EED
+"""Decides order and masks of the cells that ``data.validation_fraction`` holds out, in every run."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,7 @@ class DataFingerprint:
     vocab_size: int
     planner_version: int
     gene_set: str | None = None
+    validation_fraction: float | None = None
 
     def changes(self, saved: dict[str, Any], files: dict[str, str], saved_files: dict[str, str]) -> list[str]:
         """List what differs from the fingerprint in a checkpoint, one line each.
@@ -84,7 +91,25 @@ class DataFingerprint:
 
 @dataclass(frozen=True)
 class DataSource:
-    """An open corpus together with everything that turns it into micro-batches."""
+    """An open corpus together with everything that turns it into micro-batches.
+
+    Attributes
+    ----------
+    config
+        The run's configuration.
+    corpus
+        The open corpus.
+    shape
+        Shape of the packs.
+    vocabulary, gene_set
+        Hash of the vocabulary's file, fingerprint of the gene set; None where there is none.
+    pin_memory
+        See ``BatchBuilder``.
+    seed
+        Decides the order of the cells and their masks.
+    chosen
+        bool [cells], the cells of the corpus that are read; None: all of them.
+    """
 
     config: Config
     corpus: Corpus
@@ -92,6 +117,8 @@ class DataSource:
     vocabulary: str | None
     gene_set: str | None
     pin_memory: bool
+    seed: int
+    chosen: np.ndarray | None = None
 
     @property
     def fingerprint(self) -> DataFingerprint:
@@ -112,6 +139,7 @@ class DataSource:
             vocab_size=model.vocab_size,
             planner_version=PLANNER_VERSION,
             gene_set=self.gene_set,
+            validation_fraction=data.validation_fraction,
         )
 
     @property
@@ -130,14 +158,27 @@ class DataSource:
         return PackStream(
             self.corpus.lengths,
             self.corpus.fingerprint,
-            self.config.training.seed,
+            self.seed,
             self.shape,
             packing=self.config.data.packing,
             plan_dir=Path(self.config.data.cache_dir) / "plans",
             shuffle_block_cells=self.config.data.shuffle_block_cells,
+            chosen=self.chosen,
             epoch=epoch,
             epoch_first_pack=epoch_first_pack,
         )
+
+    def first_packs_digest(self, stream: PackStream, pack: int) -> str:
+        """Hash of the cells in the packs from ``pack`` on, and of the first one's masked tokens.
+
+        Ranks whose digests differ would train on other data: other code, or a damaged cache.
+        """
+        batch = self.builder().build(pack, *stream.locate(pack))
+        tensors = batch.parts if isinstance(batch, PackedBatch) else (batch.input_ids, batch.labels)
+        digest = xxhash.xxh3_128(stream.first_packs_digest(pack).encode())
+        for tensor in tensors:
+            digest.update(tensor.numpy().tobytes())
+        return digest.hexdigest()
 
     def builder(self) -> BatchBuilder:
         """Return a builder of masked micro-batches."""
@@ -148,7 +189,7 @@ class DataSource:
             vocab_size=model.vocab_size,
             pad_token_id=model.pad_token_id,
             mask_rule=MaskRule(
-                training.seed, training.mlm_probability, model.vocab_size, data.num_special_tokens, data.mask_token_id
+                self.seed, training.mlm_probability, model.vocab_size, data.num_special_tokens, data.mask_token_id
             ),
             packing=data.packing,
             pin_memory=self.pin_memory,
@@ -193,12 +234,30 @@ def open_training_data(config: Config, is_main: bool, pin_memory: bool) -> DataS
         packing=config.data.packing,
         max_cells=config.data.max_cells_per_pack,
     )
-    return DataSource(config, corpus, shape, vocabulary, genes.fingerprint if genes else None, pin_memory)
+    fraction, chosen = config.data.validation_fraction, None
+    if fraction is not None:
+        chosen = ~held_out_cells(corpus.num_cells, fraction)
+        if chosen.all() or not chosen.any():
+            which = "no cell" if chosen.all() else "every cell"
+            raise ConfigError(
+                f"data.validation_fraction={fraction} holds out {which} of {config.data.path} ({corpus.num_cells:,} "
+                "cells); choose another fraction, or set data.validation_path"
+            )
+    fingerprint = genes.fingerprint if genes else None
+    return DataSource(
+        config, corpus, shape, vocabulary, fingerprint, pin_memory, seed=config.training.seed, chosen=chosen
+    )
 
 
 def open_validation_data(training: DataSource, is_main: bool) -> DataSource | None:
-    """Open ``data.validation_path``, to be read in the shape of the training data."""
+    """Open the held-out cells, to be read in the shape of the training data; None if there are none.
+
+    They are ``data.validation_path``, or the cells that ``data.validation_fraction`` keeps from training; these are
+    read in an order and with masks that do not depend on the run's seed.
+    """
     config = training.config
+    if training.chosen is not None:
+        return replace(training, chosen=~training.chosen, seed=VALIDATION_SEED)
     if config.data.validation_path is None:
         return None
     genes = load_gene_set(config)

@@ -32,6 +32,7 @@ ALIGNMENT = 128
 """FP8 kernels need row counts that are multiples of this."""
 
 ORDER_STREAM = np.uint64(2)
+HOLD_OUT_STREAM = np.uint64(3)
 _HALF = np.uint64(32)
 _LOW_HALF = np.uint64(0xFFFFFFFF)
 
@@ -203,6 +204,25 @@ def permutation(num_cells: int, seed: int, epoch: int, shuffle_block_cells: int 
 
 
 @compiled
+def _mark_below(marks: np.ndarray, key: np.uint64, below: np.uint64) -> None:
+    for cell in range(len(marks)):
+        marks[cell] = derive(key, np.uint64(cell)) >> _HALF < below
+
+
+def held_out_cells(num_cells: int, fraction: float) -> np.ndarray:
+    """Choose cells by a hash of their number: the same ones in every run, whatever its seed.
+
+    Returns
+    -------
+    numpy.ndarray
+        bool [num_cells], true for about ``fraction`` of the cells.
+    """
+    marks = np.empty(num_cells, np.bool_)
+    _mark_below(marks, epoch_key(HOLD_OUT_STREAM, 0, 0), np.uint64(round(fraction * 2**32)))
+    return marks
+
+
+@compiled
 def _sort_by_length(cells: np.ndarray, lengths: np.ndarray, seq_length: int) -> None:
     """Longest first, in place; equal lengths keep their order."""
     place = np.zeros(seq_length + 2, np.int64)
@@ -302,9 +322,9 @@ def pack_cells(order: np.ndarray, lengths: np.ndarray, shape: BatchShape, packin
     Parameters
     ----------
     order
-        uint32 [cells]; overwritten, it becomes the plan's ``cells``.
+        uint32 [cells of the epoch]; overwritten, it becomes the plan's ``cells``.
     lengths
-        int32 [cells], by cell number, before truncation.
+        int32 [cells of the corpus], by cell number, before truncation.
     shape
         Budget and limits.
     packing

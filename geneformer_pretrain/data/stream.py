@@ -59,12 +59,16 @@ class PackStream:
         Folder where the plans of large corpora are kept, see ``plan_files``; None keeps a copy in each process.
     shuffle_block_cells
         See ``permutation``.
+    chosen
+        bool [cells], the cells that take part; None: all of them.
     epoch, epoch_first_pack
         Where the stream is taken up again: ``epoch`` starts at pack ``epoch_first_pack``, as ``state_at``
         reported. Earlier epochs are never planned again.
 
     Attributes
     ----------
+    num_cells, num_tokens
+        Cells that take part in an epoch, and their tokens before truncation.
     num_truncated, dropped_tokens
         Cells longer than ``seq_length``, and the tokens they lose, per epoch.
     """
@@ -78,12 +82,15 @@ class PackStream:
         packing: bool = True,
         plan_dir: Path | str | None = None,
         shuffle_block_cells: int | None = None,
+        chosen: np.ndarray | None = None,
         epoch: int = 0,
         epoch_first_pack: int = 0,
     ) -> None:
-        self.num_truncated, self.dropped_tokens, _ = summarize(lengths, shape.seq_length)
+        taking_part = lengths if chosen is None else lengths[chosen]
+        self.num_cells = len(taking_part)
+        self.num_truncated, self.dropped_tokens, self.num_tokens = summarize(taking_part, shape.seq_length)
         self.shape = shape
-        self._lengths = lengths
+        self._lengths, self._chosen = lengths, chosen
         self._seed = seed
         self._packing = packing
         self._shuffle_block_cells = shuffle_block_cells
@@ -99,6 +106,8 @@ class PackStream:
                 PLANNER_VERSION, GROUP_PACKS, SPARE_CELLS, SHUFFLE_WINDOW_BLOCKS, fingerprint, len(lengths), seed,
                 asdict(shape), packing, shuffle_block_cells,
             ]  # fmt: skip
+            if chosen is not None:
+                identity.append(xxhash.xxh3_128_hexdigest(chosen.data))
             key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
             self._plan_folder = PlanFolder(Path(plan_dir) / key)
 
@@ -206,4 +215,6 @@ class PackStream:
 
     def _make(self, epoch: int) -> EpochPlan:
         order = permutation(len(self._lengths), self._seed, epoch, self._shuffle_block_cells)
+        if self._chosen is not None:
+            order = order[self._chosen[order]]
         return pack_cells(order, self._lengths, self.shape, self._packing)

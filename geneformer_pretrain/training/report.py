@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 def describe_start(run: "Trainer") -> str:
     """The configuration, what came of it, and what may not have been meant."""
     config, world, model, shape = run.config, run.world, run.engine.model, run.data.shape
-    tokens = run.data.corpus.num_tokens - run.stream.dropped_tokens
-    filled = tokens / shape.token_budget if config.data.packing else run.data.corpus.num_cells / shape.max_cells
+    tokens = run.stream.num_tokens - run.stream.dropped_tokens
+    filled = tokens / shape.token_budget if config.data.packing else run.stream.num_cells / shape.max_cells
     steps_of_epoch = math.ceil(filled / run.progress.packs_per_step)
     count = sum(p.numel() for p in model.parameters())
     layers = "Transformer Engine" if config.model.use_te_layers else "PyTorch"
@@ -28,12 +28,12 @@ def describe_start(run: "Trainer") -> str:
         f"corpus      {run.data.corpus.num_cells:,} cells, {run.data.corpus.num_tokens:,} tokens",
     ]
     if run.validation is not None:
-        corpus, packs = run.validation.corpus, run.validation.num_packs(run.validation.data.stream())
+        held_out = run.validation.data.stream()
         lines.append(
-            f"held out    {corpus.num_cells:,} cells, {corpus.num_tokens:,} tokens; a validation reads "
-            f"{number(packs, 'pack')}"
+            f"held out    {held_out.num_cells:,} cells, {held_out.num_tokens:,} tokens; a validation reads "
+            f"{number(run.validation.num_packs(held_out), 'pack')}"
         )
-        if corpus.fingerprint == run.data.corpus.fingerprint:
+        if run.data.chosen is None and run.validation.corpus.fingerprint == run.data.corpus.fingerprint:
             lines.append("            they are the cells of data.path: validation says nothing about cells not seen")
     lines += [
         f"micro-batch up to {shape.token_budget:,} tokens, {shape.max_cells} cells",
