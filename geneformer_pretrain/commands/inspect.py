@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Any
 from geneformer_pretrain.console import Summary
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy as np
 
+    from geneformer_pretrain.data.arrow_cache import SourceFile
     from geneformer_pretrain.data.inspection import Group, TokenStatistics
 
 MOST_COLUMNS = 4
@@ -76,22 +79,22 @@ def run(arguments: argparse.Namespace) -> Summary:
     return summary
 
 
-def _columns(sources: Any, named: str | None) -> list[str]:
+def _columns(sources: "Sequence[SourceFile]", named: str | None) -> list[str]:
     """Columns to count by: those named, or the first whose values are few."""
+    from pyarrow import types
+
     from geneformer_pretrain.data.reading import as_text, column_types, read_rows
 
     if named is not None:
         columns = [name.strip() for name in named.split(",") if name.strip()]
         next(read_rows(sources, columns))  # all there?
         return columns
-    import pyarrow as pa
-
+    tests = (types.is_string, types.is_large_string, types.is_dictionary, types.is_boolean)
     candidates = [
         name
         for name, kind in column_types(sources[0]).items()
-        if name not in OWN_COLUMNS and (pa.types.is_string(kind) or pa.types.is_large_string(kind)
-        or pa.types.is_dictionary(kind) or pa.types.is_boolean(kind))
-    ]  # fmt: skip
+        if name not in OWN_COLUMNS and any(test(kind) for test in tests)
+    ]
     first_rows = next(read_rows(sources, candidates)) if candidates else {}
     few = [name for name in candidates if len(set(as_text(first_rows[name]))) <= MOST_VALUES]
     return few[:MOST_COLUMNS]

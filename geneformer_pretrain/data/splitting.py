@@ -21,6 +21,7 @@ from geneformer_pretrain.data.sources import DESCRIPTION_FILE, FORMAT_VERSION, C
 from geneformer_pretrain.errors import DataError
 
 CELLS_PER_PART = 500_000
+CELLS_PER_ROW_GROUP = 4096
 PARTS = ("train", "held_out")
 
 Chooser = Callable[[pa.Table], np.ndarray]
@@ -100,6 +101,7 @@ class PartWriter:
         folder.mkdir()
         self.folder, self.schema = folder, schema
         self.parts: list[dict[str, Any]] = []
+        self._waiting = schema.empty_table()
         self._writer: pq.ParquetWriter | None = None
 
     @property
@@ -113,8 +115,18 @@ class PartWriter:
         return sum(part["tokens"] for part in self.parts)
 
     def write(self, rows: pa.Table) -> None:
-        """Add rows, beginning another part where one is full."""
-        rows = rows.cast(self.schema)
+        """Add rows."""
+        self._waiting = pa.concat_tables([self._waiting, rows.cast(self.schema)])
+        if len(self._waiting) >= CELLS_PER_ROW_GROUP:
+            self._write_waiting()
+
+    def close(self) -> None:
+        """Write what is left."""
+        self._write_waiting()
+        self._close_part()
+
+    def _write_waiting(self) -> None:
+        rows, self._waiting = self._waiting, self.schema.empty_table()
         while len(rows):
             if self._writer is None:
                 name = f"part-{len(self.parts):05d}.parquet"
@@ -127,10 +139,9 @@ class PartWriter:
             part["tokens"] += sum(len(chunk.flatten()) for chunk in some[COLUMN].chunks)
             rows = rows.slice(len(some))
             if part["cells"] == CELLS_PER_PART:
-                self.close()
+                self._close_part()
 
-    def close(self) -> None:
-        """Finish the part under way."""
+    def _close_part(self) -> None:
         if self._writer is not None:
             self._writer.close()
             self._writer = None

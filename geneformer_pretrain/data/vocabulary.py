@@ -28,10 +28,10 @@ def load_gene_set(config: Config) -> "GeneSet | None":
     ConfigError
         If the folder cannot be used.
     """
-    from geneformer_pretrain.tokenization.gene_set import GeneSet
-
     if config.data.gene_set is None:
         return None
+    from geneformer_pretrain.tokenization.gene_set import GeneSet
+
     try:
         return GeneSet.load(Path(config.data.gene_set))
     except DataError as error:

@@ -40,6 +40,7 @@ def test_every_cell_is_in_one_part_with_all_its_columns(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(splitting, "CELLS_PER_PART", 128)
+    monkeypatch.setattr(splitting, "CELLS_PER_ROW_GROUP", 50)
     report = tmp_path / "report.json"
     assert run(corpus, "--output", tmp_path / "out", "--fraction", 0.2, "--report", report) == 0
     parts = {name: rows(tmp_path / "out" / name) for name in ("train", "held_out")}
