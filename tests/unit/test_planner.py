@@ -14,7 +14,7 @@ import torch
 
 from geneformer_pretrain.cli import main
 from geneformer_pretrain.config.schema import Config, TrainingConfig, load_config
-from geneformer_pretrain.data.packing import PackShape, pack_cells, permutation
+from geneformer_pretrain.data.packing import BatchShape, pack_cells, permutation
 from geneformer_pretrain.distributed.engines import architecture
 from geneformer_pretrain.errors import ConfigError, DataError
 from geneformer_pretrain.model.memory import peak_memory
@@ -171,7 +171,7 @@ def test_epoch_agrees_with_the_packer(configs: dict[str, Config]) -> None:
     generator = np.random.default_rng(0)
     lengths = np.clip(np.exp(generator.normal(np.log(255), 1.41, 60_000)), 16, 3000).astype(np.int32)
     config = configs["106m"]
-    shape = PackShape.create(lengths, micro_batch_size=32, seq_length=2048, mlm_probability=0.15)
+    shape = BatchShape.create(lengths, micro_batch_size=32, seq_length=2048, mlm_probability=0.15)
     packs = pack_cells(permutation(len(lengths), 0, 0), lengths, shape).num_packs
     given = CellLengths(lengths.astype(np.int64), len(lengths), int(lengths.sum()), "test")
     found = make_plan(training(config, gradient_accumulation_steps=2), Cluster("h100", card("h100"), 4), given)

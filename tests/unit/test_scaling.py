@@ -12,7 +12,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from geneformer_pretrain.config.schema import load_config
-from geneformer_pretrain.data.packing import PackShape, pack_cells, permutation
+from geneformer_pretrain.data.packing import BatchShape, pack_cells, permutation
 from geneformer_pretrain.distributed.engines import build_engine
 from geneformer_pretrain.distributed.world import World
 from geneformer_pretrain.planner.arithmetic import count_parameters, sharding_traffic
@@ -73,7 +73,7 @@ def test_packs_of_512_ranks_cost_the_same(name: str, micro_batch: int, most: flo
     """All ranks wait for the one whose pack has most attention: the sum of squared lengths."""
     generator = np.random.default_rng(0)
     lengths = np.clip(np.exp(generator.normal(np.log(255), 1.41, 1_000_000)), 16, 2048).astype(np.int32)
-    shape = PackShape.create(lengths, micro_batch_size=micro_batch, seq_length=2048, mlm_probability=0.15)
+    shape = BatchShape.create(lengths, micro_batch_size=micro_batch, seq_length=2048, mlm_probability=0.15)
     plan = pack_cells(permutation(len(lengths), 0, 0), lengths, shape)
     costs = np.add.reduceat(lengths[plan.cells].astype(np.int64) ** 2, plan.pack_start[:-1])
 
@@ -91,6 +91,6 @@ def test_packs_of_512_ranks_cost_the_same(name: str, micro_batch: int, most: flo
 def test_a_plan_takes_a_number_a_cell() -> None:
     """Beside 4 bytes a cell for the lengths: 400 MB and 400 MB for 100 million cells on each node."""
     lengths = np.full(300_000, 500, np.int32)
-    shape = PackShape.create(lengths, micro_batch_size=32, seq_length=2048, mlm_probability=0.15)
+    shape = BatchShape.create(lengths, micro_batch_size=32, seq_length=2048, mlm_probability=0.15)
     plan = pack_cells(permutation(len(lengths), 0, 0), lengths, shape)
     assert (plan.cells.nbytes + plan.pack_start.nbytes) / len(lengths) == pytest.approx(4, rel=0.05)
