@@ -86,7 +86,7 @@ def load_model(folder: Path, names: list[str], lora: bool) -> Any:
     # The head is new, and so is the pooler before it: they are trained whole.
     whole = ["classifier", "pooler"]
     config = LoraConfig(
-        TaskType.SEQ_CLS, r=8, lora_alpha=16, target_modules=["query", "key", "value"], modules_to_save=whole
+        TaskType.SEQ_CLS, r=16, lora_alpha=32, target_modules=["query", "key", "value", "dense"], modules_to_save=whole
     )
     return get_peft_model(model, config)
 
