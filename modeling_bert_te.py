@@ -27,7 +27,7 @@ import functools
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -765,14 +765,14 @@ class BertForMaskedLM(PreTrainedModel):
     supports_gradient_checkpointing = True
     # Trainer divides the mean loss by the number of accumulated micro-batches, unless the model does.
     accepts_loss_kwargs = False
-    _no_split_modules = ("BertEmbeddings", "BertLayer")
+    _no_split_modules: ClassVar[list[str]] = ["BertEmbeddings", "BertLayer"]
     # Stock checkpoints may also hold the tied decoder, the pooler and the next-sentence head.
-    _keys_to_ignore_on_load_unexpected = (
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [
         r"cls\.predictions\.decoder\.",
         r"bert\.pooler\.",
         r"cls\.seq_relationship\.",
         r"bert\.embeddings\.position_ids",
-    )
+    ]
 
     def __init__(self, config: BertConfig, use_te_layers: bool = False) -> None:
         super().__init__(config)

@@ -37,7 +37,7 @@ def simulate(genes: int, density: float, random: np.random.Generator) -> sp.csr_
     """Draw counts of `DIFFERENT_CELLS` cells."""
     abundance = np.exp(random.normal(0, 2, genes))
     rows = []
-    for depth in np.exp(random.normal(0, 0.5, DIFFERENT_CELLS)):
+    for depth in np.exp(random.normal(-0.125, 0.5, DIFFERENT_CELLS)):
         expected = max(1.0, depth * density * genes)
         low, high = 0.0, 1e6  # the number of molecules that shows the expected number of genes
         share = abundance / abundance.sum()

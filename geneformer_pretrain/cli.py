@@ -23,6 +23,7 @@ COMMANDS: dict[str, str] = {
     "evaluate": "what the embeddings of labelled cells are worth, beside baselines",
     "embed": "Embed cells with a trained model.",
     "export": "a checkpoint of a run to a plain Hugging Face BERT",
+    "perturb": "Delete, overexpress or shift genes in silico, and score what changes.",
 }
 """Names of the commands, each with what it does; the module's name has underscores for dashes."""
 

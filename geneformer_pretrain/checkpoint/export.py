@@ -92,7 +92,7 @@ def read_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     damage = find_damage(folder)
     if damage is not None:
-        raise damage
+        raise CheckpointError(f"{folder} cannot be exported: {damage}")
     manifest = read_manifest(folder)
     weights: dict[str, Tensor] = {}
     try:
@@ -104,7 +104,7 @@ def read_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 stored.copy_to(name, shards)
                 weights[name.removeprefix(MODEL_PREFIX)] = whole
     except ValueError as error:
-        raise CheckpointError(f"{folder} cannot be read: {error}") from None
+        raise CheckpointError(f"{folder} cannot be exported: {error}") from None
     return weights, manifest["state"]["model"]
 
 

@@ -8,7 +8,6 @@ from geneformer_pretrain.console import Summary
 from geneformer_pretrain.errors import ConfigError, require
 
 if TYPE_CHECKING:
-    from geneformer_pretrain.tokenization.counted_genes import CountedGenes
     from geneformer_pretrain.tokenization.gene_set import GeneSet
     from geneformer_pretrain.tokenization.gene_set_build import GeneSetBuilder
 
@@ -22,6 +21,7 @@ genes; then `gene-set build --merge part-*.parquet --output GENES` gives the sam
 
 READING = ("gene_id_column", "layer", "raw", "n_counts_column", "filter_column", "allow_noninteger", "allow_low_match")
 CHOOSING = ("genes", "gene_table", "biotypes")
+SUMS = ("matched_counts", "counts")
 FINISHING = ("min_cells", "special_tokens", "max_tokens", "name", "species")
 
 
@@ -156,11 +156,15 @@ def _build(arguments: argparse.Namespace) -> Summary:
         counted = merge([Path(path) for path in arguments.merge])
     else:
         builder = _builder(arguments)
-        counted, match = builder.count()
-        share = sum(source.matched_counts for source in counted.sources) / _counts(counted)
-        report.lines.append(f"genes of the set hold {share:.1%} of the counts; in the file where they hold the least:")
-        report.lines += [f"  {line}" for line in match.lines()]
-        report.values = {"share_of_counts": share, "least_match": match.values()}
+        result = builder.count()
+        counted = result.genes
+        matched, counts = (sum(getattr(source, name) for source in counted.sources) for name in SUMS)
+        report.lines.append(f"genes of the set hold {matched / counts:.1%} of the counts; in the file with the least:")
+        report.lines += [f"  {line}" for line in result.match.lines(result.column_counts)]
+        report.values = {
+            "share_of_counts": matched / counts,
+            "least_match": result.match.values(result.column_counts),
+        }
         if arguments.exact:
             exact = builder.exact_medians(counted)
     if arguments.partial:
@@ -179,10 +183,6 @@ def _build(arguments: argparse.Namespace) -> Summary:
     gene_set.save(output, overwrite=arguments.overwrite)
     summary = _describe(gene_set, output)
     return Summary(summary.lines + report.lines, summary.values | report.values)
-
-
-def _counts(counted: "CountedGenes") -> float:
-    return sum(source.counts for source in counted.sources) or 1.0
 
 
 def _builder(arguments: argparse.Namespace) -> "GeneSetBuilder":

@@ -7,6 +7,7 @@ from typing import Any
 
 from geneformer_pretrain.console import Summary
 from geneformer_pretrain.errors import ConfigError, require
+from geneformer_pretrain.tokenization.workers import start_server
 
 LAYOUT = """
 The corpus is made in parts of --part-cells rows of the input. A part is complete or absent: if the command is killed,
@@ -62,6 +63,10 @@ def add_counts_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> Summary:
     """Make the corpus, or the parts of one shard."""
+    workers = arguments.workers if arguments.workers is not None else len(os.sched_getaffinity(0))
+    require(workers >= 1, f"--workers {workers}: at least one is needed.")
+    if workers > 1:  # before the imports below, which take as long
+        start_server("geneformer_pretrain.tokenization.corpus_writer")
     from geneformer_pretrain.tokenization.corpus_plan import Rule, make_plan, parse_shard, settle
     from geneformer_pretrain.tokenization.corpus_writer import Job, delete_corpus, finish, make_parts, missing_parts
     from geneformer_pretrain.tokenization.counts import find_counts
@@ -72,8 +77,6 @@ def run(arguments: argparse.Namespace) -> Summary:
         not (arguments.overwrite and shards > 1),
         "--overwrite with --shard would delete the parts of the other shards; delete the folder before the array.",
     )
-    workers = arguments.workers if arguments.workers is not None else len(os.sched_getaffinity(0))
-    require(workers >= 1, f"--workers {workers}: at least one is needed.")
     rule = Rule(
         gene_id_column=arguments.gene_id_column,
         layer=arguments.layer,
@@ -128,11 +131,11 @@ def _lines(folder: Path, corpus: dict[str, Any], made: str) -> list[str]:
     lines.append(
         f"genes matched: {least:,} of {genes:,} ({least / genes:.1%}){where}; they hold {share:.1%} of the counts"
     )
-    unranked = sorted({gene for source in corpus["sources"] for gene in source["genes_without_median"]})
-    if unranked:
+    source = max(corpus["sources"], key=lambda source: source["genes_without_median"])
+    if unranked := source["genes_without_median"]:
         share = sums["unranked_counts"] / max(sums["counts"], 1)
-        shown = ", ".join(unranked[:3])
-        lines.append(f"genes without a median, left out: {len(unranked):,} ({shown}), {share:.2%} of the counts")
+        shown = ", ".join(source["such_genes"])
+        lines.append(f"genes without a median, left out: {unranked:,} ({shown}), {share:.2%} of the counts")
     if sums["other_totals"]:
         lines.append(
             f"{corpus['rule']['n_counts_column']} differs from the sum of the counts in {sums['other_totals']:,} "

@@ -236,7 +236,7 @@ def open_cells(
     elif len(paths) > 1:
         raise DataError(f"{paths[0]}, {paths[1]}: name one corpus, or counts only; a glob takes several files.")
     else:
-        require_gene_set(corpora[0], model)
+        _require_gene_set(corpora[0], model, is_main=show_progress)
     corpus = open_corpus(corpora[0], folder / "cache", vocab_size=model.vocab_size, show_progress=show_progress)
     return Cells(corpus, model)
 
@@ -250,7 +250,7 @@ def is_corpus(path: str | Path) -> bool:
     return location.suffix == ".parquet"
 
 
-def require_gene_set(corpus: Path, model: Model) -> None:
+def _require_gene_set(corpus: Path, model: Model, *, is_main: bool) -> None:
     """Check that a corpus was tokenized with the model's gene set; say so if the corpus does not name it.
 
     Raises
@@ -261,7 +261,8 @@ def require_gene_set(corpus: Path, model: Model) -> None:
     facts = (corpus if corpus.is_dir() else corpus.parent) / "corpus.json"
     genes = model.gene_set
     if not facts.is_file():
-        say(f"{corpus} does not name its gene set; its tokens are read as those of {genes.name}.")
+        if is_main:
+            say(f"{corpus} does not name its gene set; its tokens are read as those of {genes.name}.")
         return
     try:
         theirs: dict[str, Any] = json.loads(facts.read_text())["gene_set"]

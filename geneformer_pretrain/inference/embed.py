@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from geneformer_pretrain.console import Progress, Summary
 from geneformer_pretrain.distributed.agreement import Ranks
-from geneformer_pretrain.errors import ConfigError, UserError, require
+from geneformer_pretrain.errors import ConfigError, require
 from geneformer_pretrain.files import replacing, require_new
 from geneformer_pretrain.inference.cells import Cells, CountsOptions, open_cells
 from geneformer_pretrain.inference.model import Model, load_model
@@ -27,6 +28,8 @@ from geneformer_pretrain.inference.parts import (
     Lock,
     Part,
     Writer,
+    fixed_size_list,
+    in_turn,
     join_ranks,
     local_device,
     open_writer,
@@ -35,16 +38,10 @@ from geneformer_pretrain.inference.parts import (
     write_table,
 )
 from geneformer_pretrain.inference.pooling import first_token, mean_of_genes
-from geneformer_pretrain.inference.runner import COMPILE_FROM, Runner
+from geneformer_pretrain.inference.runner import COMPILE_FROM, Runner, windows
 
 PART_TOKENS = 2**27
 """About the tokens of a part: some seconds of work on a GPU for small models, a minute or two for large ones."""
-
-WINDOW_PACKS = 64
-"""Packs that are made together from neighbouring cells, so that few gaps are left."""
-
-FILL = 0.999
-"""Share of these packs' tokens that cells can be found for."""
 
 CLS, MEAN = "cls", "mean"
 
@@ -88,16 +85,14 @@ def embed(options: EmbedOptions) -> Summary:
     began = perf_counter()
     ranks = join_ranks()
     work = options.output.with_name(options.output.name + ".parts")
-    if ranks.rank == 0:
-        ranks.run_on_all_ranks(lambda: _prepare(options, work), UserError)
-        with Lock(work):
-            return _embed(options, work, ranks, began)
-    ranks.run_on_all_ranks(lambda: None, UserError)
-    return _embed(options, work, ranks, began)
+    with in_turn(ranks, lambda: _prepare(options, work, is_main=ranks.rank == 0)):
+        return _embed(options, work, ranks, began)
 
 
-def _prepare(options: EmbedOptions, work: Path) -> None:
-    """Check the outputs and make the folder of intermediate results."""
+def _prepare(options: EmbedOptions, work: Path, *, is_main: bool) -> AbstractContextManager[object]:
+    """Check the outputs, make the folder of intermediate results and lock it; on the first rank."""
+    if not is_main:
+        return nullcontext()
     require(options.output.suffix in (".parquet", ".h5ad"), f"{options.output}: name a .parquet or an .h5ad file.")
     require(options.group_by is None or options.genes is not None, "--group-by averages genes; add --genes FILE.")
     for path in (options.output, options.genes):
@@ -106,6 +101,7 @@ def _prepare(options: EmbedOptions, work: Path) -> None:
     if options.overwrite:
         remove(work)
     work.mkdir(parents=True, exist_ok=True)
+    return Lock(work)
 
 
 def _embed(options: EmbedOptions, work: Path, ranks: Ranks, began: float) -> Summary:
@@ -173,9 +169,8 @@ class _Groups:
 
 def _open(options: EmbedOptions, model: Model, work: Path, ranks: Ranks) -> tuple[Cells, Job, _Groups | None]:
     """Open cells and job, on the first rank before the others: it may have to tokenize."""
-    found: list[tuple[Cells, Job, _Groups | None]] = []
 
-    def open_all() -> None:
+    def open_all() -> tuple[Cells, Job, _Groups | None]:
         cells = open_cells(options.cells, model, work, options.counts, show_progress=ranks.rank == 0)
         groups = None
         if options.group_by is not None:
@@ -193,11 +188,9 @@ def _open(options: EmbedOptions, model: Model, work: Path, ranks: Ranks) -> tupl
         }
         costs = cells.lengths * (1.0 + cells.lengths / (6.0 * model.hidden_size))
         part_cost = PART_TOKENS * float(costs.sum()) / float(cells.lengths.sum())
-        found.append((cells, Job.open(work, settings, costs, part_cost, ranks.size), groups))
+        return cells, Job.open(work, settings, costs, part_cost, ranks.size), groups
 
-    for is_first in (True, False):
-        ranks.run_on_all_ranks(open_all if (ranks.rank == 0) is is_first else lambda: None, UserError)
-    return found[0]
+    return in_turn(ranks, open_all)
 
 
 def _group(cells: Cells, column: str) -> _Groups:
@@ -278,20 +271,16 @@ def _run(runner: Runner, head: _Head, cells: Cells, job: Job, mine: list[Part], 
 def _packs(runner: Runner, head: _Head, cells: Cells, mine: list[Part], groups: _Groups | None) -> Iterator[Pack]:
     for part in mine:
         results = _Results(part, np.empty((part.last - part.first, runner.model.hidden_size), np.float32))
-        first = part.first
-        while first < part.last:
-            total = np.cumsum(cells.lengths[first : part.last], dtype=np.int64)
-            count = max(1, int(np.searchsorted(total, WINDOW_PACKS * FILL * runner.tokens, side="right")))
-            window = np.arange(first, first + count)
-            tokens, offsets = cells.tokens(window)
+        for window in windows(cells.lengths[part.first : part.last], runner.window):
+            numbers = np.arange(part.first + window.start, part.first + window.stop)
+            tokens, offsets = cells.tokens(numbers)
             rows = None
             if head.sums is not None:
-                rows = np.zeros(count, np.int32) if groups is None else groups.of_cell[window]
+                rows = np.zeros(len(numbers), np.int32) if groups is None else groups.of_cell[numbers]
             for chosen, shape in runner.plan(np.diff(offsets)):
                 yield runner.pack_of(
-                    chosen, shape, tokens, offsets, head, results, row_of_cell=rows, items=window - part.first
+                    chosen, shape, tokens, offsets, head, results, row_of_cell=rows, items=numbers - part.first
                 )
-            first += count
 
 
 def _commit(job: Job, cells: Cells, results: _Results) -> None:
@@ -308,11 +297,6 @@ def _commit(job: Job, cells: Cells, results: _Results) -> None:
         columns |= {name: table[name] for name in others}
     columns["embedding"] = fixed_size_list(results.embeddings)
     write_table(pa.table(columns), path)
-
-
-def fixed_size_list(vectors: np.ndarray) -> pa.Array:
-    """Vectors as a column: float32 [n, H]."""
-    return pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
 
 
 def _genes_path(path: Path) -> Path:

@@ -196,12 +196,14 @@ def _load_weights(folder: Path) -> BertForMaskedLM:
 
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     try:
         model, info = BertForMaskedLM.from_pretrained(folder, output_loading_info=True, local_files_only=True)
     except Exception as error:  # of safetensors, pickle, torch and transformers
         raise DataError(f"{folder}: the model cannot be loaded ({_first_line(error)}); copy it again.") from error
     finally:
         transformers.logging.set_verbosity(level)
+        transformers.utils.logging.enable_progress_bar()
     missing = sorted(name for name in info["missing_keys"] if not name.startswith("cls."))
     if missing:
         raise DataError(f"{folder}: the weights lack {missing[0]} and {len(missing) - 1} others; name a complete BERT.")

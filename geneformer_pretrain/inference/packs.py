@@ -110,8 +110,6 @@ class Pack:
         Any object that the results belong to.
     items
         int64 [num_cells], places of the results in `owner`.
-    first
-        Place of the pack's first token in the pack that it was cut from.
     """
 
     buffer: Tensor
@@ -121,7 +119,6 @@ class Pack:
     head: Head
     owner: Any
     items: np.ndarray
-    first: int = 0
 
     def cut(self, shape: Shape) -> list["Pack"]:
         """Distribute the cells over packs of a smaller shape, in order."""
@@ -148,7 +145,6 @@ class Pack:
                     self.head,
                     self.owner,
                     self.items[start:stop],
-                    self.first + begin,
                 )
             )
             start, begin = stop, end

@@ -14,7 +14,7 @@ from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -24,10 +24,14 @@ import torch.distributed as dist
 
 from geneformer_pretrain.distributed.agreement import Ranks
 from geneformer_pretrain.distributed.world import choose_device
-from geneformer_pretrain.errors import OutputError
+from geneformer_pretrain.errors import OutputError, UserError
 from geneformer_pretrain.files import delete_folder, open_lock, replacing
 
-JOB_FILE = "job.json"
+T = TypeVar("T")
+
+JOB_FILE = "_job.json"
+"""Its name begins with `_`, so that readers of a folder of parquet files pass over it."""
+
 FORMAT_VERSION = 1
 
 PATIENCE = timedelta(days=7)
@@ -42,6 +46,26 @@ def join_ranks() -> Ranks:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         dist.init_process_group("gloo", timeout=PATIENCE)
     return Ranks(PATIENCE)
+
+
+def in_turn(ranks: Ranks, action: Callable[[], T]) -> T:
+    """Run an action on the first rank and then on the others, for whom it prepares files.
+
+    Raises
+    ------
+    UserError
+        On every rank, if it fails on any; one process alone raises its own error.
+    """
+    if ranks.size == 1:
+        return action()
+    results: list[T] = []
+
+    def act() -> None:
+        results.append(action())
+
+    for is_first in (True, False):
+        ranks.run_on_all_ranks(act if (ranks.rank == 0) is is_first else lambda: None, UserError)
+    return results[0]
 
 
 def local_device() -> torch.device:
@@ -77,7 +101,7 @@ class Job:
     Parameters
     ----------
     folder
-        For `job.json` and the parts.
+        For `_job.json` and the parts.
     settings
         What decides the results, JSON-serialisable.
     parts
@@ -216,6 +240,11 @@ def write_table(table: pa.Table, path: Path) -> None:
     """Write a parquet file aside and rename it."""
     with replacing(path) as temporary, open_writer(temporary, table.schema) as writer:
         writer.write_table(table)
+
+
+def fixed_size_list(vectors: np.ndarray) -> pa.Array:
+    """Vectors as a column: float32 [n, H]."""
+    return pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
 
 
 def open_writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:

@@ -49,8 +49,14 @@ IN_FLIGHT = 2
 AHEAD = 4
 """Packs that are built ahead."""
 
-COMPILE_FROM = 2e16
-"""Floating-point operations of a job from which compiling saves more time than it takes, half a minute."""
+WINDOW_PACKS = 64
+"""Packs that are made together from neighbouring cells."""
+
+FILL = 0.999
+"""Share of these packs' tokens that cells can be found for."""
+
+COMPILE_FROM = 1e17
+"""Floating-point operations of a job, ten minutes or so, from which compiling saves more time than it takes."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +100,11 @@ class Runner:
         self._compiled = [torch.compile(layer.compute, dynamic=False) for layer in self._layers]
         self._copies = torch.cuda.Stream(self.device) if self.on_gpu else None
         self.tokens_done = 0
+
+    @property
+    def window(self) -> int:
+        """Tokens of neighbouring cells whose packs are made together, so that few gaps are left."""
+        return int(WINDOW_PACKS * FILL * self.tokens)
 
     def plan(self, lengths: np.ndarray) -> Iterator[tuple[np.ndarray, Shape]]:
         """Distribute cells over packs: their indices, int64, and the shape of the pack.
@@ -251,12 +262,29 @@ class Runner:
 
     def _random_pack(self, head: Head) -> Pack:
         length = min(self.longest, 1024)
-        lengths = np.full(self.tokens // length, length)
+        lengths = np.full(max(1, self.tokens // length), length)
         offsets = np.concatenate([[0], lengths.cumsum()])
         special = int(self.model.is_special.sum())
         genes = np.arange(offsets[-1], dtype=np.int32) % (self.model.vocab_size - special) + special
         chosen, shape = next(self.plan(lengths))
-        return self.pack_of(chosen, shape, genes, offsets, head, None)
+        rows = np.zeros(len(lengths), np.int32)
+        return self.pack_of(chosen, shape, genes, offsets, head, None, row_of_cell=rows)
+
+
+def windows(lengths: np.ndarray, budget: int) -> Iterator[slice]:
+    """Cut cells into runs of at most `budget` tokens, or of one cell.
+
+    Parameters
+    ----------
+    lengths
+        int [n], tokens of each cell.
+    """
+    ends = np.cumsum(lengths, dtype=np.int64)
+    first, done = 0, 0
+    while first < len(lengths):
+        last = max(first + 1, int(np.searchsorted(ends, done + budget, side="right")))
+        yield slice(first, last)
+        first, done = last, int(ends[last - 1])
 
 
 class _Ahead(Iterable[T]):

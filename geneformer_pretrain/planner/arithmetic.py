@@ -1,17 +1,78 @@
-"""Parameters and FLOPs of a model, counted from its configuration."""
+"""Parameters, FLOPs and collectives of a model, counted from its configuration."""
+
+from dataclasses import dataclass
 
 from geneformer_pretrain.config.model import ModelConfig
 
+Shapes = list[tuple[int, int]]
+"""Rows and columns of tensors; vectors have one column."""
+
+
+def layer_shapes(model: ModelConfig) -> Shapes:
+    """List the parameters of one encoder layer."""
+    h, f = model.hidden_size, model.intermediate_size
+    attention, norm = [(h, h), (h, 1)], [(h, 1), (h, 1)]
+    return [*(4 * attention), (f, h), (f, 1), (h, f), (h, 1), *(2 * norm)]
+
+
+def root_shapes(model: ModelConfig) -> Shapes:
+    """List the parameters outside of the layers; the decoder shares the word embeddings and has a bias of its own."""
+    h = model.hidden_size
+    norm = [(h, 1), (h, 1)]
+    embeddings = [(model.vocab_size, h), (model.max_position_embeddings, h), (model.type_vocab_size, h)]
+    return [*embeddings, *norm, (h, h), (h, 1), *norm, (model.vocab_size, 1)]
+
+
+def size(shapes: Shapes, group: int = 1) -> int:
+    """Count the elements of tensors, rows padded to a multiple of `group` as FSDP2 does before it shards them."""
+    return sum(-(-rows // group) * group * columns for rows, columns in shapes)
+
 
 def count_parameters(model: ModelConfig) -> int:
-    """Count the parameters of the model; the decoder shares the word embeddings and has a bias of its own."""
-    h, f = model.hidden_size, model.intermediate_size
-    norm = 2 * h
-    embeddings = (model.vocab_size + model.max_position_embeddings + model.type_vocab_size) * h + norm
-    attention = 4 * (h * h + h)
-    feed_forward = h * f + f + f * h + h
-    head = h * h + h + norm + model.vocab_size
-    return embeddings + model.num_hidden_layers * (attention + feed_forward + 2 * norm) + head
+    """Count the parameters of the model."""
+    return size(root_shapes(model)) + model.num_hidden_layers * size(layer_shapes(model))
+
+
+@dataclass(frozen=True)
+class ShardingTraffic:
+    """Collectives of one step of a sharding engine over the ranks that share one copy of the weights.
+
+    Attributes
+    ----------
+    gathers, scatters
+        Number of all-gathers of weights and of reduce-scatters of gradients.
+    gathered, scattered
+        Elements of the whole tensors that they gather and scatter, padding included.
+    """
+
+    gathers: int
+    gathered: int
+    scatters: int
+    scattered: int
+
+
+def sharding_traffic(
+    model: ModelConfig, group: int, *, micro_batches: int, reshards: bool, pads: bool = True
+) -> ShardingTraffic:
+    """Count the collectives of a step.
+
+    Layers and the rest are gathered once, or, if they are resharded, in each micro-batch: layers twice. Gradients are
+    scattered in each micro-batch.
+
+    Parameters
+    ----------
+    pads
+        True for FSDP2, which shards whole rows: 256 rows over 512 ranks travel as 512.
+    """
+    padding = group if pads else 1
+    root, layer = size(root_shapes(model), padding), size(layer_shapes(model), padding)
+    layers = model.num_hidden_layers
+    once = 1 + layers, root + layers * layer
+    if reshards:
+        gathers, gathered = micro_batches * (1 + 2 * layers), micro_batches * (root + 2 * layers * layer)
+    else:
+        gathers, gathered = once
+    return ShardingTraffic(gathers, gathered, micro_batches * once[0], micro_batches * once[1])
 
 
 def layer_flops(model: ModelConfig) -> float:

@@ -84,7 +84,7 @@ def of_tokens(tokens: int, seq_length: int) -> CellLengths:
     """Return Genecorpus's lengths for a corpus of another size."""
     like = genecorpus(seq_length)
     cells = max(1, round(like.cells * tokens / like.tokens))
-    return CellLengths(like.sample, cells, tokens, f"{tokens:,} tokens, lengths as simulated for Genecorpus")
+    return CellLengths(like.sample, cells, tokens, "--tokens, lengths as simulated for Genecorpus")
 
 
 def of_corpus(path: Path) -> CellLengths:

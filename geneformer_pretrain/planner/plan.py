@@ -10,7 +10,7 @@ from geneformer_pretrain.model.resolve import KEEP_GATHERED_BELOW, MAX_GRAPH_WID
 from geneformer_pretrain.planner.arithmetic import count_parameters, flops_per_token
 from geneformer_pretrain.planner.lengths import CellLengths
 from geneformer_pretrain.planner.saving import CHECKPOINT_BYTES, MODEL_BYTES, Saving, kept_checkpoints, saving
-from geneformer_pretrain.planner.speed import PACK_FILL, Cluster, StepTime, check_card, step_time
+from geneformer_pretrain.planner.speed import PACK_FILL, Cluster, StepTime, check_card, replays_graphs, step_time
 
 GIB = 2**30
 ITEMSIZE = 2
@@ -216,14 +216,7 @@ def _room(cluster: Cluster) -> float:
 
 def _memory(config: Config, cluster: Cluster, parameters: int) -> tuple[bool, PeakMemory]:
     """Return whether gathered weights are freed after the forward, and the peak; as a run decides it."""
-    training, model = config.training, config.model
-    graphs = not (
-        training.use_fsdp2 or training.use_nvfsdp or model.use_te_layers or training.recompute_every_n_layers
-    ) and (
-        training.cuda_graphs
-        if training.cuda_graphs is not None
-        else model.hidden_size <= MAX_GRAPH_WIDTH and cluster.nodes == 1
-    )
+    training, graphs = config.training, replays_graphs(config, cluster)
 
     def peak(reshards: bool) -> PeakMemory:
         return peak_memory(config, cluster.gpus, parameters, ITEMSIZE, graphs, reshards)

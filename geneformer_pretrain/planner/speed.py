@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 from geneformer_pretrain.config.schema import Config
 from geneformer_pretrain.errors import ConfigError, require
-from geneformer_pretrain.planner.arithmetic import attention_flops, head_flops, layer_flops
+from geneformer_pretrain.planner.arithmetic import attention_flops, head_flops, layer_flops, sharding_traffic
 from geneformer_pretrain.planner.lengths import genecorpus, lognormal
 from geneformer_pretrain.planner.measured import Card, Measurement, measured_like
+from geneformer_pretrain.model.resolve import MAX_GRAPH_WIDTH
 
 MATRIX_BF16, MATRIX_FP8 = 0.69, 0.70
 """Shares of the peak that matrix products with weights reach."""
@@ -27,6 +28,8 @@ UPDATE_BYTES, UPDATE_BANDWIDTH = 38, 0.85
 """Bytes a parameter that AdamW, the gradient norm and casts move, and their share of the memory's bandwidth."""
 STEP_SECONDS = 1e-3
 """Launches, gaps between kernels and small kernels of a step."""
+EAGER_LAYER_SECONDS = 4e-3
+"""Time in which the host launches forward and backward of a layer one kernel after the other; less is not possible."""
 SHARDED_LAYER_SECONDS = 0.3e-3
 """Launching the collectives of a sharded layer."""
 LINK_SHARE, NETWORK_SHARE = 0.2, 0.7
@@ -104,7 +107,17 @@ def check_card(config: Config, cluster: Cluster) -> None:
         )
 
 
-def compute_seconds(config: Config, card: Card, attended: float) -> float:
+def replays_graphs(config: Config, cluster: Cluster) -> bool:
+    """Return True where a run launches a micro-batch as one CUDA graph."""
+    training, model = config.training, config.model
+    if training.use_fsdp2 or training.use_nvfsdp or model.use_te_layers or training.recompute_every_n_layers:
+        return False
+    if training.cuda_graphs is not None:
+        return training.cuda_graphs
+    return model.hidden_size <= MAX_GRAPH_WIDTH and cluster.nodes == 1
+
+
+def compute_seconds(config: Config, card: Card, attended: float, *, graphs: bool) -> float:
     """Return the seconds of one micro-batch's forward and backward.
 
     Parameters
@@ -128,7 +141,8 @@ def compute_seconds(config: Config, card: Card, attended: float) -> float:
         + head_flops(model, training.mlm_probability) / (MATRIX_BF16 * peak)
         + (again * passes + loss) / (card.memory_tbps * 1e12)
     )
-    return model.token_budget * of_token
+    of_host = 0.0 if graphs else EAGER_LAYER_SECONDS * layers
+    return max(model.token_budget * of_token, of_host)
 
 
 def communication_seconds(
@@ -154,18 +168,22 @@ def communication_seconds(
         # On one node, gradients are summed after the backward; between nodes beside it.
         return seconds if cluster.nodes == 1 else max(SLOWING * seconds, seconds - HIDING * compute)
     group = training.shard_group_size or gpus
-    micro_batches, part = training.gradient_accumulation_steps, (group - 1) / group
-    gathers = 2 * micro_batches if reshards else 1
-    weights = (2.0 if training.use_fsdp2 else 4.0) * num_parameters
-    collectives = config.model.num_hidden_layers * (gathers + micro_batches)
-    hops = -(-group // cluster.gpus_per_node) if group > cluster.gpus_per_node else 0
-    seconds = part * (gathers * weights + micro_batches * gradients) / cluster.bus(group)
-    seconds += collectives * hops * HOP_SECONDS
+    traffic = sharding_traffic(
+        config.model,
+        group,
+        micro_batches=training.gradient_accumulation_steps,
+        reshards=reshards,
+        pads=training.use_fsdp2,
+    )
+    weight = 2 if training.use_fsdp2 else 4  # FSDP2 gathers BF16, nvFSDP FP32; both reduce FP32.
+    seconds = (group - 1) / group * (weight * traffic.gathered + 4 * traffic.scattered) / cluster.bus(group)
+    if group > cluster.gpus_per_node:
+        seconds += (traffic.gathers + traffic.scatters) * group / cluster.gpus_per_node * HOP_SECONDS
     replicas = gpus // group
     if replicas > 1:
         bus = cluster.bus(gpus, rings=min(group, cluster.gpus_per_node))
         seconds += 2 * (replicas - 1) / replicas * gradients / group / bus
-    launches = SHARDED_LAYER_SECONDS * config.model.num_hidden_layers * micro_batches
+    launches = SHARDED_LAYER_SECONDS * traffic.scatters
     return launches + max(SLOWING * seconds, seconds - HIDING * compute)
 
 
@@ -174,7 +192,8 @@ def modelled_seconds(
 ) -> float:
     """Return the seconds of a step by the model alone."""
     training = config.training
-    compute = training.gradient_accumulation_steps * compute_seconds(config, cluster.card, attended)
+    graphs = replays_graphs(config, cluster)
+    compute = training.gradient_accumulation_steps * compute_seconds(config, cluster.card, attended, graphs=graphs)
     shards = training.use_fsdp2 or training.use_nvfsdp
     owned = num_parameters / (training.shard_group_size or cluster.gpus) if shards else num_parameters
     update = owned * UPDATE_BYTES / (UPDATE_BANDWIDTH * cluster.card.memory_tbps * 1e12)
@@ -217,7 +236,7 @@ def step_time(config: Config, cluster: Cluster, num_parameters: int, attended: f
     seconds = modelled_seconds(config, cluster, num_parameters, attended, reshards=reshards)
     rows = measured_like(config, cluster.gpu)
     if not rows:
-        return StepTime(seconds, False, f"estimated: this model, with these layers, was not measured on {cluster.gpu}")
+        return StepTime(seconds, False, f"estimated, this model with these layers was not measured on {cluster.gpu}")
     training = config.training
     engine = "fsdp2" if training.use_fsdp2 else "nvfsdp" if training.use_nvfsdp else "ddp"
     if cluster.gpus == 1:

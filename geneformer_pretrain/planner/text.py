@@ -40,10 +40,10 @@ def describe(plan: Plan) -> list[str]:
             f"{card.memory_gib} GiB may be planned with. {_remedy(configured)}"
         )
     if any(not engine.step.is_measured for engine in plan.engines):
-        lines.append(
-            "~ estimated from datasheets and constants fitted to one to four H100s and H200s. On other cards, and "
-            "between nodes, it may be far off: time 100 steps before you book."
-        )
+        lines += [
+            "~ estimated from datasheets and constants fitted to one to four H100s and H200s. On other cards, and between",
+            "  nodes, it may be far off: time 100 steps before you book.",
+        ]
     cost = "" if configured.cost_of_run is None else f", cost {configured.cost_of_run:,.0f}"
     lines.append(
         f"The whole run, {configured.engine}: {plan.num_train_steps:,} steps, "

@@ -44,7 +44,7 @@ def lock_run_folder(folder: Path, ranks: Ranks) -> Iterator[bytes | None]:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[bytes | None]:
+def _locked(folder: Path, require: bool = False) -> Iterator[bytes | None]:
     """Lock a folder, which is created if need be, and removed at the end if nothing was put into it.
 
     The system's lock on the file counts, not the file. It ends with the process, even by SIGKILL, and other nodes
@@ -55,7 +55,7 @@ def _locked(folder: Path) -> Iterator[bytes | None]:
         created = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            descriptor = open_lock(path, wait=False)
+            descriptor = open_lock(path, wait=False, require=require)
         except BlockingIOError:
             raise CheckpointError(_in_use(folder)) from None
     holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
@@ -164,10 +164,10 @@ def write_exit(folder: Path, reason: str, exit_code: int, **details: Any) -> Non
 def write_failed_start(folder: Path, error: BaseException) -> None:
     """Replace exit.json of an earlier run in the folder by the error that keeps a new run from starting.
 
-    A job script would take the earlier one for the outcome. Nothing is written into a folder that is locked by
-    another run or empty.
+    A job script would take the earlier one for the outcome. Nothing is written into an empty folder, nor into one that
+    another run holds or may hold.
     """
     if os.environ.get("RANK", "0") != "0" or not is_not_empty(folder):
         return
-    with suppress(CheckpointError, OSError), _locked(folder):
+    with suppress(CheckpointError, OSError), _locked(folder, require=True):
         write_exit(folder, "error", 1, rank=0, error=f"{type(error).__name__}: {explain(error) or error}")

@@ -41,7 +41,8 @@ def check_values(block: CountsBlock, file: Named, allow_noninteger: bool, other_
     values = block.data.astype(np.float64)
     wrong = ~np.isfinite(values) | (values < 0)
     if not allow_noninteger:
-        wrong |= np.abs(values - np.rint(values)) > NOISE * np.maximum(values, 1)
+        usual = np.where(wrong, 0, values)
+        wrong |= np.abs(usual - np.rint(usual)) > NOISE * np.maximum(usual, 1)
     if not wrong.any():
         return
     at = int(np.argmax(wrong))

@@ -11,11 +11,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from geneformer_pretrain.errors import ConfigError, DataError, OutputError, require
 from geneformer_pretrain.files import locked, replacing
 from geneformer_pretrain.tokenization.counts import CountsFile, file_state, open_counts
 from geneformer_pretrain.tokenization.gene_set import GeneSet
-from geneformer_pretrain.tokenization.tokenizer import FileGenes
+from geneformer_pretrain.tokenization.tokenizer import match_genes
 
 PLAN_FILE = "tokenize.json"
 LOCK_FILE = ".tokenize.lock"
@@ -77,7 +79,7 @@ class Plan:
     columns
         Type of each column that is carried along.
     sources
-        For each file: path, name, cells, genes, how they match, and the file's state (see `file_state`).
+        For each file: path, cells, genes, how they match, notes, and the file's state (see `file_state`).
     """
 
     gene_set: dict[str, Any]
@@ -135,10 +137,11 @@ def make_plan(
                         f"{path}: column {name!r} holds {kind} values, in {paths[0]} {columns[name]}; "
                         "make them the same, or leave it out of --columns."
                     )
-            genes = FileGenes.of(counts, gene_set)
+            genes = match_genes(counts, gene_set)
             facts = {"path": str(path.resolve()), "cells": counts.num_cells, "genes": len(counts.gene_ids)}
             facts |= {"genes_matched": genes.match.num_matched, "matched_by": genes.match.num_columns_by_way}
-            facts |= {"genes_without_median": sorted(set(counts.gene_ids[genes.unranked].tolist()))}
+            unranked = np.unique(counts.gene_ids[genes.unranked])
+            facts |= {"genes_without_median": len(unranked), "such_genes": unranked[:3].tolist()}
             facts |= {"notes": counts.notes, "state": state}
             sources.append(facts)
     if not any(source["cells"] for source in sources):
@@ -179,13 +182,14 @@ def settle(plan: Plan, folder: Path) -> None:
         If a source changed since the corpus was begun.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / PLAN_FILE).exists() and any(path.name != LOCK_FILE for path in folder.iterdir()):
-        raise OutputError(f"{folder} holds other files; name a new folder, or add --overwrite if it is a corpus.")
-    with locked(folder / LOCK_FILE):
-        if not (folder / PLAN_FILE).exists():
-            with replacing(folder / PLAN_FILE) as temporary:
-                temporary.write_text(json.dumps(plan.as_dict(), indent=1) + "\n", encoding="utf-8")
-            return
+    others = {path.name for path in folder.iterdir()} - {LOCK_FILE, f"{PLAN_FILE}.tmp"}
+    if not (folder / PLAN_FILE).exists():  # looked for after the listing: another shard may be starting
+        if others:
+            raise OutputError(f"{folder} holds other files ({min(others)}); name a new folder.")
+        with locked(folder / LOCK_FILE):
+            if not (folder / PLAN_FILE).exists():
+                with replacing(folder / PLAN_FILE) as temporary:
+                    temporary.write_text(json.dumps(plan.as_dict(), indent=1) + "\n", encoding="utf-8")
     _compare(read_json(folder / PLAN_FILE), plan.as_dict(), folder)
 
 

@@ -6,13 +6,10 @@ so a part is there and complete, or not there; who comes next makes what is miss
 """
 
 import json
-import multiprocessing
 import os
 import shutil
-import signal
-import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,6 +36,7 @@ from geneformer_pretrain.tokenization.corpus_plan import (
 from geneformer_pretrain.tokenization.counts import file_state
 from geneformer_pretrain.tokenization.gene_set import GeneSet
 from geneformer_pretrain.tokenization.tokenizer import Tally, TokenBlock, tokenize_blocks
+from geneformer_pretrain.tokenization.workers import process_pool
 
 CORPUS_FILE = "corpus.json"
 SCRATCH = ".scratch"
@@ -217,7 +215,7 @@ def make_parts(job: Job, parts: Sequence[Part], workers: int) -> None:
             for part in parts:
                 progress.advance(write_part(job, part))
             return
-        with ProcessPoolExecutor(workers, start_method(), _start_worker, (job,)) as pool:
+        with process_pool(workers, _start_job, job) as pool:
             try:
                 futures: list[Future[int]] = [pool.submit(_work, part) for part in parts]
                 for future in as_completed(futures):
@@ -231,30 +229,13 @@ def make_parts(job: Job, parts: Sequence[Part], workers: int) -> None:
                 pool.shutdown(wait=True, cancel_futures=True)
 
 
-def start_method() -> Any:
-    """Return how worker processes start: forked from a server that has imported this module and nothing else."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    return context
-
-
 _job: Job | None = None
 """In a worker process: its job."""
 
 
-def _start_worker(job: Job) -> None:
+def _start_job(job: Job) -> None:
     global _job
     _job = job
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one ends the work
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
-
-
-def _leave_with_parent() -> None:
-    """End this process when the one that started it ends, however it does."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 def _work(part: Part) -> int:

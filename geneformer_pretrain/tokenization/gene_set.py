@@ -256,12 +256,12 @@ def _read_facts(folder: Path) -> dict[str, Any]:
         raise DataError(f"{folder} is not a gene-set folder: it has no gene_set.json (`gene-set import` makes one).")
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
-        version = facts["format_version"]
+        newer = facts["format_version"] > FORMAT_VERSION
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is not the description of a gene set ({type(error).__name__}: {error}).") from error
-    if version > FORMAT_VERSION:
+    if newer:
         raise DataError(
-            f"{path}: written by a newer release (format {version}; this one reads up to {FORMAT_VERSION}); update "
+            f"{path}: written by a newer release (format {facts['format_version']}; this one reads up to {FORMAT_VERSION}); update "
             "geneformer-pretrain."
         )
     missing = {"name", "species", "target_sum", "max_tokens", "fingerprint"} - set(facts)

@@ -27,6 +27,24 @@ MOST_EXACT_VALUES = 1 << 27
 Add = Callable[[CellBlock, Columns, float], None]
 
 
+@dataclass(frozen=True, eq=False)
+class Counted:
+    """Result of the first pass.
+
+    Attributes
+    ----------
+    genes
+        Genes and their values in bins.
+    match, column_counts
+        Match of the file in which genes of the set hold the least share of the counts, and the sum of the counts of
+        each of its columns.
+    """
+
+    genes: CountedGenes
+    match: GeneMatch
+    column_counts: np.ndarray
+
+
 @dataclass(frozen=True)
 class GeneSetBuilder:
     """Counts the values of genes over files.
@@ -54,15 +72,8 @@ class GeneSetBuilder:
     filter_column: str | None = None
     allow_low_match: bool = False
 
-    def count(self) -> tuple[CountedGenes, GeneMatch]:
+    def count(self) -> "Counted":
         """Count in one pass.
-
-        Returns
-        -------
-        CountedGenes
-            Values of all genes, in bins.
-        GeneMatch
-            Match of the file in which genes of the set hold the least share of the counts.
 
         Raises
         ------
@@ -71,14 +82,18 @@ class GeneSetBuilder:
         """
         genes, num_cells = self._survey()
         sketch = MedianSketch.empty(len(genes.gene_ids))
-        sources, least, worst = [], 2.0, None
+        sources: list[Source] = []
+        worst: tuple[GeneMatch, np.ndarray] | None = None
         for source, match, columns in self._read(genes, sketch.add, "count genes", num_cells):
             match.require(source.file, columns.counts, allow_low_match=self.allow_low_match)
             sources.append(source)
-            if (share := match.share_of_counts(columns.counts)) < least:
-                least, worst = share, match
-        assert worst is not None  # there is at least one file
-        return CountedGenes(genes.gene_ids, genes.symbols, sketch, self._rule(genes), sources), worst
+            if columns.counts.any() and (
+                worst is None or match.share_of_counts(columns.counts) < worst[0].share_of_counts(worst[1])
+            ):
+                worst = match, columns.counts
+        if worst is None:
+            raise DataError(f"{self.paths[0]}: no cell that passes has counts.")
+        return Counted(CountedGenes(genes.gene_ids, genes.symbols, sketch, self._rule(genes), sources), *worst)
 
     def exact_medians(self, counted: CountedGenes) -> np.ndarray:
         """Return the exact medians in a second pass, float64 [genes].

@@ -171,7 +171,6 @@ def rank_cells(
     lengths: Any,
     outcome: Any,
     sums: Any,
-    column_counts: Any,
 ) -> int:
     """Turn the counts of cells into tokens; return the number of tokens written.
 
@@ -197,12 +196,10 @@ def rank_cells(
     lengths, outcome
         Results, [cells] int32 and int8: tokens, and KEPT, FILTERED, EMPTY, NO_GENES, FEW_GENES or BAD_TOTAL.
     sums
-        Result, [cells] float64: sum of the counts of each cell.
-    column_counts
-        [columns] float64: the counts of these cells are added.
+        Result, [cells, 3] float64: sum of all counts, of those of genes with a token, of those without a median.
     """
     slots = len(medians)
-    row_of_slot, place_of_slot = np.full(slots, -1, np.int32), np.empty(slots, np.int32)
+    ordinal_of_slot, start = np.full(slots, -1, np.int64), 0  # of the values found in all cells so far
     values, found = np.empty(slots), np.empty(slots, np.int32)
     scaled, scaled_slots = np.empty(slots), np.empty(slots, np.int32)
     bits = scaled.view(np.int64)
@@ -211,24 +208,26 @@ def rank_cells(
     written = 0
     for row in range(len(indptr) - 1):
         lengths[row] = 0
-        sums[row] = 0
+        sums[row, :] = 0
         if not wanted[row]:
             outcome[row] = FILTERED
             continue
-        total, n = 0.0, 0
+        total, matched, n = 0.0, 0.0, 0
         for i in range(indptr[row], indptr[row + 1]):
             value = np.float64(data[i])
             total += value
-            column_counts[indices[i]] += value
             slot = slot_of_column[indices[i]]
             if slot >= 0:
-                if row_of_slot[slot] == row:
-                    values[place_of_slot[slot]] += value
+                matched += value
+                place = ordinal_of_slot[slot] - start
+                if place >= 0:
+                    values[place] += value
                 else:
-                    row_of_slot[slot], place_of_slot[slot] = row, n
+                    ordinal_of_slot[slot] = start + n
                     values[n], found[n] = value, slot
                     n += 1
-        sums[row] = total
+        start += n
+        sums[row, 0], sums[row, 1] = total, matched
         if total == 0:
             outcome[row] = EMPTY
             continue
@@ -237,18 +236,21 @@ def rank_cells(
             if not 0 < total < np.inf:
                 outcome[row] = BAD_TOTAL
                 continue
-        genes = 0
+        genes, unranked = 0, 0.0
         for i in range(n):
             if values[i] != 0:
                 median = medians[found[i]]
                 if median == median:
                     scaled[genes], scaled_slots[genes] = values[i] / total * target_sum / median, found[i]
                     genes += 1
+                else:
+                    unranked += values[i]
+        sums[row, 2] = unranked
         if genes == 0 or genes < min_genes:
             outcome[row] = NO_GENES if genes == 0 else FEW_GENES
             continue
         _sort_descending(bits, scaled_slots, genes, most_genes, counts, sorted_bits, sorted_slots)
-        start = written
+        lengths[row] = min(genes, most_genes) + (first_token >= 0) + (last_token >= 0)
         if first_token >= 0:
             tokens[written] = first_token
             written += 1
@@ -258,5 +260,5 @@ def rank_cells(
         if last_token >= 0:
             tokens[written] = last_token
             written += 1
-        lengths[row], outcome[row] = written - start, KEPT
+        outcome[row] = KEPT
     return written

@@ -9,6 +9,7 @@ Source: Theodoris et al., Nature 618, 616-624 (2023), Methods, "Rank value encod
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ import pyarrow as pa
 from geneformer_pretrain.errors import DataError
 from geneformer_pretrain.tokenization import kernels
 from geneformer_pretrain.tokenization.counts import CountsBlock, CountsFile
-from geneformer_pretrain.tokenization.gene_ids import GeneMatch
+from geneformer_pretrain.tokenization.gene_ids import MINIMUM_SHARE, GeneMatch
 from geneformer_pretrain.tokenization.gene_set import GeneSet
 
 FILTER_COLUMN = "filter_pass"
@@ -122,31 +123,37 @@ class FileGenes:
     token_of_slot: np.ndarray
     medians: np.ndarray
 
-    @classmethod
-    def of(cls, counts: CountsFile, gene_set: GeneSet) -> "FileGenes":
-        """Match the columns of a file to tokens.
-
-        Raises
-        ------
-        DataError
-            If no column has a token, or no token a median.
-        """
-        match = gene_set.match(counts.gene_ids)
-        match.require(counts.path)
-        known = np.unique(match.token_of_column[match.token_of_column >= 0])
-        token_of_slot = known[np.argsort(np.array(gene_set.tokens, np.str_)[known], kind="stable")]
-        medians = gene_set.medians[token_of_slot]
-        if np.isnan(medians).all():
-            raise DataError(f"{counts.path}: none of its genes has a median in the gene set.")
-        slot_of_token = np.full(gene_set.vocab_size, -1, np.int32)
-        slot_of_token[token_of_slot] = np.arange(len(token_of_slot), dtype=np.int32)
-        slot_of_column = np.where(match.token_of_column >= 0, slot_of_token[match.token_of_column], -1)
-        return cls(match, slot_of_column.astype(np.int32), token_of_slot, medians)
-
     @property
     def unranked(self) -> np.ndarray:
         """Columns of genes that have a token but no median, [columns] bool."""
         return (self.slot_of_column >= 0) & np.isnan(self.medians[self.slot_of_column])
+
+
+def match_genes(counts: CountsFile, gene_set: GeneSet) -> FileGenes:
+    """Match the columns of a file to tokens.
+
+    Raises
+    ------
+    DataError
+        If no column has a token, or no token a median.
+    """
+    genes = _match(gene_set, tuple(counts.gene_ids.tolist()))
+    genes.match.require(counts.path)
+    if np.isnan(genes.medians).all():
+        raise DataError(f"{counts.path}: none of its genes has a median in the gene set.")
+    return genes
+
+
+@lru_cache(maxsize=4)
+def _match(gene_set: GeneSet, gene_ids: tuple[str, ...]) -> FileGenes:
+    """Match gene ids once for all parts of a file, and for all files that have the same."""
+    match = gene_set.match(list(gene_ids))
+    known = np.unique(match.token_of_column[match.token_of_column >= 0])
+    token_of_slot = known[np.argsort(np.array(gene_set.tokens, np.str_)[known], kind="stable")]
+    slot_of_token = np.full(gene_set.vocab_size, -1, np.int32)
+    slot_of_token[token_of_slot] = np.arange(len(token_of_slot), dtype=np.int32)
+    slot_of_column = np.where(match.token_of_column >= 0, slot_of_token[match.token_of_column], -1)
+    return FileGenes(match, slot_of_column.astype(np.int32), token_of_slot, gene_set.medians[token_of_slot])
 
 
 def tokenize_blocks(
@@ -182,12 +189,12 @@ def tokenize_blocks(
         Naming file and row, for values that are no counts, a total that is no positive number, a filter that is
         neither boolean nor numeric, or a column that does not exist; if too few counts are of genes in the gene set.
     """
-    genes = FileGenes.of(counts, gene_set)
+    genes = match_genes(counts, gene_set)
     if filter_column is None and FILTER_COLUMN in counts.obs_columns:
         filter_column = FILTER_COLUMN
     first_token, last_token = (gene_set.special_tokens.get(name, -1) for name in ("cls", "eos"))
     most_genes = gene_set.max_tokens - (first_token >= 0) - (last_token >= 0)
-    all_column_counts = np.zeros(len(counts.gene_ids))
+    read = np.zeros(3)
     token_type = np.uint16 if gene_set.vocab_size <= 1 << 16 else np.int32
     for block in counts.blocks(first, last):
         start, end = block.first_row, block.first_row + block.num_cells
@@ -199,7 +206,7 @@ def tokenize_blocks(
             totals = _totals(counts, n_counts_column, start, end)
         tokens = np.empty(len(block.data) + 2 * block.num_cells, token_type)
         lengths, outcome = np.empty(block.num_cells, np.int32), np.empty(block.num_cells, np.int8)
-        sums, column_counts = np.empty(block.num_cells), np.zeros(len(counts.gene_ids))
+        sums = np.empty((block.num_cells, 3))
         written = kernels.rank_cells(
             block.indptr,
             block.indices.astype(np.int32, copy=False),
@@ -218,16 +225,17 @@ def tokenize_blocks(
             lengths,
             outcome,
             sums,
-            column_counts,
         )
-        all_column_counts += column_counts
-        genes.match.require(counts.path, all_column_counts, allow_low_match=allow_low_match)
+        read += sums.sum(axis=0)
+        if read[1] < MINIMUM_SHARE * read[0] and not allow_low_match:
+            chosen = np.where(np.repeat(wanted, np.diff(block.indptr)), block.data, 0)
+            genes.match.require(counts.path, np.bincount(block.indices, chosen, len(counts.gene_ids)))
         if np.any(outcome == kernels.BAD_TOTAL):
             row = int(np.argmax(outcome == kernels.BAD_TOTAL))
             raise DataError(
                 f"{counts.path}: row {start + row} (cell {counts.cell_ids(start + row, start + row + 1)[0]}): "
-                f"{n_counts_column} is {totals[row]:g}, not a positive total of its {sums[row]:,.0f} counts; correct "
-                "it, or leave --n-counts-column out to use the sum of the counts."
+                f"{n_counts_column} is {totals[row]:g}, not a positive total of its {sums[row, 0]:,.0f} counts; "
+                "correct it, or leave --n-counts-column out to use the sum of the counts."
             )
         kept = outcome == kernels.KEPT
         ids = counts.cell_ids(start, end)
@@ -237,7 +245,7 @@ def tokenize_blocks(
             np.concatenate([[0], np.cumsum(lengths[kept], dtype=np.int64)]),
             ids if kept.all() else [ids[i] for i in np.flatnonzero(kept)],
             counts.obs(columns, start, end).filter(pa.array(kept)) if columns else pa.table({}),
-            _tally(outcome, sums, totals, written, genes, column_counts),
+            _tally(outcome, sums, totals, written),
         )
 
 
@@ -268,17 +276,13 @@ def _totals(counts: CountsFile, column: str, first: int, last: int) -> np.ndarra
     return np.asarray(values.cast(pa.float64()).fill_null(np.nan))
 
 
-def _tally(
-    outcome: np.ndarray, sums: np.ndarray, totals: np.ndarray, tokens: int, genes: FileGenes, column_counts: np.ndarray
-) -> Tally:
+def _tally(outcome: np.ndarray, sums: np.ndarray, totals: np.ndarray, tokens: int) -> Tally:
     tally = Tally(cells=len(outcome), kept=int(np.sum(outcome == kernels.KEPT)), tokens=tokens)
     tally.left_out = {reason: int(np.sum(outcome == code)) for reason, code in REASONS.items()}
-    tally.counts = float(column_counts.sum())
-    tally.matched_counts = float(column_counts[genes.slot_of_column >= 0].sum())
-    tally.unranked_counts = float(column_counts[genes.unranked].sum())
+    tally.counts, tally.matched_counts, tally.unranked_counts = (float(total) for total in sums.sum(axis=0))
     if len(totals):
-        counted = sums > 0
-        ratio = totals[counted] / sums[counted]
+        counted = sums[:, 0] > 0
+        ratio = totals[counted] / sums[counted, 0]
         tally.other_totals = int(np.sum(np.abs(ratio - 1) > SAME_TOTAL))
         tally.greatest_ratio = float(np.max(np.maximum(ratio, 1 / ratio), initial=1.0))
     return tally

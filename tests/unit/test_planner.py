@@ -23,7 +23,13 @@ from geneformer_pretrain.planner.lengths import CellLengths, genecorpus, lognorm
 from geneformer_pretrain.planner.measured import Measurement, card, measurements
 from geneformer_pretrain.planner.plan import GIB, Plan, make_plan
 from geneformer_pretrain.planner.saving import save_interval, saving
-from geneformer_pretrain.planner.speed import Cluster, modelled_measurement, step_time
+from geneformer_pretrain.planner.speed import (
+    Cluster,
+    compute_seconds,
+    modelled_measurement,
+    replays_graphs,
+    step_time,
+)
 from modeling_bert_te import BertConfig, BertForMaskedLM
 
 MODELS = ("10m", "106m", "4b")
@@ -139,6 +145,23 @@ def test_measured_step_is_given_as_measured(configs: dict[str, Config]) -> None:
     on_a100, is_measured = step("106m", "a100", 1)
     assert not is_measured
     assert 200 < on_a100 < 400  # a third of the matrix rate, half of the bandwidth
+
+
+def test_small_models_wait_for_the_host_without_graphs(configs: dict[str, Config]) -> None:
+    """10m on one H200: 24.4 to 27.6 ms of launches (docs/performance.md), 22.6 ms a step with graphs."""
+    graphs, none, off = (
+        replays_graphs(config, Cluster("h200", card("h200"), gpus))
+        for config, gpus in (
+            (configs["10m"], 8),
+            (configs["10m"], 16),
+            (training(configs["10m"], cuda_graphs=False), 1),
+        )
+    )
+    assert (graphs, none, off) == (True, False, False)
+    assert not replays_graphs(configs["4b"], Cluster("h200", card("h200"), 1))
+    eager, replayed = (compute_seconds(configs["10m"], card("h200"), 1252, graphs=each) for each in (False, True))
+    assert eager == pytest.approx(24e-3)
+    assert replayed < 22.6e-3
 
 
 # --- plans ------------------------------------------------------------------------------------------------

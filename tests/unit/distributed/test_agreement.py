@@ -7,7 +7,8 @@ import pytest
 import torch.distributed as dist
 
 from geneformer_pretrain.distributed import agreement
-from geneformer_pretrain.distributed.agreement import Ranks, merge, naming_lost_connections, root_cause
+from geneformer_pretrain.distributed.agreement import Ranks, merge
+from geneformer_pretrain.errors import explain, root_cause
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
@@ -105,10 +106,18 @@ def test_reasons_are_told_once() -> None:
     assert merge({2: "full", 0: "gone", 1: "full"}, 3) == "rank 0: gone; ranks 1, 2: full"
 
 
-def test_only_lost_connections_are_named_so() -> None:
-    with pytest.raises(RuntimeError, match="a bug"), naming_lost_connections():
-        raise RuntimeError("a bug")
-    with pytest.raises(ConnectionError, match=r"^rank 0 lost its connection"), naming_lost_connections():
-        raise RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error")
-    with pytest.raises(ConnectionError, match=r"^rank 0 lost its connection"), naming_lost_connections():
-        raise dist.DistNetworkError("failed to recv, got 0 bytes")
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (RuntimeError("a bug"), None),
+        (RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error"), "rank 0 lost its conn"),
+        (dist.DistNetworkError("failed to recv, got 0 bytes"), "rank 0 lost its connection"),
+        (OSError(errno.ENOSPC, "No space left on device", "run/log"), "run/log: No space left on device"),
+        (OSError(errno.EPIPE, "Broken pipe"), "Broken pipe"),
+        (MemoryError(), "Out of memory: the host has no more."),
+        (KeyError("x"), None),
+    ],
+)
+def test_errors_of_others_are_explained_and_bugs_are_not(error: Exception, text: str | None) -> None:
+    found = explain(error)
+    assert found is None if text is None else str(found).startswith(text)

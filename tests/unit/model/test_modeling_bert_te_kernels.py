@@ -201,6 +201,7 @@ def test_whatever_part_is_replaced_is_called(part):
     assert replacement.calls == 1
 
 
+@pytest.mark.filterwarnings("default")  # dynamo has its own
 @pytest.mark.parametrize("kernels", [None, PlainKernels()], ids=["torch", "fused"])
 def test_compiled_blocks_are_whole_graphs_and_change_nothing(kernels, monkeypatch):
     """Graph breaks would cost what compilation gains; a check that is traced might cause them."""
