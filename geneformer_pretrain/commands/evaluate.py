@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -40,6 +41,7 @@ def run(arguments: argparse.Namespace) -> Summary:
     from geneformer_pretrain.files import require_new
 
     require_new(arguments.output, overwrite=arguments.overwrite)
+    require(os.environ.get("WORLD_SIZE", "1") == "1", "evaluate runs in one process; start it without torchrun.")
     require(arguments.max_cells > 0, f"--max-cells {arguments.max_cells}: at least 1 is needed.")
     with TemporaryDirectory(prefix="evaluate-") as work:
         return _evaluate(arguments, Path(work))

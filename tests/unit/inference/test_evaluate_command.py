@@ -199,3 +199,9 @@ def test_a_model_without_head_has_no_loss(world: World, capsys: pytest.CaptureFi
     model.bert.save_pretrained(world.folder / "model")
     assert world.run("--label", "cell_type").values["masked_loss"] == {}
     assert "has no head for masked tokens" in capsys.readouterr().err
+
+
+def test_several_processes_are_refused(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="evaluate runs in one process; start it without torchrun"):
+        world.run("--label", "cell_type")
