@@ -431,8 +431,9 @@ class BertLayer(nn.Module):
         self.kinds = [type(part) for part in self.parts()]
 
     def parts(self) -> Iterator[nn.Module]:
-        """Yield all modules within the layer."""
-        return (module for child in self.children() for module in child.modules())
+        """Yield the modules within the layer, except those of Transformer Engine, which are always called."""
+        called = te_linear() if self.use_te_layers else None
+        return (module for child in self.children() for module in child.modules() if type(module) is not called)
 
     def forward(self, x: Tensor, prepared: Any) -> Tensor:
         """[T, H] -> [T, H]."""
