@@ -1,4 +1,4 @@
-"""How Hugging Face users load, wrap and call the model: each row of docs/huggingface.md is executed.
+"""Ways in which Hugging Face users load, wrap and call the model: each row of docs/huggingface.md is executed.
 
 What works is compared with stock BERT; what is refused has to raise the message that the table has.
 """
