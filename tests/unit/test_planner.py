@@ -205,6 +205,13 @@ def test_engines_side_by_side(configs: dict[str, Config]) -> None:
         assert engine.cost_per_epoch == pytest.approx(2 * engine.gpu_hours_per_epoch)
 
 
+def test_one_group_of_all_gpus_is_no_group(configs: dict[str, Config]) -> None:
+    found = plan(training(configs["4b"], use_fsdp2=True, shard_group_size=2), gpus=2)
+    assert [(engine.engine, engine.is_configured) for engine in found.engines] == [("DDP", False), ("FSDP2", True)]
+    nvfsdp = plan(training(configs["4b"], use_nvfsdp=True), gpus=2).engines
+    assert [engine.engine for engine in nvfsdp] == ["nvFSDP", "DDP", "FSDP2"]
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_largest_micro_batch_fits_and_the_next_does_not(configs: dict[str, Config], name: str) -> None:
     (engine,) = plan(configs[name]).engines
