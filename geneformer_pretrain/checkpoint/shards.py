@@ -1,19 +1,22 @@
-"""What a rank holds of each tensor, and its copy in host memory."""
+"""Rectangular pieces of tensors: what a rank holds, what a file holds, and the copy between them."""
 
 import math
-from collections.abc import Mapping
+import zlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.tensor import DTensor
 
 Offset = tuple[int, ...]
+Region = tuple[slice, ...]
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Shape and element type of a tensor as a whole, whatever part of it is here."""
+    """Shape and element type of a whole tensor."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -36,10 +39,10 @@ class Shards:
     """
 
     info: TensorInfo
-    pieces: dict[Offset, torch.Tensor]
+    pieces: dict[Offset, Tensor]
 
     @classmethod
-    def of(cls, name: str, tensor: torch.Tensor) -> "Shards":
+    def of(cls, name: str, tensor: Tensor) -> "Shards":
         """Describe a plain tensor or a `DTensor`; the pieces are views, so writing to them fills it."""
         info = TensorInfo(tuple(tensor.shape), tensor.dtype)
         if not isinstance(tensor, DTensor):
@@ -52,51 +55,133 @@ class Shards:
         }
         return cls(info, pieces)
 
-    def whole(self, name: str) -> torch.Tensor:
-        """Return the one piece that is the whole tensor.
+    @classmethod
+    def to_save(cls, name: str, tensor: Tensor, rank: int, world_size: int) -> "Shards":
+        """Describe the pieces that this rank saves: of the ranks that hold the same pieces, one saves them.
+
+        A hash of the name chooses it, so that replicas share the work evenly and need not talk to each other.
+        """
+        replica, replicas = rank, world_size
+        if isinstance(tensor, DTensor):
+            replica, replicas = 0, 1
+            coordinates = tensor.device_mesh.get_coordinate() or ()
+            for size, place, placement in zip(tensor.device_mesh.shape, coordinates, tensor.placements, strict=True):
+                if placement.is_replicate():
+                    replica, replicas = replica * size + place, replicas * size
+        shards = cls.of(name, tensor)
+        return shards if zlib.crc32(name.encode()) % replicas == replica else cls(shards.info, {})
+
+
+@dataclass(frozen=True)
+class StoredPiece:
+    """A piece of a tensor in a file.
+
+    Attributes
+    ----------
+    offset, shape
+        Its place in the whole tensor.
+    read
+        Returns its values, mapped from the file where the file format allows it.
+    """
+
+    offset: Offset
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in the files of a checkpoint or of a published model; its pieces do not overlap."""
+
+    info: TensorInfo
+    pieces: list[StoredPiece]
+
+    @classmethod
+    def whole(cls, tensor: Tensor) -> "StoredTensor":
+        """Describe a tensor that is one piece."""
+        shape = tuple(tensor.shape)
+        return cls(TensorInfo(shape, tensor.dtype), [StoredPiece((0,) * tensor.ndim, shape, lambda: tensor)])
+
+    def require_all(self, name: str, target: Shards) -> None:
+        """Check that the files hold all that the target's pieces cover.
 
         Raises
         ------
         ValueError
-            If this rank holds only a part.
+            If they hold only a part.
         """
-        pieces = list(self.pieces.values())
-        if len(pieces) != 1 or pieces[0].shape != self.info.shape:
-            raise ValueError(f"{name} is sharded over several ranks: save it in the 'sharded' format")
-        return pieces[0]
+        wanted, held = 0, 0
+        for offset, piece in target.pieces.items():
+            wanted += piece.numel()
+            for stored in self.pieces:
+                regions = _overlap(stored.offset, stored.shape, offset, tuple(piece.shape))
+                held += 0 if regions is None else piece[regions[1]].numel()
+        if held != wanted:
+            raise ValueError(f"the files hold {held} of the {wanted} elements of {name} that are needed here")
 
-    def chunks(self) -> list[ChunkStorageMetadata]:
-        """Describe the pieces in DCP's terms."""
-        return [
-            ChunkStorageMetadata(offsets=torch.Size(offset), sizes=piece.shape) for offset, piece in self.pieces.items()
-        ]
+    @torch.no_grad()
+    def copy_to(self, name: str, target: Shards) -> None:
+        """Copy to the target's pieces, converted to their type; reads only pieces that overlap with them.
+
+        Raises
+        ------
+        ValueError
+            If a piece is not what the files' index says.
+        """
+        for stored in self.pieces:
+            values: Tensor | None = None
+            for offset, piece in target.pieces.items():
+                regions = _overlap(stored.offset, stored.shape, offset, tuple(piece.shape))
+                if regions is None:
+                    continue
+                if values is None:
+                    values = stored.read()
+                    if tuple(values.shape) != stored.shape or values.dtype != self.info.dtype:
+                        raise ValueError(
+                            f"a piece of {name} is {TensorInfo(tuple(values.shape), values.dtype)} in its file, but "
+                            f"{TensorInfo(stored.shape, self.info.dtype)} in the file's index"
+                        )
+                source, destination = regions
+                piece[destination].copy_(values[source])
+
+
+def _overlap(
+    offset: Offset, shape: tuple[int, ...], other_offset: Offset, other_shape: tuple[int, ...]
+) -> tuple[Region, Region] | None:
+    """Return the region that two pieces share, as seen from each of them, or None."""
+    region, other_region = [], []
+    for begin, size, other_begin, other_size in zip(offset, shape, other_offset, other_shape, strict=True):
+        first, last = max(begin, other_begin), min(begin + size, other_begin + other_size)
+        if first >= last:
+            return None
+        region.append(slice(first - begin, last - begin))
+        other_region.append(slice(first - other_begin, last - other_begin))
+    return tuple(region), tuple(other_region)
 
 
 class HostBuffers:
     """Copies of tensors in host memory, in buffers that are used again for each save."""
 
     def __init__(self) -> None:
-        self._buffers: dict[tuple[str, Offset], torch.Tensor] = {}
+        self._buffers: dict[tuple[str, Offset], Tensor] = {}
 
     def copy(self, tensors: Mapping[str, Shards], *, borrow: bool) -> dict[str, Shards]:
-        """Copy all pieces to host memory; complete on return.
+        """Copy all pieces to contiguous host memory; complete on return.
 
         Parameters
         ----------
         tensors
-            What to copy, by name.
+            Pieces to copy, by name of their tensor.
         borrow
-            Return pieces that are in host memory already as they are, for use before they change.
+            Return pieces that are contiguous host memory already as they are, for use before they change.
         """
-        used: dict[tuple[str, Offset], torch.Tensor] = {}
+        used: dict[tuple[str, Offset], Tensor] = {}
         copies: dict[str, Shards] = {}
         devices: set[torch.device] = set()
         for name, shards in tensors.items():
-            pieces: dict[Offset, torch.Tensor] = {}
+            pieces: dict[Offset, Tensor] = {}
             for offset, piece in shards.pieces.items():
-                # A view of something larger is copied in any case: torch.save writes all that is behind it.
-                own = piece.device.type == "cpu" and piece.untyped_storage().nbytes() == piece.nbytes
-                if own and borrow:
+                if borrow and piece.device.type == "cpu" and piece.is_contiguous():
                     pieces[offset] = piece
                     continue
                 buffer = self._buffers.get((name, offset))

@@ -1,7 +1,8 @@
 """Everything that a checkpoint holds: weights, optimizer, and the position in the data."""
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, fields, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -12,9 +13,10 @@ from modeling_bert_te import BertForMaskedLM
 
 @dataclass(frozen=True)
 class DataIdentity:
-    """What decides which tokens are seen at which step, and how they are masked.
+    """The values that decide which tokens are seen at which step, and how they are masked.
 
-    A run may only be resumed with the same identity; else cells would be repeated or lost unnoticed.
+    A run may only be resumed with the same identity; else cells would be repeated or lost unnoticed. A field that is
+    added needs a default: the value that earlier releases had in effect, and checkpoints without the field stand for.
     """
 
     corpus: str
@@ -31,23 +33,27 @@ class DataIdentity:
     vocab_size: int
     planner_version: int
 
+    def is_same(self, saved: Mapping[str, Any]) -> bool:
+        """Return True if a checkpoint's identity is this one."""
+        return not self._differences(saved)
+
     def require_same(
-        self, saved: dict[str, Any], where: str, files: dict[str, str], saved_files: dict[str, str]
+        self, saved: Mapping[str, Any], where: str, files: Mapping[str, str], saved_files: Mapping[str, str]
     ) -> None:
-        """Raise ConfigError that lists what differs from the identity saved in a checkpoint.
+        """Raise ConfigError that lists the differences from the identity saved in a checkpoint.
 
         Parameters
         ----------
         saved
             Identity in the checkpoint `where`.
         files, saved_files
-            What to call the hashes of files, here and in the checkpoint: see `DataSource.files`.
+            Display names for hashed files, now and in the checkpoint: see `DataSource.files`.
         """
         changes = []
-        for name, value in asdict(self).items():
-            if saved.get(name) != value:
-                then, now = saved_files.get(name, repr(saved.get(name))), files.get(name, repr(value))
-                changes.append(f"{name}: {then} in the checkpoint, {now if then != now else 'of other content'} now")
+        for name, (then, now) in self._differences(saved).items():
+            shown_then, shown_now = saved_files.get(name, repr(then)), files.get(name, repr(now))
+            same = "of other content" if shown_then == shown_now else shown_now
+            changes.append(f"{name}: {shown_then} in the checkpoint, {same} now")
         if changes:
             raise ConfigError(
                 f"The data of this run differ from those of {where}:\n  " + "\n  ".join(changes) + "\n"
@@ -55,9 +61,19 @@ class DataIdentity:
                 "with the new data from the start of an epoch with training.accept_changed_data=true."
             )
 
+    def _differences(self, saved: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """Return {field: (value in the checkpoint, value now)}; a newer release's fields count unless they are null."""
+        then = {field.name: field.default for field in fields(self) if field.default is not MISSING} | dict(saved)
+        now = asdict(self)
+        return {
+            name: (then.get(name), now.get(name))
+            for name in [*now, *(then.keys() - now.keys())]
+            if then.get(name) != now.get(name)
+        }
 
-def require_same_model(now: dict[str, Any], saved: dict[str, Any], where: str) -> None:
-    """Raise ConfigError that lists what makes this model another function of the same weights.
+
+def require_same_model(now: Mapping[str, Any], saved: Mapping[str, Any], where: str) -> None:
+    """Raise ConfigError that lists the keys which make this model another function of the same weights.
 
     Shapes are compared when tensors are loaded. Dropout may change between a run and its resumption.
     """
@@ -75,7 +91,9 @@ def require_same_model(now: dict[str, Any], saved: dict[str, Any], where: str) -
 
 @dataclass
 class Progress:
-    """How far the run has got.
+    """Position of the run: steps, packs and counts.
+
+    A field that is added needs a default, for checkpoints that do not have it.
 
     Attributes
     ----------
@@ -91,6 +109,8 @@ class Progress:
         Trained on so far, padding not counted.
     skipped_steps
         Updates left out because a gradient was not finite.
+    best_step, best_loss
+        Saved step with the lowest validation loss, with `training.keep_best`.
     """
 
     packs_per_step: int
@@ -101,10 +121,46 @@ class Progress:
     tokens: int = 0
     cells: int = 0
     skipped_steps: int = 0
+    best_step: int | None = None
+    best_loss: float | None = None
+
+    @classmethod
+    def from_state(cls, saved: Mapping[str, Any]) -> Self:
+        """Restore from a checkpoint's state; fields that a newer release added are ignored."""
+        known = {field.name for field in fields(cls)}
+        return cls(**{name: value for name, value in saved.items() if name in known})
+
+
+def state_to_save(
+    progress: Progress,
+    *,
+    epoch: int,
+    epoch_first_pack: int,
+    data: DataIdentity,
+    data_files: Mapping[str, str],
+    model: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Collect what a checkpoint keeps beside tensors, as JSON.
+
+    Parameters
+    ----------
+    epoch, epoch_first_pack
+        Epoch that holds `progress.next_pack`, and the number of that epoch's first pack.
+    data_files
+        Display names for the hashed files of `data`.
+    model
+        The architecture.
+    """
+    return {
+        "progress": asdict(replace(progress, epoch=epoch, epoch_first_pack=epoch_first_pack)),
+        "data": asdict(data),
+        "data_files": dict(data_files),
+        "model": dict(model),
+    }
 
 
 def accumulation_steps(packs_per_step: int, world_size: int) -> int:
-    """Micro-batches per rank and step.
+    """Return the number of micro-batches per rank and step.
 
     Raises
     ------
@@ -121,7 +177,7 @@ def accumulation_steps(packs_per_step: int, world_size: int) -> int:
 
 
 def named_tensors(model: BertForMaskedLM, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
-    """Weights and optimizer state by canonical name; sharded engines give DTensors.
+    """Collect weights and optimizer state by canonical name; sharded engines give DTensors.
 
     AdamW counts the same steps for each parameter, so one count stands for all.
     """
@@ -136,7 +192,7 @@ def named_tensors(model: BertForMaskedLM, optimizer: torch.optim.AdamW) -> dict[
 
 
 @torch.no_grad()
-def spread_optimizer_step(optimizer: torch.optim.AdamW, step: Tensor) -> None:
+def broadcast_step_count(optimizer: torch.optim.AdamW, step: Tensor) -> None:
     """Give each parameter the step count that was loaded for one of them."""
     for state in optimizer.state.values():
         state["step"].copy_(step)

@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> Summary:
     """Plan the run that the arguments describe."""
-    from geneformer_pretrain.config.schema import load_config
+    from geneformer_pretrain.config.compose import load_config
     from geneformer_pretrain.errors import require
     from geneformer_pretrain.planner.lengths import genecorpus, of_corpus, of_tokens
     from geneformer_pretrain.planner.measured import card

@@ -1,19 +1,25 @@
-"""GPU memory of a step, counted from the architecture, and settings that need less of it.
+"""Estimates peak GPU memory from the architecture (docs/performance.md compares), and names settings that reduce it."""
 
-docs/performance.md compares the count with measured peaks.
-"""
-
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
-
+from geneformer_pretrain.config.model import ModelConfig
 from geneformer_pretrain.config.schema import Config
 from geneformer_pretrain.data.packing import masked_capacity
 
 WEIGHT, GRADIENT, MOMENTS = 4, 4, 8
 """Bytes a parameter: FP32 weight, FP32 gradient, AdamW's two FP32 moments."""
+
+
+def num_parameters(model: ModelConfig) -> int:
+    """Count the parameters of a model.
+
+    Word, position and token-type embeddings with LayerNorm; per layer four projections, the feed-forward layer and two
+    LayerNorms; the head's dense layer, LayerNorm and output bias.
+    """
+    h, f = model.hidden_size, model.intermediate_size
+    embeddings = (model.vocab_size + model.max_position_embeddings + model.type_vocab_size + 2) * h
+    layer = 4 * (h * h + h) + (h * f + f) + (f * h + h) + 4 * h
+    return embeddings + model.num_hidden_layers * layer + h * h + 3 * h + model.vocab_size
 
 
 def layer_activations(config: Config, itemsize: int) -> int:
@@ -136,7 +142,7 @@ def estimate_peak(
 
 
 def remedies(config: Config) -> list[str]:
-    """List settings with which a step takes less memory, first those that a run may change when it resumes."""
+    """List settings with which a step takes less memory, first those that a run can change without starting anew."""
     model, training = config.model, config.training
     found = []
     if training.recompute_every_n_layers != 1:
@@ -148,23 +154,3 @@ def remedies(config: Config) -> list[str]:
     if model.micro_batch_size > 1:
         found.append(f"for a new run a model.micro_batch_size below {model.micro_batch_size}")
     return found
-
-
-@contextmanager
-def explaining_lack_of_memory(config: Config) -> Iterator[None]:
-    """Replace PyTorch's error by one that names settings which need less memory.
-
-    Raises
-    ------
-    MemoryError
-        In place of PyTorch's error, with its first line and what would take less memory.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        on_gpu, in_host_memory = isinstance(error, torch.OutOfMemoryError), "DefaultCPUAllocator" in str(error)
-        if not (on_gpu or in_host_memory):
-            raise
-        reason = str(error).partition("\n")[0].rstrip(".")
-        advice = "; ".join([*remedies(config), "a smaller model"])
-        raise MemoryError(f"{reason}. What takes less: {advice}.") from error

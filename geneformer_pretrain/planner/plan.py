@@ -4,10 +4,10 @@ from dataclasses import dataclass, replace
 from math import gcd
 
 from geneformer_pretrain.config.schema import Config
-from geneformer_pretrain.distributed.engines import KEEPING_SHARE
 from geneformer_pretrain.errors import require
-from geneformer_pretrain.model.memory import PeakMemory, peak_memory
-from geneformer_pretrain.planner.arithmetic import count_parameters, flops_per_token
+from geneformer_pretrain.model.memory import PeakMemory, num_parameters, peak_memory
+from geneformer_pretrain.model.resolve import KEEP_GATHERED_BELOW
+from geneformer_pretrain.planner.arithmetic import flops_per_token
 from geneformer_pretrain.planner.lengths import CellLengths
 from geneformer_pretrain.planner.saving import CHECKPOINT_BYTES, MODEL_BYTES, TO_DISK, Saving, kept_checkpoints, saving
 from geneformer_pretrain.planner.speed import PACK_FILL, Cluster, StepTime, check_card, replays_graphs, step_time
@@ -110,7 +110,7 @@ def make_plan(
     """
     check_card(config, cluster)
     model, training = config.model, config.training
-    parameters = count_parameters(model)
+    parameters = num_parameters(model)
     cut = lengths.cut(model.seq_length)
     flops = flops_per_token(model, training.mlm_probability, cut.attended)
     tokens_per_step = PACK_FILL * model.token_budget * training.gradient_accumulation_steps * cluster.gpus
@@ -227,7 +227,7 @@ def _memory(config: Config, cluster: Cluster, parameters: int) -> tuple[bool, Pe
 
     reshards = training.reshard_after_forward
     if reshards is None:
-        kept = training.use_fsdp2 and peak(False).total <= KEEPING_SHARE * cluster.card.memory_gib * GIB
+        kept = training.use_fsdp2 and peak(False).total <= KEEP_GATHERED_BELOW * cluster.card.memory_gib * GIB
         reshards = not kept
     return reshards, peak(reshards)
 

@@ -7,12 +7,13 @@ four GPUs the model alone is within 10% (tests/unit/test_planner.py); on other G
 
 from dataclasses import dataclass
 
-from geneformer_pretrain.config.schema import Config, Kernel
+from geneformer_pretrain.config.model import Kernel
+from geneformer_pretrain.config.schema import Config
 from geneformer_pretrain.errors import ConfigError, require
+from geneformer_pretrain.model.resolve import MAX_GRAPH_WIDTH
 from geneformer_pretrain.planner.arithmetic import attention_flops, head_flops, layer_flops, sharding_traffic
 from geneformer_pretrain.planner.lengths import genecorpus, lognormal
 from geneformer_pretrain.planner.measured import SEQ_LENGTH, Card, Measurement, measured_like
-from geneformer_pretrain.training.cuda_graphs import LARGEST_WIDTH
 
 MATRIX_BF16, MATRIX_FP8 = 0.69, 0.70
 """Shares of the peak that matrix products with weights reach."""
@@ -114,7 +115,7 @@ def replays_graphs(config: Config, cluster: Cluster) -> bool:
         return False
     if training.cuda_graphs is not None:
         return training.cuda_graphs
-    return model.hidden_size <= LARGEST_WIDTH and cluster.nodes == 1
+    return model.hidden_size <= MAX_GRAPH_WIDTH and cluster.nodes == 1
 
 
 def compute_seconds(config: Config, card: Card, attended: float, *, graphs: bool) -> float:

@@ -16,6 +16,7 @@ import torch
 
 from geneformer_pretrain.checkpoint.store import CheckpointStore
 from geneformer_pretrain.run.signals import HANDLED, StopSignals, write_exit
+from tests.checkpoints import read_checkpoint
 from tests.tiny import overrides, read_cells, read_exit, read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -127,7 +128,7 @@ def test_a_signalled_process_exits_with_75_and_resumes_bitwise(tmp_path: Path) -
     assert [r["loss"] for r in read_metrics(run)] == [r["loss"] for r in read_metrics(whole)]
     assert (run / "cells/rank_0.jsonl").read_bytes() == (whole / "cells/rank_0.jsonl").read_bytes()
     step = read_exit(run)["step"]
-    ours, expected = (torch.load(folder / f"step_{step}/checkpoint.pt") for folder in (run, whole))
+    ours, expected = (read_checkpoint(folder / f"step_{step}") for folder in (run, whole))
     assert ours.keys() == expected.keys()
     for name, tensor in ours.items():
         assert torch.equal(tensor, expected[name]), name

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-import train
 from geneformer_pretrain.data.dataset import open_training_data
 from geneformer_pretrain.errors import CheckpointError, ConfigError, TrainingError
+from geneformer_pretrain.training import main as train
 from tests.tiny import (
     make_cells,
     one_cpu_thread,  # noqa: F401 - an automatic fixture
@@ -49,14 +49,14 @@ def test_damaged_checkpoints(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
     config = tiny_config(tmp_path, "training.num_train_steps=4", "training.save_every_n_steps=1")
     assert train.run(config) == 0
     weights = (tmp_path / "run/final_model/model.safetensors").read_bytes()
-    flip_bit(tmp_path / "run/step_4/checkpoint.pt")
-    (tmp_path / "run/step_3/checkpoint.pt").unlink()
+    flip_bit(tmp_path / "run/step_4/rank_0.safetensors")
+    (tmp_path / "run/step_3/rank_0.safetensors").unlink()
     assert train.run(config) == 0
     assert [record.levelname for record in caplog.records].count("ERROR") >= 2
     assert "step_2, which is good" in caplog.text
     assert (tmp_path / "run/final_model/model.safetensors").read_bytes() == weights
 
-    for path in (tmp_path / "run").glob("step_*/checkpoint.pt"):
+    for path in (tmp_path / "run").glob("step_*/rank_0.safetensors"):
         flip_bit(path)
     metrics = (tmp_path / "run/metrics.jsonl").read_bytes()
     with pytest.raises(

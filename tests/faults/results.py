@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from geneformer_pretrain.checkpoint.formats import FORMATS
-from geneformer_pretrain.checkpoint.manifest import describe
-from geneformer_pretrain.checkpoint.shards import Shards
+from geneformer_pretrain.checkpoint.manifest import file_checksum
+from tests.checkpoints import read_checkpoint
 from tests.tiny import read_metrics
 
 ENGINES = {"DDP": "training.use_fsdp2=false", "FSDP2": "training.use_fsdp2=true"}
@@ -44,7 +42,7 @@ def steps_good(run: Path) -> list[int]:
     for step in steps_saved(run):
         folder = run / f"step_{step}"
         files = json.loads((folder / "manifest.json").read_text())["files"]
-        if all((folder / name).exists() and describe(folder / name) == entry for name, entry in files.items()):
+        if all((folder / name).exists() and file_checksum(folder / name) == entry for name, entry in files.items()):
             good.append(step)
     return good
 
@@ -69,14 +67,6 @@ def resumed_from(output: str) -> int | None:
     """Step that a run says it resumed from, if it does."""
     found = re.search(r"Resumed from \S+/step_(\d+): \1 steps done", output)
     return int(found[1]) if found else None
-
-
-def read_checkpoint(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint, whole."""
-    format = FORMATS[json.loads((folder / "manifest.json").read_text())["format"]]
-    tensors = {name: torch.zeros(info.shape, dtype=info.dtype) for name, info in format.index(folder).items()}
-    format.read(folder, {name: Shards.of(name, tensor) for name, tensor in tensors.items()})
-    return tensors
 
 
 def same_tensors(first: Path, second: Path) -> bool:

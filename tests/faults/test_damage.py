@@ -1,5 +1,6 @@
 """Promises 5, 6 and 14: checkpoints that are not what was written, or that are an attack."""
 
+import json
 import os
 import pickle
 import random
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from geneformer_pretrain.checkpoint.manifest import describe, read_manifest, write_manifest
+from tests.checkpoints import forge_manifest
 from tests.faults.results import ENGINES, assert_bitwise_equal, reported, resumed_from, steps_good, steps_saved
 from tests.tiny import overrides, read_exit
 
@@ -141,35 +142,47 @@ def hide_in(file: Path, bomb: Bomb) -> None:
         index = file.with_name(".metadata")
         metadata = pickle.loads(index.read_bytes())
         for info in metadata.storage_data.values():
-            info.offset, info.length = 0, file.stat().st_size
+            info.relative_path, info.offset, info.length = file.name, 0, file.stat().st_size
         index.write_bytes(pickle.dumps(metadata))
 
 
-@pytest.mark.parametrize("attacks", [[hide_in], pytest.param([pickle_to, hide_in], marks=pytest.mark.slow)])
+OLD = Path(__file__).parents[1] / "data/checkpoints_0_1"
+
+PICKLES = [("ddp", "checkpoint.pt"), ("fsdp2", ".metadata"), ("fsdp2", "__0_0.distcp"), ("fsdp2", "__1_0.distcp")]
+"""Every file that is read by pickle: those of release 0.1. New checkpoints have none."""
+
+
+@pytest.mark.parametrize(
+    ("attacks", "pickles"),
+    [([hide_in], PICKLES[:2]), pytest.param([pickle_to, hide_in], PICKLES, marks=pytest.mark.slow)],
+)
 def test_malicious_pickles_are_not_executed(
-    tmp_path: Path, base: tuple[list[str], Path], start: Any, tally: Any, attacks: list[Callable[[Path, Bomb], None]]
+    tmp_path: Path,
+    start: Any,
+    tally: Any,
+    attacks: list[Callable[[Path, Bomb], None]],
+    pickles: list[tuple[str, str]],
 ) -> None:
     """In every file that is read by pickle, with a manifest that agrees."""
-    given, run = base
-    files = [path.name for path in (run / "step_9").iterdir() if path.name != "manifest.json"]
-    refusal = "^Error: .*(refused to unpickle|is damaged or no checkpoint|RuntimeError)"
+    settings = json.loads((OLD / "golden.json").read_text())["overrides"]
+    shutil.copyfile(OLD / "cells.parquet", tmp_path / "cells.parquet")
     number = 0
-    for file in sorted(files) if len(attacks) > 1 else files[:1]:
+    for engine, file in pickles:
         for attack in attacks:
             number += 1
             row = tally(14, f"pickle that runs code, in {file}")
-            copy, here = copy_of(run, f"copy{number}")
+            run = tmp_path / f"run{number}"
+            shutil.copytree(OLD / engine, run)
             bomb = Bomb(tmp_path / f"executed{number}")
-            attack(copy / "step_9" / file, bomb)
-            manifest = read_manifest(copy / "step_9")
-            manifest["files"] = {name: describe(copy / "step_9" / name) for name in manifest["files"]}
-            write_manifest(copy / "step_9", manifest)
+            attack(run / "step_3" / file, bomb)
+            forge_manifest(run / "step_3")
             row.injected += 1
-            process = start([*given, here, "training.num_train_steps=10"], 2)
+            process = start(overrides(tmp_path, *settings, f"training.checkpoint_dir={run}"), 2)
             assert process.wait() == [1, 1]
+            refusal = "^Error: .*(refused to unpickle posix.mkdir|is damaged or no checkpoint)"
             assert re.search(refusal, process.output(), re.MULTILINE)
             assert not bomb.folder.exists()
-            assert steps_saved(copy) == [9, 6, 3]
+            assert steps_saved(run) == [3]
             row.survived += 1
     pickle.loads(pickle.dumps(bomb))
     assert bomb.folder.exists(), "the bomb does not work, so this test shows nothing"

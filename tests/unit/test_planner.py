@@ -2,7 +2,7 @@
 
 import json
 import time
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -13,12 +13,13 @@ import pytest
 import torch
 
 from geneformer_pretrain.cli import main
-from geneformer_pretrain.config.schema import Config, Kernel, TrainingConfig, load_config
+from geneformer_pretrain.config.compose import choices, load_config
+from geneformer_pretrain.config.model import Kernel
+from geneformer_pretrain.config.schema import Config
 from geneformer_pretrain.data.packing import PackShape, pack_cells, permutation
-from geneformer_pretrain.distributed.engines import architecture
 from geneformer_pretrain.errors import ConfigError, DataError
-from geneformer_pretrain.model.memory import peak_memory
-from geneformer_pretrain.planner.arithmetic import count_parameters, flops_per_token
+from geneformer_pretrain.model.memory import num_parameters, peak_memory
+from geneformer_pretrain.planner.arithmetic import flops_per_token, layer_shapes, root_shapes, size
 from geneformer_pretrain.planner.lengths import CellLengths, genecorpus, lognormal, of_corpus, of_tokens
 from geneformer_pretrain.planner.measured import Measurement, card, measurements
 from geneformer_pretrain.planner.plan import GIB, Plan, make_plan
@@ -55,8 +56,11 @@ def training(config: Config, **values: object) -> Config:
 @pytest.mark.parametrize("name", MODELS)
 def test_parameters_are_those_of_the_model(configs: dict[str, Config], name: str) -> None:
     with torch.device("meta"):
-        model = BertForMaskedLM(BertConfig(**architecture(configs[name].model)))
-    assert count_parameters(configs[name].model) == sum(parameter.numel() for parameter in model.parameters())
+        model = BertForMaskedLM(BertConfig(**configs[name].model.architecture()))
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert num_parameters(configs[name].model) == count
+    layers = configs[name].model.num_hidden_layers * size(layer_shapes(configs[name].model))
+    assert size(root_shapes(configs[name].model)) + layers == count
 
 
 @pytest.mark.parametrize(("name", "millions"), [("10m", 47.9), ("106m", 666), ("4b", 18_437)])
@@ -80,7 +84,7 @@ def test_flops_are_those_that_torch_counts(configs: dict[str, Config]) -> None:
         intermediate_size=96,
         vocab_size=100,
     )
-    stock = StockModel(StockConfig(**architecture(small), attn_implementation="eager"))
+    stock = StockModel(StockConfig(**small.architecture(), attn_implementation="eager"))
     cell = torch.arange(2, 50)[None]
     with FlopCounterMode(display=False) as counter:
         stock(cell).logits.sum().backward()
@@ -103,7 +107,7 @@ def label(row: Measurement) -> str:
 def test_time_is_within_ten_percent_of_each_measured_run(configs: dict[str, Config], row: Measurement) -> None:
     """By the model alone; what users see is corrected by the nearest run besides."""
     config = configs[row.model]
-    seconds = modelled_measurement(row, config, card(row.gpu), count_parameters(config.model))
+    seconds = modelled_measurement(row, config, card(row.gpu), num_parameters(config.model))
     assert 1e3 * seconds == pytest.approx(row.step_ms, rel=0.10)
 
 
@@ -111,7 +115,7 @@ def test_time_is_within_ten_percent_of_each_measured_run(configs: dict[str, Conf
 def test_memory_is_within_eight_percent_of_each_measured_run(configs: dict[str, Config], row: Measurement) -> None:
     config = row.applied_to(configs[row.model])
     graphs = row.engine == "ddp" and row.model != "4b" and not row.use_te_layers
-    parameters = count_parameters(config.model)
+    parameters = num_parameters(config.model)
     peak = peak_memory(config, row.gpus, parameters, 2, graphs, row.reshard_after_forward).total / GIB
     assert peak == pytest.approx(row.memory_gib, rel=0.08)
 
@@ -136,7 +140,7 @@ def test_measured_step_is_given_as_measured(configs: dict[str, Config]) -> None:
     def step(name: str, gpu: str, gpus: int, config: Config | None = None) -> tuple[float, bool]:
         config = config or configs[name]
         cluster = Cluster(gpu, card(gpu), gpus)
-        found = step_time(config, cluster, count_parameters(config.model), attended, reshards=False)
+        found = step_time(config, cluster, num_parameters(config.model), attended, reshards=False)
         return 1e3 * found.seconds, found.is_measured
 
     assert step("106m", "h200", 2) == (pytest.approx(105.2, rel=1e-6), True)
@@ -273,17 +277,11 @@ def test_save_interval_is_the_shorter_of_steps_and_minutes(configs: dict[str, Co
     assert save_interval(Minutes(), 1000.0) == 1000  # type: ignore[arg-type]
 
 
-@pytest.mark.skipif(
-    "save_every_minutes" not in {field.name for field in fields(TrainingConfig)},
-    reason="training.save_every_minutes is not there yet",
-)
-@pytest.mark.parametrize(
-    "name", sorted(path.stem for path in (ROOT / "hydra_config").glob("*.yaml") if path.stem != "defaults")
-)
+@pytest.mark.parametrize("name", choices(ROOT / "hydra_config"))
 def test_shipped_configurations_spend_at_most_a_percent_on_saving(name: str) -> None:
     """On the fastest card measured, one GPU; the quick check on the sample data is for CPUs: half a second a step."""
     config = load_config(name)
-    parameters = count_parameters(config.model)
+    parameters = num_parameters(config.model)
     seconds = 0.5
     if name != "l0_sanity":
         seconds = step_time(config, Cluster("h200", card("h200"), 1), parameters, 1250, reshards=False).seconds

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from stat import S_IMODE
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors import safe_open
@@ -16,15 +18,18 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import BertConfig
 
-from geneformer_pretrain.checkpoint import export
+from geneformer_pretrain.cli import main
 from geneformer_pretrain.errors import TrainingError
+from geneformer_pretrain.training.main import run
 from modeling_bert_te import BertForMaskedLM
+from tests.checkpoints import FILE, read_checkpoint
 from tests.tiny import (
     VOCAB_SIZE,
     one_cpu_thread,  # noqa: F401 - an automatic fixture
     tiny_config,
 )
-from train import run
+
+OLD = Path(__file__).parents[2] / "data/checkpoints_0_1"
 
 STOCK = """
 import sys, warnings
@@ -114,7 +119,7 @@ def test_folder_holds_one_float32_file_and_a_stock_configuration(exported):
 
 def test_equals_the_last_checkpoint(exported):
     """Nothing is lost on the way: every weight of the checkpoint is in the export, bit by bit."""
-    checkpoint = torch.load(exported.parent / "step_3" / "checkpoint.pt")
+    checkpoint = read_checkpoint(exported.parent / "step_3")
     weights = load_file(exported / "model.safetensors")
     assert weights
     assert weights.keys() == {name.removeprefix("model.") for name in checkpoint if name.startswith("model.")}
@@ -210,15 +215,112 @@ def test_an_export_that_may_not_be_replaced_is_named(tmp_path, monkeypatch):
 def test_a_leftover_that_cannot_be_deleted_is_named(tmp_path, monkeypatch):
     config = tiny_config(tmp_path)
     assert run(config) == 0
-    delete, left = export.delete_folder, tmp_path / "run/final_model.replaced"
+    delete, left = shutil.rmtree, tmp_path / "run/final_model.replaced"
     left.mkdir()
 
-    def refuse(folder):
+    def refuse(folder, *args, **kwargs):
         if folder == left:
-            raise PermissionError(errno.EACCES, "Permission denied", "config.json")  # as shutil names it
-        delete(folder)
+            raise PermissionError(errno.EACCES, "Permission denied", "config.json")  # a file inside, as shutil names it
+        delete(folder, *args, **kwargs)
 
-    monkeypatch.setattr(export, "delete_folder", refuse)
+    monkeypatch.setattr(shutil, "rmtree", refuse)
     with pytest.raises(TrainingError, match=rf"cannot write to {left} \(Permission denied\)"):
         run(config)
     assert (tmp_path / "run/final_model/config.json").is_file()
+
+
+# The command
+
+
+def export(capsys, *arguments):
+    """Run `geneformer-pretrain export`; return its exit code and what it printed."""
+    with pytest.raises(SystemExit) as ended:
+        main(["export", *map(str, arguments)])
+    printed = capsys.readouterr()
+    return ended.value.code, printed.out + printed.err
+
+
+@pytest.mark.parametrize("engine", ["training.use_fsdp2=false", "training.use_fsdp2=true"])
+def test_command_exports_what_the_run_does(tmp_path, capsys, engine):
+    """The newest checkpoint of the run's folder, or any of its steps; the run's folder stays as it is."""
+    assert run(tiny_config(tmp_path, engine, "training.num_train_steps=3", "training.save_every_n_steps=1")) == 0
+    folder = tmp_path / "run"
+    (folder / "step_4.tmp").mkdir()  # as if it were still training
+    before = sorted(folder.rglob("*"))
+    final = {path.name: path.read_bytes() for path in (folder / "final_model").iterdir()}
+    for source, output in ((folder, "newest"), (folder / "step_3", "third")):
+        code, printed = export(capsys, source, "--output", tmp_path / output, "--report", tmp_path / "report.json")
+        assert code == 0
+        assert f"Exported {folder}/step_3 to {tmp_path / output}" in printed
+        assert {path.name: path.read_bytes() for path in (tmp_path / output).iterdir()} == final
+        assert json.loads((tmp_path / "report.json").read_text())["step"] == 3
+    code, _ = export(capsys, folder / "step_2", "--output", tmp_path / "second")
+    assert code == 0
+    assert (tmp_path / "second/model.safetensors").read_bytes() != final["model.safetensors"]
+    assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_command_exports_checkpoints_of_release_0_1(tmp_path, capsys, engine):
+    source = OLD / engine / "step_3"
+    assert export(capsys, source, "--output", tmp_path / "model")[0] == 0
+    model, info = BertForMaskedLM.from_pretrained(tmp_path / "model", output_loading_info=True)
+    assert not info["missing_keys"] or set(info["missing_keys"]) <= {"cls.predictions.decoder.weight"}
+    expected = read_checkpoint(source)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, expected[f"model.{name}"]), name
+
+
+def test_command_passes_over_damage_and_says_so(tmp_path, capsys):
+    assert run(tiny_config(tmp_path, "training.save_every_n_steps=1")) == 0
+    folder = tmp_path / "run"
+    (folder / "step_2" / FILE).write_bytes(b"")
+    code, printed = export(capsys, folder, "--output", tmp_path / "model")
+    assert code == 0
+    assert f"{folder}/step_2 is damaged: {FILE} has 0 bytes" in printed
+    assert f"Exported {folder}/step_1 to" in printed
+    code, printed = export(capsys, folder / "step_2", "--output", tmp_path / "other")
+    assert code == 1
+    assert printed.startswith(f"Error: {folder}/step_2 cannot be exported: {FILE} has 0 bytes")
+    assert "Traceback" not in printed
+    (folder / "step_1" / "manifest.json").unlink()
+    code, printed = export(capsys, folder, "--output", tmp_path / "other")
+    assert code == 1
+    assert f"Error: {folder} has no checkpoint that can be exported; {folder}/step_2 is damaged: " in printed
+    assert not (tmp_path / "other").exists()
+
+
+def test_command_refuses_mistakes_in_one_line(tmp_path, capsys):
+    source = OLD / "ddp"
+    assert "Error: " in export(capsys, tmp_path / "absent", "--output", tmp_path / "x")[1]
+    (tmp_path / "taken").mkdir()
+    code, printed = export(capsys, source, "--output", tmp_path / "taken")
+    assert (code, printed.count("\n")) == (1, 1)
+    assert "--overwrite" in printed
+    assert export(capsys, source, "--output", tmp_path / "taken", "--overwrite")[0] == 0
+    assert (tmp_path / "taken/model.safetensors").is_file()
+
+
+def test_a_gene_set_goes_with_the_model(tmp_path, capsys):
+    genes = tmp_path / "genes"
+    genes.mkdir()
+    pq.write_table(pa.table({"token": [f"g{number}" for number in range(VOCAB_SIZE)]}), genes / "genes.parquet")
+    for name in ("gene_set.json", "vocab.txt", "tokenizer_config.json"):
+        (genes / name).write_text(name)
+    (genes / "config.json").write_text("of another model")
+    (genes / "model.safetensors").write_text("of another model")
+    assert export(capsys, OLD / "ddp", "--output", tmp_path / "model", "--gene-set", genes)[0] == 0
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == [
+        "config.json",
+        "gene_set.json",
+        "genes.parquet",
+        "model.safetensors",
+        "tokenizer_config.json",
+        "vocab.txt",
+    ]
+    assert (tmp_path / "model/vocab.txt").read_text() == "vocab.txt"
+    BertForMaskedLM.from_pretrained(tmp_path / "model")
+    pq.write_table(pa.table({"token": ["g"]}), genes / "genes.parquet")
+    code, printed = export(capsys, OLD / "ddp", "--output", tmp_path / "other", "--gene-set", genes)
+    assert code == 1
+    assert f"{genes} has 1 tokens, but the model has {VOCAB_SIZE}" in printed

@@ -8,13 +8,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from geneformer_pretrain.config.schema import load_config
-from geneformer_pretrain.distributed.engines import reshards_after_forward
+from geneformer_pretrain.config.compose import load_config
 from geneformer_pretrain.distributed.world import World
-from geneformer_pretrain.model.memory import estimate_peak, explaining_lack_of_memory, peak_memory
+from geneformer_pretrain.errors import explain
+from geneformer_pretrain.model.memory import estimate_peak, num_parameters, peak_memory, remedies
+from geneformer_pretrain.model.resolve import resolve
 
 GIB = 2**30
-PARAMETERS = {"10m": 10_288_722, "106m": 106_775_122, "4b": 2_909_283_666}
+PARAMETERS = {name: num_parameters(load_config(name).model) for name in ("10m", "106m", "4b")}
 FP8 = ("model.use_te_layers=true", "training.use_fp8=true")
 PYTORCH = ("model.use_te_layers=false", "training.use_fp8=false")
 FSDP2 = ("training.use_fsdp2=true",)
@@ -92,7 +93,9 @@ def test_weights_stay_gathered_where_memory_allows(overrides, gib, world_size, r
     gpu = SimpleNamespace(total_memory=int(gib * GIB))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
     world = World(0, 0, world_size, torch.device("cuda"))
-    assert reshards_after_forward(load_config("4b", [*FSDP2, *overrides]), world, 2) is reshards
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    assert resolve(load_config("4b", [*FSDP2, *overrides]), world).reshard_after_forward is reshards
 
 
 @pytest.mark.parametrize(
@@ -106,17 +109,9 @@ def test_weights_stay_gathered_where_memory_allows(overrides, gib, world_size, r
 )
 def test_lack_of_memory_says_what_to_change(overrides, advised, not_advised):
     given = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nException raised from malloc")
-    with pytest.raises(MemoryError) as error, explaining_lack_of_memory(load_config("4b", list(overrides))):
-        raise given
-    assert str(error.value).startswith("CUDA out of memory. Tried to allocate 2.00 GiB. What takes less: ")
+    text = explain(given, smaller=remedies(load_config("4b", list(overrides))))
+    assert text.startswith("Out of memory: CUDA out of memory. Tried to allocate 2.00 GiB. What needs less: ")
     for words in advised:
-        assert words in str(error.value)
+        assert words in text
     for words in not_advised:
-        assert words not in str(error.value)
-
-
-def test_other_errors_pass():
-    given = RuntimeError("no memory of it")
-    with pytest.raises(RuntimeError) as error, explaining_lack_of_memory(load_config("4b")):
-        raise given
-    assert error.value is given
+        assert words not in text

@@ -16,14 +16,14 @@ def compiled(function: Callable[..., Any]) -> Any:
     try:
         return njit(nogil=True, cache=True)(function)
     except RuntimeError:  # No folder to keep it in; numba looks for one at once.
-        _tell_once()
+        _warn_once()
         return njit(nogil=True)(function)
 
 
 @cache
-def _tell_once() -> None:
+def _warn_once() -> None:
     log.warning(
-        "neither %s nor the home folder may be written to: each process compiles the loader anew, for some seconds; "
+        "neither %s nor the home folder may be written to: each process compiles its loops anew, for some seconds; "
         "set NUMBA_CACHE_DIR to a folder that keeps what is compiled",
         Path(__file__).parent,
     )

@@ -1,0 +1,62 @@
+"""Command `export`: a checkpoint of a run, complete or stopped, to a plain Hugging Face BERT."""
+
+import argparse
+from pathlib import Path
+
+from geneformer_pretrain.console import Summary
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the command."""
+    parser.add_argument(
+        "checkpoint",
+        type=Path,
+        metavar="STEP_FOLDER|RUN_FOLDER",
+        help="a step_N folder, or a run's folder, of which the newest good checkpoint is exported; a run that is "
+        "training may go on",
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the exported model")
+    parser.add_argument("--gene-set", type=Path, metavar="GENES", help="gene-set folder to copy into the export")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
+
+
+def run(arguments: argparse.Namespace) -> Summary:
+    """Export one checkpoint, whichever engine wrote it; needs a CPU and host memory for the weights in FP32.
+
+    Raises
+    ------
+    UserError
+        No usable checkpoint, an output that exists, or a gene set of another vocabulary.
+    """
+    from geneformer_pretrain.checkpoint.export import find_checkpoint, read_weights, write_model
+    from geneformer_pretrain.files import require_new
+
+    require_new(arguments.output, overwrite=arguments.overwrite, what="model")
+    folder, passed_over = find_checkpoint(arguments.checkpoint)
+    weights, architecture = read_weights(folder)
+    if arguments.gene_set is not None:
+        _require_same_vocabulary(arguments.gene_set, architecture["vocab_size"])
+    write_model(weights, architecture, arguments.output, gene_set=arguments.gene_set)
+    parameters = sum(tensor.numel() for tensor in weights.values())
+    return Summary(
+        [*passed_over, f"Exported {folder} to {arguments.output}: {parameters:,} parameters in FP32."],
+        {
+            "checkpoint": str(folder),
+            "output": str(arguments.output),
+            "step": int(folder.name.removeprefix("step_")),
+            "parameters": parameters,
+        },
+    )
+
+
+def _require_same_vocabulary(gene_set: Path, vocab_size: int) -> None:
+    import pyarrow.parquet as pq
+
+    from geneformer_pretrain.errors import DataError
+
+    file = gene_set / "genes.parquet"
+    if not file.is_file():
+        raise DataError(f"{gene_set} is no gene-set folder: genes.parquet is missing.")
+    tokens = pq.read_metadata(file).num_rows
+    if tokens != vocab_size:
+        raise DataError(f"{gene_set} has {tokens:,} tokens, but the model has {vocab_size:,}: give its own gene set.")
