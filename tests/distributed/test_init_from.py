@@ -9,8 +9,8 @@ import transformers
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from geneformer_pretrain.config.schema import load_config
-from geneformer_pretrain.distributed.engines import architecture, build_engine
+from geneformer_pretrain.config.compose import load_config
+from geneformer_pretrain.distributed.engines import build_engine
 from geneformer_pretrain.distributed.world import World
 from geneformer_pretrain.model.init_from import load_published
 from tests.tiny import RunWorkers, overrides
@@ -40,15 +40,15 @@ def losses(rank: int, size: int, given: list[str], published: Path) -> dict[str,
         engine = build_engine(config, World(rank, rank, size, torch.device("cpu")), torch.float32, False)
         tensors = dict(engine.model.canonical_parameters())
         engine.describe_shards(tensors)
-        load_published(tensors, architecture(config.model), published, seed=0)
+        load_published(tensors, config.model.architecture(), published, seed=0)
         engine.model.eval()
         with torch.no_grad():
-            found[name] = float(engine.module(**cells()).loss)
-        engine.end_evaluation()
+            found[name] = float(engine.forward_module(**cells()).loss)
+        engine.reshard()
         rows = np.where(np.arange(101) % 3 == 0, -1, np.arange(101)[::-1])
-        load_published(tensors, architecture(config.model), published, rows=rows, seed=0)
+        load_published(tensors, config.model.architecture(), published, rows=rows, seed=0)
         for key in ("bert.embeddings.word_embeddings.weight", "cls.predictions.bias"):
-            whole = engine.gather(tensors[key].detach())
+            whole = engine.gather_full(tensors[key].detach())
             assert isinstance(tensors[key], DTensor) is (name == "fsdp2")
             found[f"{key} {name}"] = whole.double().numpy().tobytes()  # type: ignore[assignment]
     return found
@@ -58,7 +58,7 @@ def test_loss_equals_the_stock_models_on_every_engine(tmp_path: Path, run_worker
     given = overrides(tmp_path)
     config = load_config(overrides=given)
     torch.manual_seed(1)
-    stock = transformers.BertForMaskedLM(transformers.BertConfig(**architecture(config.model))).eval()
+    stock = transformers.BertForMaskedLM(transformers.BertConfig(**config.model.architecture())).eval()
     with torch.no_grad():
         for parameter in stock.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.3)

@@ -109,7 +109,7 @@ def test_wrong_arguments(tmp_path: Path) -> None:
 # Versions of the format
 
 
-def test_a_checkpoint_of_a_newer_release_is_refused_in_words_and_nothing_older_is_used(tmp_path: Path) -> None:
+def test_a_checkpoint_of_a_newer_release_is_refused_in_words_and_nothing_older_is_not_empty(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path, keep_last_n=3)
     save(store, 1)
     save(store, 2)

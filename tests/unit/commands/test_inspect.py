@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 
 from geneformer_pretrain.cli import main
-from geneformer_pretrain.config.schema import load_config
+from geneformer_pretrain.config.compose import load_config
 from geneformer_pretrain.data import inspection
 from geneformer_pretrain.data.packing import BatchShape
 from geneformer_pretrain.data.stream import PackStream

@@ -116,7 +116,7 @@ def test_the_result_does_not_depend_on_blocks_or_the_order_of_files(block_cells:
     )
 
 
-def test_a_named_total_is_used_as_it_is() -> None:
+def test_a_named_total_is_not_empty_as_it_is() -> None:
     matrix, totals = together(FILES)
     given = [np.asarray(file.matrix.sum(axis=1)).ravel() * 2 + 1 for file in FILES]
     files = [replace(file, columns={"total": column}) for file, column in zip(FILES, given, strict=True)]
