@@ -26,7 +26,7 @@ ENVIRONMENT = $(VENV)/.installed
 DIGEST_TOOL = $(VENV)/.gitingest
 endif
 
-.PHONY: help env train test test-gpu test-faults check digest clean
+.PHONY: help env train test test-gpu test-faults compat check digest clean
 
 help: ## print this list
 	@echo 'usage: make TARGET [VENV=folder|none] [PYTHON=interpreter] [PIP_ARGS="..."] [ARGS="..."]'
@@ -46,6 +46,9 @@ test-gpu: $(ENVIRONMENT) ## run the tests that need a GPU
 
 test-faults: $(ENVIRONMENT) ## run the full fault suite (long)
 	$(RUN) -m pytest tests/faults tests/distributed/test_checkpoint_dcp.py $(ARGS)
+
+compat: $(ENVIRONMENT) ## load an export in other releases of transformers (needs the network, 1 GB each)
+	$(RUN) -m tests.compat.run $(ARGS)
 
 check: $(ENVIRONMENT) ## check format, lint and types
 	$(RUN) -m ruff format --check .

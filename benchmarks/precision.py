@@ -19,9 +19,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from geneformer_pretrain.config.schema import Config, load_config
+from geneformer_pretrain.config.compose import load_config
+from geneformer_pretrain.config.schema import Config
 from geneformer_pretrain.distributed.world import World, distributed_world
-from geneformer_pretrain.run.signals import StopSignals
 from geneformer_pretrain.training.trainer import Trainer
 
 REFERENCE = "bf16"
@@ -39,15 +39,11 @@ def losses(config: Config, world: World) -> list[float]:
     """Loss of each step of a run; nothing is saved or logged."""
     torch._dynamo.reset()
     trainer = Trainer(config, world)
-    trainer.signals, trainer.cell_log = StopSignals(), None
     totals = []
     with trainer.data.loader(trainer.stream, trainer.progress, world.rank, world.size) as loader:
-        for _ in range(config.training.num_train_steps):
-            pending = trainer.train_step(loader)
-            if pending.ready is not None:
-                pending.ready.synchronize()
-            totals.append(pending.totals)
-    return [(loss_sum / masked).item() for loss_sum, masked, *_ in totals]
+        for step in range(config.training.num_train_steps):
+            totals.append(trainer.step.run(loader, step).wait())
+    return [loss_sum / masked for loss_sum, masked, *_ in totals]
 
 
 def main() -> None:

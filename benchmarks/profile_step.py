@@ -15,10 +15,9 @@ from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from geneformer_pretrain.config.schema import load_config
+from geneformer_pretrain.config.compose import load_config
 from geneformer_pretrain.data.loader import Loader
 from geneformer_pretrain.distributed.world import distributed_world
-from geneformer_pretrain.run.signals import StopSignals
 from geneformer_pretrain.training.trainer import Trainer
 
 WARMUP, PROFILED = 25, 5
@@ -37,15 +36,14 @@ def main() -> None:
         fixed = [f"training.checkpoint_dir={folder}", "training.wandb_init_args=null"]
         config = load_config(args.config_name, [*args.overrides, *fixed])
         trainer = Trainer(config, world)
-        trainer.signals, trainer.cell_log = StopSignals(), None
         loader: Loader = trainer.data.loader(trainer.stream, trainer.progress, world.rank, world.size)
         with loader:
-            for _ in range(WARMUP):
-                trainer.train_step(loader)
+            for step in range(WARMUP):
+                trainer.step.run(loader, step)
             torch.cuda.synchronize()
             with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-                for _ in range(PROFILED):
-                    trainer.train_step(loader)
+                for step in range(WARMUP, WARMUP + PROFILED):
+                    trainer.step.run(loader, step)
                 torch.cuda.synchronize()
         events = [
             e

@@ -44,7 +44,9 @@ import psutil
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.lognormal_corpus import NUM_SPECIAL_TOKENS, VOCAB_SIZE, write_corpus
-from geneformer_pretrain.config.schema import Config, ModelConfig, load_config
+from geneformer_pretrain.config.compose import load_config
+from geneformer_pretrain.config.model import ModelConfig
+from geneformer_pretrain.config.schema import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 VARIANTS = {
@@ -132,8 +134,6 @@ def run_baseline(name: str, corpus: Path, kind: str, args: argparse.Namespace) -
     from torch.utils.data import DataLoader
     from transformers import BertConfig, BertForMaskedLM, DataCollatorForLanguageModeling, PreTrainedTokenizerFast
 
-    from geneformer_pretrain.distributed.engines import architecture
-
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = configuration(name, args)
     vocabulary = {"<pad>": 0, "<mask>": 1} | {f"g{i}": i for i in range(NUM_SPECIAL_TOKENS, VOCAB_SIZE)}
@@ -152,7 +152,7 @@ def run_baseline(name: str, corpus: Path, kind: str, args: argparse.Namespace) -
         pin_memory=device.type == "cuda",
         collate_fn=DataCollatorForLanguageModeling(tokenizer, mlm_probability=config.training.mlm_probability),
     )
-    model = BertForMaskedLM(BertConfig(**architecture(config.model), attn_implementation="sdpa")).to(device).train()
+    model = BertForMaskedLM(BertConfig(**config.model.architecture(), attn_implementation="sdpa")).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     forward = torch.compile(model) if kind == "compile" else model
     rates, seconds, clock = [], [], time.perf_counter()

@@ -16,7 +16,14 @@ from pathlib import Path
 from typing import NoReturn
 
 COMMANDS: dict[str, str] = {
+    "gene-set": "import, build, show and export gene sets: vocabularies with the medians that rank genes",
+    "tokenize": "turn counts of genes in cells into a corpus of tokens",
+    "plan": "size a run before it is started: memory, time, disk and cost, without a GPU",
+    "curves": "draw the training curves of a run from its metrics.jsonl",
+    "evaluate": "what the embeddings of labelled cells are worth, beside baselines",
+    "embed": "Embed cells with a trained model.",
     "export": "a checkpoint of a run to a plain Hugging Face BERT",
+    "perturb": "Delete, overexpress or shift genes in silico, and score what changes.",
 }
 """Names of the commands, each with what it does; the module's name has underscores for dashes."""
 

@@ -1,4 +1,7 @@
-"""Errors that a user can correct. Each message names the file, row, gene, key or option, and the remedy."""
+"""Errors that a user can correct, and plain words for those of the system, PyTorch and its collectives.
+
+Each message names the file, row, gene, key or option, and the remedy.
+"""
 
 import os
 from collections.abc import Sequence
@@ -40,34 +43,69 @@ def require(condition: bool, message: str) -> None:
 
 
 LOST_CONNECTION = ("/gloo/transport/", "ncclRemoteError")
-"""Parts of error messages of collectives that another rank left or does not answer."""
+"""Parts of the messages of collectives whose peer left or does not answer."""
 
 
 def explain(error: BaseException, *, smaller: Sequence[str] = ()) -> str | None:
-    """Explain an error in one plain line, or return None for what is a fault of this software.
-
-    The only place where errors of the system, of PyTorch and of its collectives get words.
+    """Explain an error in one plain line, or return None for a fault of this software.
 
     Parameters
     ----------
+    error
+        Any exception.
     smaller
         Settings that need less memory, for an error of that kind.
     """
     if isinstance(error, UserError):
         return str(error)
     text = str(error).partition("\n")[0].rstrip(".")
-    if type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in text or isinstance(error, MemoryError):
+    if is_lack_of_memory(error):
         advice = f" What needs less: {'; '.join(smaller)}." if smaller else ""
         return f"Out of memory: {text or 'the host has no more'}.{advice}"
-    if type(error).__name__ == "DistNetworkError" or any(sign in str(error) for sign in LOST_CONNECTION):
+    if is_lost_connection(error):
         return (
             f"rank {os.environ.get('RANK', 0)} lost its connection to another rank, or waited too long for it. "
             "That one may have died: look at torchrun's summary of failures and at the last lines of that rank."
         )
     if isinstance(error, OSError):
-        if error.strerror is None or error.filename is None:
-            return f"{type(error).__name__}: {text}" if error.strerror is None else error.strerror
-        return f"{error.filename}: {error.strerror}"
+        reason = error.strerror or str(error).partition("\n")[0] or type(error).__name__
+        return f"{error.filename}: {reason}" if error.filename is not None else reason
     if isinstance(error, UnpicklingError):
-        return f"A pickle was refused: {text}"
+        return f"a pickle was refused: {text}"
     return None
+
+
+def is_lack_of_memory(error: BaseException) -> bool:
+    """True if the GPU or the host has no memory left."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "DefaultCPUAllocator" in str(error)
+    )
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """True if a collective failed because another rank left or does not answer."""
+    return type(error).__name__ == "DistNetworkError" or (
+        isinstance(error, RuntimeError) and any(sign in str(error) for sign in LOST_CONNECTION)
+    )
+
+
+def root_cause(error: BaseException) -> str:
+    """Describe a chain of errors in one line, its root first: torch hides "no space left" behind a stream's complaint.
+
+    A cause whose words, and whose file, the rest of the line names already is left out; so is a suppressed one
+    (`from None`) that is no OSError.
+    """
+    line = ""
+    current: BaseException | None = error
+    while current is not None:
+        words = current.strerror if isinstance(current, OSError) and current.strerror else str(current)
+        words = words.strip().partition("\n")[0]
+        file = current.filename if isinstance(current, OSError) else None
+        if not words or words not in line or (file is not None and str(file) not in line):
+            text = f"{type(current).__name__}: {current}".splitlines()[0]
+            line = f"{text} -> {line}" if line else text
+        suppressed = current.__suppress_context__ and not isinstance(current.__context__, OSError)
+        current = current.__cause__ or (None if suppressed else current.__context__)
+    return line

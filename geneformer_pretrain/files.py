@@ -117,7 +117,7 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         delete_folder(replaced)
 
 
-def open_lock(path: Path, *, wait: bool) -> int:
+def open_lock(path: Path, *, wait: bool, require: bool = False) -> int:
     """Open a file and lock it for this process; the lock ends when the descriptor is closed or the process ends.
 
     Where the file system has no locks, a warning is logged and the file is not locked.
@@ -128,6 +128,8 @@ def open_lock(path: Path, *, wait: bool) -> int:
         Created if need be, with the permissions that its folder gives to others.
     wait
         Wait for another holder to end.
+    require
+        Raise OSError where the file system has no locks.
 
     Returns
     -------
@@ -146,7 +148,7 @@ def open_lock(path: Path, *, wait: bool) -> int:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno not in NO_LOCKS:
+            if require or error.errno not in NO_LOCKS:
                 os.close(descriptor)
                 if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                     raise BlockingIOError(error.errno, error.strerror, str(path)) from error
@@ -180,3 +182,37 @@ def locked(path: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def writing_to(folder: Path, key: str) -> Iterator[None]:
+    """Name the configuration key and the remedy in errors of files in a folder; other errors pass unchanged.
+
+    Raises
+    ------
+    OutputError
+        In place of the system's error at a file in the folder, or on the way to it.
+    """
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, OutputError) or error.filename is None or error.strerror is None:
+            raise
+        place, base = Path(os.fsdecode(error.filename)).absolute(), folder.absolute()
+        if not (place.is_relative_to(base) or base.is_relative_to(place)):
+            raise
+        raise OutputError(
+            f"{key}: cannot write to {place} ({error.strerror}). {key} needs a writable folder with free space: fix it "
+            "or choose another."
+        ) from error
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Add the path to errors of the system that do not name one, as writing to an open file raises them."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise

@@ -23,6 +23,7 @@ Cells 0 to 499 are the committed sample. Any later ones are held out, from the s
 
     python sample_data/make_sample_data.py --out sample_data/cells.parquet --vocab sample_data/vocab.txt
     python sample_data/make_sample_data.py --first-cell 500 --cells 20000 --out held_out.parquet
+    python sample_data/make_sample_data.py --cell-types --out labelled.parquet
     python sample_data/make_sample_data.py --describe
 """
 
@@ -152,20 +153,26 @@ def simulate_cells(world: World, medians: FloatArray, first_cell: int, cells: in
         yield rank_tokens(counts, medians), cell_type
 
 
-def write_cells(path: Path, world: World, medians: FloatArray, first_cell: int, cells: int) -> None:
-    """Write cells to a parquet file, one row group at a time."""
+def write_cells(
+    path: Path, world: World, medians: FloatArray, first_cell: int, cells: int, *, cell_types: bool = False
+) -> None:
+    """Write cells to a parquet file, one row group at a time; with ``cell_types``, a column names each cell's type."""
     partial = path.with_name(path.name + ".partial")
+    schema = SCHEMA.append(pa.field("cell_type", pa.string())) if cell_types else SCHEMA
     with pq.ParquetWriter(
-        partial, SCHEMA, version="2.6", data_page_version="1.0", compression="zstd", compression_level=9,
+        partial, schema, version="2.6", data_page_version="1.0", compression="zstd", compression_level=9,
         use_dictionary=False, write_statistics=False, store_schema=False,
     ) as writer:  # fmt: skip
         for start in range(0, cells, ROW_GROUP_CELLS):
             n = min(ROW_GROUP_CELLS, cells - start)
-            ids = [ids for ids, _ in simulate_cells(world, medians, first_cell + start, n)]
+            ids, types = zip(*simulate_cells(world, medians, first_cell + start, n), strict=True)
             lengths = np.array([len(cell_ids) for cell_ids in ids], dtype=np.int32)
             offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
             lists = pa.ListArray.from_arrays(offsets, np.concatenate(ids).astype(np.int16))
-            writer.write_table(pa.table([lists, pa.array(lengths)], schema=SCHEMA), row_group_size=n)
+            columns = [lists, pa.array(lengths)]
+            if cell_types:
+                columns.append(pa.array([f"type {cell_type}" for cell_type in types]))
+            writer.write_table(pa.table(columns, schema=schema), row_group_size=n)
     partial.replace(path)
 
 
@@ -248,6 +255,7 @@ def main() -> None:
     parser.add_argument("--cells", type=int, default=SAMPLE_CELLS, help="number of cells (%(default)s)")
     parser.add_argument("--first-cell", type=int, default=0, help="number of the first (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the simulated world (%(default)s)")
+    parser.add_argument("--cell-types", action="store_true", help="add a column cell_type")
     parser.add_argument("--describe", action="store_true", help="print statistics of this seed; takes half a minute")
     args = parser.parse_args()
     if not (args.out or args.vocab or args.describe):
@@ -262,7 +270,7 @@ def main() -> None:
         world = make_world(args.seed)
         medians = reference_medians(world)
     if args.out:
-        write_cells(args.out, world, medians, args.first_cell, args.cells)
+        write_cells(args.out, world, medians, args.first_cell, args.cells, cell_types=args.cell_types)
     if args.describe:
         describe_world(world, medians)
 

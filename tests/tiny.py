@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from geneformer_pretrain.config.schema import Config, load_config
+from geneformer_pretrain.config.compose import load_config
+from geneformer_pretrain.config.schema import Config
 
 RunWorkers = Callable[..., list[Any]]
 """The fixture `run_workers`: results of a function on each of several ranks."""

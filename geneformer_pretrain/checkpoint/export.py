@@ -15,7 +15,8 @@ from geneformer_pretrain.checkpoint.formats import open_tensors
 from geneformer_pretrain.checkpoint.manifest import MANIFEST, find_damage, read_manifest, step_folders
 from geneformer_pretrain.checkpoint.shards import Shards
 from geneformer_pretrain.checkpoint.tensor_files import write_safetensors
-from geneformer_pretrain.distributed.engines import ARCHITECTURE_KEYS, Engine
+from geneformer_pretrain.config.model import ARCHITECTURE
+from geneformer_pretrain.distributed.engines import Engine
 from geneformer_pretrain.errors import CheckpointError
 from geneformer_pretrain.files import new_folder
 
@@ -35,7 +36,7 @@ def gather_weights(engine: Engine, is_main: bool) -> dict[str, Tensor]:
     """
     tensors: dict[str, Tensor] = {}
     for name, parameter in engine.model.canonical_parameters():
-        whole = engine.gather(parameter.detach())
+        whole = engine.gather_full(parameter.detach())
         if is_main:
             tensors[name] = whole.to("cpu", torch.float32, copy=True).contiguous()
     return tensors
@@ -67,7 +68,7 @@ def write_model(
     if folder.exists() and not os.access(folder, os.W_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
     stock = {"architectures": ["BertForMaskedLM"], "model_type": "bert", "torch_dtype": "float32"}
-    config = {**stock, **{key: architecture[key] for key in ARCHITECTURE_KEYS}}
+    config = {**stock, **{key: architecture[key] for key in ARCHITECTURE}}
     with new_folder(folder, overwrite=True) as temporary:
         write_safetensors(temporary / WEIGHTS_FILE, tensors, {"format": "pt"})
         (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")

@@ -109,6 +109,8 @@ class Progress:
         Trained on so far, padding not counted.
     skipped_steps
         Updates left out because a gradient was not finite.
+    best_step, best_loss
+        Saved step with the lowest validation loss, with `training.keep_best`.
     """
 
     packs_per_step: int
@@ -119,6 +121,8 @@ class Progress:
     tokens: int = 0
     cells: int = 0
     skipped_steps: int = 0
+    best_step: int | None = None
+    best_loss: float | None = None
 
     @classmethod
     def from_state(cls, saved: Mapping[str, Any]) -> Self:

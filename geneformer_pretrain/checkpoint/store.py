@@ -42,7 +42,7 @@ from geneformer_pretrain.checkpoint.manifest import (
     write_manifest,
 )
 from geneformer_pretrain.checkpoint.shards import HostBuffers, Shards, StoredTensor
-from geneformer_pretrain.distributed.agreement import Ranks, agreed
+from geneformer_pretrain.distributed.agreement import Ranks, on_all_ranks
 from geneformer_pretrain.errors import CheckpointError, CheckpointSaveError
 from geneformer_pretrain.files import delete_folder, sync_folder
 
@@ -83,8 +83,8 @@ class CheckpointStore:
         self._undeletable: set[Path] = set()
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._in_flight: Future[None] | None = None
-        self.ranks.share(self.directory, "training.checkpoint_dir", CheckpointError)
-        self.ranks.on_first(self._recover, CheckpointError)
+        self.ranks.require_shared_folder(self.directory, "training.checkpoint_dir", CheckpointError)
+        self.ranks.run_on_rank0(self._recover, CheckpointError)
 
     # Saving
 
@@ -131,7 +131,7 @@ class CheckpointStore:
             held.update(self._host.copy(shards, borrow=blocking))
             return step
 
-        steps = self.ranks.together(stage, CheckpointSaveError)
+        steps = self.ranks.run_on_all_ranks(stage, CheckpointSaveError)
         if len(set(steps)) > 1:
             raise CheckpointSaveError(f"the ranks are about to save different steps: {steps}")
         if blocking:
@@ -164,14 +164,14 @@ class CheckpointStore:
             return {name: file_checksum(temporary / name) for name in names}
 
         try:
-            self.ranks.on_first(make_folder, CheckpointSaveError)
-            written = self.ranks.together(write_files, CheckpointSaveError)
+            self.ranks.run_on_rank0(make_folder, CheckpointSaveError)
+            written = self.ranks.run_on_all_ranks(write_files, CheckpointSaveError)
             body["format_version"], body["release"] = FORMAT_VERSION, __version__
             body["files"] = {name: entry for files in written for name, entry in sorted(files.items())}
             body["world_size"] = self.ranks.size
             body["torch"], body["python"] = str(torch.__version__), platform.python_version()
             body["time"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-            self.ranks.on_first(lambda: self._commit(temporary, final, body), CheckpointSaveError)
+            self.ranks.run_on_rank0(lambda: self._commit(temporary, final, body), CheckpointSaveError)
         except CheckpointSaveError as error:
             if self.ranks.rank == 0:
                 try:
@@ -266,8 +266,8 @@ class CheckpointStore:
             is not damaged was written by a newer release.
         """
         self.wait()
-        listing = self.ranks.together(self._listing, CheckpointError)[self.ranks.rank]
-        self.ranks.agree_on(listing, CheckpointError)
+        listing = self.ranks.run_on_all_ranks(self._listing, CheckpointError)[self.ranks.rank]
+        self.ranks.require_equal(listing, CheckpointError)
         faults: list[str] = []
         for folder in (self.directory / name for name in listing):
             fault = self._verify_on_all_ranks(folder)
@@ -276,7 +276,7 @@ class CheckpointStore:
                     log.error("going back to the older checkpoint %s, which is good", folder)
                 return folder
             if isinstance(fault, NewerFormatError):
-                raise agreed(fault, self.ranks.size)
+                raise on_all_ranks(fault, self.ranks.size)
             faults.append(f"{folder}: {fault}")
             if self.ranks.rank == 0:
                 log.error("checkpoint %s is damaged and will not be used: %s", folder, fault)
@@ -285,7 +285,7 @@ class CheckpointStore:
                 f"none of the checkpoints is good. {'; '.join(faults)}. Restore one of these folders from a copy, or "
                 "start over with training.resume_from_checkpoint=false, which moves the earlier run aside"
             )
-            raise agreed(error, self.ranks.size)
+            raise on_all_ranks(error, self.ranks.size)
         return None
 
     def load(self, path: str | Path, targets: Mapping[str, torch.Tensor], *, optional: str | None = None) -> None:
@@ -307,10 +307,10 @@ class CheckpointStore:
         """
         self.wait()
         folder = Path(path)
-        self.ranks.agree_on({f"checkpoint {folder.name}": manifest_hash(folder)}, CheckpointError)
+        self.ranks.require_equal({f"checkpoint {folder.name}": manifest_hash(folder)}, CheckpointError)
         fault = self._verify_on_all_ranks(folder)
         if fault is not None:
-            raise agreed(CheckpointError(f"{folder}: {fault}"), self.ranks.size)
+            raise on_all_ranks(CheckpointError(f"{folder}: {fault}"), self.ranks.size)
 
         saved: dict[str, StoredTensor] = {}
         wanted: dict[str, Shards] = {}
@@ -336,8 +336,8 @@ class CheckpointStore:
             for name, shards in wanted.items():
                 saved[name].copy_to(name, shards)
 
-        self.ranks.together(check, CheckpointError)
-        self.ranks.together(copy, CheckpointError)
+        self.ranks.run_on_all_ranks(check, CheckpointError)
+        self.ranks.run_on_all_ranks(copy, CheckpointError)
 
     def _listing(self) -> dict[str, str]:
         """Identify the checkpoints in the folder as this rank sees it, newest first."""

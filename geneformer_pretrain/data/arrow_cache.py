@@ -25,7 +25,8 @@ import xxhash
 from filelock import FileLock
 from tqdm import tqdm
 
-from geneformer_pretrain.run.writing import writing_to
+from geneformer_pretrain.console import TolerantStream
+from geneformer_pretrain.files import writing_to
 
 COLUMN = "input_ids"
 DATA_FILE = "cells.arrow"
@@ -229,7 +230,13 @@ def _write(sources: Sequence[_ParquetSource], folder: Path, dtype: np.dtype, sho
     with (folder / DATA_FILE).open("wb") as sink:
         with (
             ipc.new_stream(sink, schema) as writer,
-            tqdm(total=num_cells, desc="convert corpus", unit="cell", disable=not show_progress) as progress,
+            tqdm(
+                total=num_cells,
+                desc="convert corpus",
+                unit="cell",
+                disable=not show_progress,
+                file=TolerantStream(2),
+            ) as progress,
         ):
             for path, row, tokens, offsets in _read(sources):
                 largest = int(tokens.max())

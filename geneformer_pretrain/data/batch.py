@@ -15,7 +15,6 @@ from numba import carray, types
 from numba.extending import intrinsic
 
 from geneformer_pretrain.data.corpus import Corpus
-from geneformer_pretrain.data.jit import compiled
 from geneformer_pretrain.data.masking import (
     IGNORED_LABEL,
     MASK_STREAM,
@@ -26,6 +25,7 @@ from geneformer_pretrain.data.masking import (
 )
 from geneformer_pretrain.data.packing import PackShape
 from geneformer_pretrain.data.stream import PackStream
+from geneformer_pretrain.jit import compiled
 
 _ALIGNMENT = 32
 """Parts of the buffer start at multiples of 128 bytes: compiled kernels would copy a misaligned input."""

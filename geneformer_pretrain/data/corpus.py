@@ -77,6 +77,11 @@ class Corpus:
     _batches: list["_Batch"] = field(repr=False)  # keeps the mapped files alive
     _sources: tuple[SourceFile, ...] = field(repr=False)
 
+    @property
+    def sources(self) -> tuple[SourceFile, ...]:
+        """Files in the order of the cells, with their rows."""
+        return self._sources
+
     def cell(self, index: int) -> np.ndarray:
         """Return a copy of the tokens of one cell, int64 [length]; the slow reference path."""
         self._require_cell(index)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from geneformer_pretrain.data.jit import compiled
 from geneformer_pretrain.data.masking import GOLDEN, derive, epoch_key, mix64
+from geneformer_pretrain.jit import compiled
 
 PLANNER_VERSION = 2
 """Raised with every change that gives other packs, so that plans on disk are not mistaken for new ones."""

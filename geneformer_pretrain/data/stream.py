@@ -28,7 +28,7 @@ from geneformer_pretrain.data.packing import (
     permutation,
     summarize,
 )
-from geneformer_pretrain.run.writing import writing_to
+from geneformer_pretrain.files import writing_to
 
 log = logging.getLogger(__name__)
 

@@ -1,10 +1,8 @@
-"""Agreement between the ranks of a run: all succeed, or all fail with the same reasons."""
+"""Agreement between the ranks of a run: all succeed, or all raise the same error."""
 
 import logging
-import os
 import uuid
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
@@ -12,33 +10,32 @@ from typing import TypeVar
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
+from geneformer_pretrain.errors import UserError, explain, root_cause
+
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 E = TypeVar("E", bound=Exception)
 
 ON_ALL_RANKS = "All ranks of the run raise this error."
-"""Note on an error that the ranks agreed on: it need not be printed by each of them."""
+"""Note on an error that every rank raises: one rank of each node prints it."""
 
 MAX_DIFFERENCES = 20
-"""Values that differ between ranks, of which a message tells."""
-
-LOST_CONNECTION = ("/gloo/transport/", "ncclRemoteError")
-"""What errors of collectives have in them when another rank left or does not answer."""
+"""Most differences between ranks that a message lists."""
 
 
 class Ranks:
-    """All ranks of the run, speaking through a CPU process group of their own; or one process alone.
+    """All ranks of the run, connected by a CPU process group of their own; or one process alone.
 
     Only one thread may use it at a time.
 
     Parameters
     ----------
     timeout
-        How long a rank waits for the others.
+        Longest time that a rank waits for the others.
     """
 
-    def __init__(self, timeout: timedelta) -> None:
+    def __init__(self, timeout: timedelta = timedelta(minutes=30)) -> None:
         self.group: dist.ProcessGroup | None = None
         self.rank, self.size = 0, 1
         if dist.is_available() and dist.is_initialized():
@@ -52,25 +49,26 @@ class Ranks:
             dist.all_gather_object(values, value, group=self.group)
         return values
 
-    def together(self, action: Callable[[], T], error: type[Exception]) -> list[T]:
-        """Run `action` on every rank and return all results; if it fails anywhere, fail everywhere.
+    def run_on_all_ranks(self, action: Callable[[], T], error: type[Exception]) -> list[T]:
+        """Run `action` on every rank and return all results; if it fails anywhere, raise everywhere.
 
         Raises
         ------
         Exception
-            Of type `error`, on every rank, naming each rank that failed and its reason. What fails with this type
-            already is told in its own words. A rank that failed and then finds the others gone still tells its reason.
+            Of type `error`, on every rank, naming each rank that failed and its reason. The traceback of a fault of
+            this software is logged on the rank where it happened.
         """
         results: list[T] = []
         failures: dict[int, str] = {}
         try:
             results = [action()]
-        # Whatever went wrong must reach the other ranks, which would otherwise wait for this one in vain.
-        except CheckpointException as exc:
-            failures = {rank: reason_of(cause) for rank, (cause, _) in exc.failures.items()}
-        except Exception as exc:
-            failures = {self.rank: str(exc) if isinstance(exc, error) else reason_of(exc)}
-            log.debug("rank %d failed", self.rank, exc_info=True)
+        except CheckpointException as failed:
+            failures = {rank: root_cause(cause) for rank, (cause, _) in failed.failures.items()}
+        # Any failure must reach the other ranks, which would otherwise wait for this one in vain.
+        except Exception as failed:
+            failures = {self.rank: str(failed) if isinstance(failed, UserError) else root_cause(failed)}
+            if explain(failed) is None:
+                log.exception("rank %d failed", self.rank)
         try:
             outcomes = self.gather((results, failures))
         except RuntimeError as lost:
@@ -79,28 +77,14 @@ class Ranks:
             raise
         merged = {rank: reason for _, failed in outcomes for rank, reason in failed.items()}
         if merged:
-            raise agreed(error(merge(merged, self.size)), self.size)
+            raise on_all_ranks(error(merge(merged, self.size)), self.size)
         return [result for results, _ in outcomes for result in results]
 
-    def on_first(self, action: Callable[[], None], error: type[Exception]) -> None:
-        """Run `action` on rank 0 while the others wait; if it fails, all fail."""
-        self.together(action if self.rank == 0 else lambda: None, error)
+    def run_on_rank0(self, action: Callable[[], T], error: type[Exception]) -> T | None:
+        """Run `action` on rank 0 while the others wait; if it fails, all raise. Returns None on the others."""
+        return self.run_on_all_ranks(lambda: action() if self.rank == 0 else None, error)[self.rank]
 
-    def agree(self, what: str, look: Callable[[], object], error: type[Exception]) -> None:
-        """Check that `look` returns the same on all ranks.
-
-        Raises
-        ------
-        Exception
-            Of type `error`, on every rank, naming the ranks that differ from rank 0, and the values.
-        """
-        values = self.together(look, error)
-        differing = [rank for rank, value in enumerate(values) if value != values[0]]
-        if differing:
-            listed = "; ".join(f"rank {rank}: {values[rank]}" for rank in [0, *differing])
-            raise agreed(error(f"ranks {differing} differ from rank 0 in {what}: {listed}"), self.size)
-
-    def agree_on(self, values: Mapping[str, object], error: type[Exception]) -> None:
+    def require_equal(self, values: Mapping[str, object], error: type[Exception]) -> None:
         """Check that named values are the same on all ranks.
 
         Raises
@@ -120,11 +104,11 @@ class Ranks:
                 differences.append(f"{name} is " + ", ".join([f"{first.get(name)!r} on rank 0", *theirs]))
         if differences:
             more = len(differences) - MAX_DIFFERENCES
-            told = "; ".join(differences[:MAX_DIFFERENCES]) + (f"; and {more} more" if more > 0 else "")
-            raise agreed(error(f"The ranks of this run differ; give all of them the same: {told}"), self.size)
+            listed = "; ".join(differences[:MAX_DIFFERENCES]) + (f"; and {more} more" if more > 0 else "")
+            raise on_all_ranks(error(f"The ranks of this run differ; give all of them the same: {listed}"), self.size)
 
-    def share(self, folder: Path, key: str, error: type[Exception]) -> None:
-        """Make the folder that a key names if need be, check that rank 0 can write to it and all ranks see the same.
+    def require_shared_folder(self, folder: Path, key: str, error: type[Exception]) -> None:
+        """Create the folder that a key names, if need be, and check that all ranks see the one that rank 0 writes to.
 
         Raises
         ------
@@ -134,7 +118,7 @@ class Ranks:
         name, place = self.gather((uuid.uuid4().hex, folder.absolute()))[0]
         probe = folder / f".probe-{name}"
 
-        def leave() -> None:
+        def write() -> None:
             folder.mkdir(parents=True, exist_ok=True)
             probe.touch()
 
@@ -145,64 +129,23 @@ class Ranks:
                     "one, on several nodes in a file system that all of them have."
                 )
 
-        self.on_first(leave, error)
+        self.run_on_rank0(write, error)
         try:
-            self.together(look, error)
+            self.run_on_all_ranks(look, error)
         finally:
             if self.rank == 0:
                 probe.unlink()
 
 
-@contextmanager
-def naming_failed_connections() -> Iterator[None]:
-    """Say where to look if ranks cannot connect to each other in the first place.
-
-    Raises
-    ------
-    ConnectionError
-        Instead of the errors of gloo, NCCL and the store, with their words.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if not (isinstance(error, dist.DistError) or any(sign in str(error) for sign in LOST_CONNECTION)):
-            raise
-        reason = " ".join(str(error).split())[:500]
-        raise ConnectionError(
-            f"rank {os.environ.get('RANK', 0)} cannot connect to the others: {reason}. Check MASTER_ADDR and "
-            "MASTER_PORT, and GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME if they are set."
-        ) from error
-
-
-@contextmanager
-def naming_lost_connections() -> Iterator[None]:
-    """Say in plain words that another rank is gone: what gloo, NCCL and the store say of it is about sockets.
-
-    Raises
-    ------
-    ConnectionError
-        Instead of their error.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if not (isinstance(error, dist.DistNetworkError) or any(sign in str(error) for sign in LOST_CONNECTION)):
-            raise
-        raise ConnectionError(
-            f"rank {os.environ.get('RANK', 0)} lost its connection to another rank, or waited too long for it. Maybe "
-            "that one died: look at torchrun's summary of failures and at the last lines of that rank."
-        ) from error
-
-
-def agreed(error: E, size: int) -> E:
-    """Mark an error as one that all of several ranks raise."""
+def on_all_ranks(error: E, size: int) -> E:
+    """Mark an error as one that each of several ranks raises."""
     if size > 1:
         error.add_note(ON_ALL_RANKS)
     return error
 
 
-def is_agreed(error: BaseException) -> bool:
-    """Whether all of several ranks raise this error, or the one that it follows from."""
+def is_on_all_ranks(error: BaseException) -> bool:
+    """True if each of several ranks raises this error, or the one that it follows from."""
     current: BaseException | None = error
     while current is not None:
         if ON_ALL_RANKS in getattr(current, "__notes__", ()):
@@ -212,7 +155,7 @@ def is_agreed(error: BaseException) -> bool:
 
 
 def merge(failures: Mapping[int, str], size: int) -> str:
-    """One text for the reasons of the ranks that failed, of `size` ranks; what all say names none of them."""
+    """Join the reasons of the ranks that failed, of `size` ranks; a reason of all names none of them."""
     ranks_of: dict[str, list[int]] = {}
     for rank, reason in sorted(failures.items()):
         ranks_of.setdefault(reason, []).append(rank)
@@ -222,26 +165,6 @@ def merge(failures: Mapping[int, str], size: int) -> str:
 
 
 def name_ranks(ranks: list[int]) -> str:
-    """For example "rank 3" or "ranks 1, 2"; a long list is cut."""
+    """Write ranks as "rank 3" or "ranks 1, 2"; a long list is cut."""
     names = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
     return f"rank{'s' * (len(ranks) > 1)} {names}"
-
-
-def reason_of(error: BaseException) -> str:
-    """One line for an error, its root first: torch hides "no space left" behind a stream's complaint.
-
-    A cause whose words the rest of the line has already, and its file, is left out; so is a hidden one (`from None`)
-    that is no OSError.
-    """
-    line = ""
-    current: BaseException | None = error
-    while current is not None:
-        words = current.strerror if isinstance(current, OSError) and current.strerror else str(current)
-        words = words.strip().partition("\n")[0]
-        file = current.filename if isinstance(current, OSError) else None
-        if not words or words not in line or (file is not None and str(file) not in line):
-            text = f"{type(current).__name__}: {current}".splitlines()[0]
-            line = f"{text} -> {line}" if line else text
-        hidden = current.__suppress_context__ and not isinstance(current.__context__, OSError)
-        current = current.__cause__ or (None if hidden else current.__context__)
-    return line

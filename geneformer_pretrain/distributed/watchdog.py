@@ -14,21 +14,21 @@ import faulthandler
 import json
 import os
 import signal
-import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import torch.distributed as dist
 
-from geneformer_pretrain.distributed.heartbeats import FINISHED, Heartbeat, diagnose, read_heartbeats
+from geneformer_pretrain.console import say
+from geneformer_pretrain.distributed.agreement import name_ranks
 from geneformer_pretrain.distributed.rendezvous import open_store
 from geneformer_pretrain.distributed.world import World
-from geneformer_pretrain.run.signals import write_exit
 
 EXIT_CODE_HANG = 76
 """Exit code of a process that ended itself because the run hangs."""
@@ -43,6 +43,23 @@ REPORT_SECONDS = 10.0
 """How long writing the report may take."""
 
 
+FINISHED = "finished"
+"""Phase of a rank that has left the training loop."""
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """Sign of life of one rank: `tick` counts its seconds, `beats` the phases that its loop has entered."""
+
+    tick: int
+    beats: int
+    step: int
+    phase: str
+    pid: int
+    agent: str | None
+    """Number of the torchrun process that started the rank."""
+
+
 class Watchdog:
     """While active, ends all processes of a run that stands still.
 
@@ -55,16 +72,19 @@ class Watchdog:
         Checkpoint folder, for exit.json and hang/rank_R.txt.
     world
         This process among all.
+    write_exit
+        Writes exit.json: `write_exit(folder, reason, exit_code, **details)`.
     """
 
-    def __init__(self, timeout: float, folder: Path, world: World) -> None:
+    def __init__(self, timeout: float, folder: Path, world: World, write_exit: Callable[..., None]) -> None:
         self.timeout, self.folder, self.world = timeout, folder, world
+        self._write_exit = write_exit
         self._position = (0, 0, "starting")
         self._readings: list[dict[int, Heartbeat]] = []
         self._alarm, self._stopped = threading.Event(), threading.Event()
 
     def beat(self, step: int, phase: str) -> None:
-        """Tell that the loop enters a phase of a step; every rank enters the same ones in the same order."""
+        """Record that the loop enters a phase of a step; every rank enters the same ones in the same order."""
         self._position = (self._position[0] + 1, step, phase)
 
     def __enter__(self) -> Self:
@@ -110,7 +130,7 @@ class Watchdog:
             if self._stopped.is_set() or self._alarm.is_set():
                 return
             reason = str(error).splitlines()[0]
-            print(f"Rank {self.world.rank} lost the launcher ({reason}): leaving.", file=sys.stderr, flush=True)
+            say(f"Rank {self.world.rank} lost the launcher ({reason}): leaving.", error=True)
             # An orphan would go on writing into the folder of the run that is started in its place.
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -137,11 +157,11 @@ class Watchdog:
         _, step, phase = self._position
         message = f"No progress for {self.timeout:g} s. {finding} Stacks: {self.folder / 'hang'}."
         if self.world.rank == min(set(range(self.world.size)) - set(silent), default=self.world.rank):
-            print(f"Error: {message}", file=sys.stderr, flush=True)
+            say(f"Error: {message}", error=True)
         path = self.folder / "hang" / f"rank_{self.world.rank}.txt"
         path.parent.mkdir(exist_ok=True)
         path.write_text(f"rank {self.world.rank}, process {os.getpid()}, step {step}, {phase}\n\n{stacks}")
-        write_exit(self.folder, "hang", EXIT_CODE_HANG, step=step, silent=silent, behind=behind, error=message)
+        self._write_exit(self.folder, "hang", EXIT_CODE_HANG, step=step, silent=silent, behind=behind, error=message)
         own_agent = os.environ.get("GROUP_RANK")
         for rank in silent:
             # A stopped process heeds no SIGTERM, and torchrun waits long before it sends more.
@@ -152,8 +172,64 @@ class Watchdog:
 
 
 def all_stacks() -> str:
-    """Stacks of all threads; by way of memory, since the disk may be what hangs."""
+    """Return the stacks of all threads, through memory: the disk may be what hangs."""
     with os.fdopen(os.memfd_create("stacks"), "w+") as file:
         faulthandler.dump_traceback(file)
         file.seek(0)
         return file.read()
+
+
+def read_heartbeats(store: dist.Store, world_size: int) -> dict[int, Heartbeat]:
+    """Read the last heartbeat of each rank that has sent any."""
+    ranks = [rank for rank in range(world_size) if store.check([str(rank)])]
+    return {rank: Heartbeat(**json.loads(store.get(str(rank)))) for rank in ranks}
+
+
+def diagnose(
+    before: dict[int, Heartbeat], after: dict[int, Heartbeat], world_size: int
+) -> tuple[list[int], list[int], str]:
+    """Find who keeps the others waiting.
+
+    Parameters
+    ----------
+    before, after
+        Heartbeats by rank, a few seconds apart.
+    world_size
+        Number of ranks.
+
+    Returns
+    -------
+    silent : list of int
+        Ranks without a new heartbeat.
+    behind : list of int
+        If none is silent: the ranks whose loop got least far, unless all stand at the same place.
+    finding : str
+        The same in words.
+    """
+    if after == before:
+        return [], [], "The launcher's store does not answer either, so nothing is known of the other ranks."
+    still = {rank for rank in after if before.get(rank) == after[rank] and after[rank].phase != FINISHED}
+    silent = [rank for rank in range(world_size) if rank in still or rank not in after]
+    living = [rank for rank in after if rank not in silent]
+    least = min(after[rank].beats for rank in living)
+    behind = [rank for rank in living if after[rank].beats == least]
+    if silent:
+        return (
+            silent,
+            [],
+            f"Silent (stopped, dead or stuck outside of Python): {_places(silent, after)}."
+            + (f" The others: {_places(living, after)}."),
+        )
+    if len(behind) == len(living):
+        return [], [], f"All stand at the same place: {_places(living, after)}."
+    others = [rank for rank in living if rank not in behind]
+    return [], behind, f"Behind: {_places(behind, after)}. The others wait: {_places(others, after)}."
+
+
+def _places(ranks: list[int], heartbeats: dict[int, Heartbeat]) -> str:
+    """Describe where ranks stand, those at the same place together."""
+    groups: dict[str, list[int]] = {}
+    for rank in ranks:
+        at = heartbeats.get(rank)
+        groups.setdefault(f"step {at.step}, {at.phase}" if at else "no sign of it yet", []).append(rank)
+    return "; ".join(f"{name_ranks(group)} ({place})" for place, group in groups.items())

@@ -1,17 +1,16 @@
 """Process group, ranks and devices. One process without torchrun is a world of one."""
 
-import datetime
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from geneformer_pretrain.distributed.agreement import naming_failed_connections
-from geneformer_pretrain.distributed.rendezvous import meet, telling_all_ranks
-from geneformer_pretrain.errors import ConfigError
+from geneformer_pretrain.distributed.rendezvous import connection_error, meet
+from geneformer_pretrain.errors import ConfigError, is_lost_connection
 
 
 @dataclass(frozen=True)
@@ -26,36 +25,44 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process speaks for all: prints, logs and writes shared files."""
+        """True on the rank that prints, logs and writes shared files."""
         return self.rank == 0
 
 
 @contextmanager
-def distributed_world(timeout_minutes: float = 10.0) -> Iterator[World]:
+def distributed_world(timeout: timedelta = timedelta(minutes=10), *, mistake: str = "") -> Iterator[World]:
     """Join the process group that torchrun describes, or make one of a single process.
 
     Each process drives the GPU of its local rank, or the CPU where there is no GPU. Tensors on a GPU are
     reduced by NCCL, tensors in host memory by gloo.
 
+    Parameters
+    ----------
+    timeout
+        Time limit of collectives.
+    mistake
+        The reason why this rank cannot go on, if any: all ranks raise it.
+
     Raises
     ------
     ConfigError
-        On every rank: more processes on a node than GPUs, or another mistake of a rank.
+        On every rank: a mistake of any of them, such as more processes on a node than GPUs.
     ConnectionError
         The ranks cannot speak to each other.
     TimeoutError
         Some ranks did not come.
     """
-    rank = int(os.environ.get("RANK", 0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    size = int(os.environ.get("WORLD_SIZE", 1))
-    nodes = int(os.environ.get("GROUP_WORLD_SIZE", 1))  # as torchrun calls them
-    with telling_all_ranks():
-        device = choose_device(local_rank)
-    store = meet()
-    timeout = datetime.timedelta(minutes=timeout_minutes)
+    device = torch.device("cpu")
+    if not mistake:
+        try:
+            device = choose_device(local_rank)
+        except ConfigError as error:
+            mistake = str(error)
+    store = meet(mistake)
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     store.set_timeout(timeout)
-    with naming_failed_connections():
+    try:
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
             rank=rank,
@@ -64,9 +71,13 @@ def distributed_world(timeout_minutes: float = 10.0) -> Iterator[World]:
             timeout=timeout,
             device_id=device if device.type == "cuda" else None,
         )
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or is_lost_connection(error)):
+            raise
+        raise connection_error(error) from error
     failed = True
     try:
-        yield World(rank, local_rank, size, device, nodes)
+        yield World(rank, local_rank, size, device, int(os.environ.get("GROUP_WORLD_SIZE", 1)))
         failed = False
     finally:
         # NCCL waits for the collectives of ranks that this one has left behind. Leaving makes torchrun end them.

@@ -35,14 +35,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from geneformer_pretrain.kernels.dropout import dropout_constants, mix
 
 MAX_TOTAL = tl.constexpr(2.0**100)
-"""Sum of a row's weights up to which neither it nor what it weighs can overflow FP32."""
+"""Largest sum of a row's weights with which neither the sum nor the weighted values can overflow FP32."""
 
 TILE = 128
 """Rows of a tile; a program takes one, or an equal part of one."""
 
 
 def tile_list(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
-    """The tiles of all cells: int32 [tiles, 4].
+    """Return the tiles of all cells: int32 [tiles, 4].
 
     Columns: first token of the cell, end of the cell, first token of the tile, and TILE times the number of the
     cell's first tile, which is where the cell begins in tables by row. The number of tiles depends on the shapes
@@ -79,7 +79,7 @@ def _rotate(a):
 
 @triton.jit
 def _drop(weights, a, rotated, b, threshold):
-    """The weights, zero where the keys of row (a, and a rotated) and column (b) say so.
+    """Return the weights, zero where the hash of row (a, and a rotated) and column (b) is below the threshold.
 
     In PTX because Triton's compiler collects the comparisons of a whole tile as bits and unpacks them again, five
     instructions a weight instead of three.
@@ -102,7 +102,7 @@ def _drop(weights, a, rotated, b, threshold):
 
 @triton.jit
 def _grad_of_scores(weights, grad_weights, minus_delta, a, rotated, b, threshold):
-    """Gradient of scores: weights * (grad_weights - delta), where a weight is dropped weights * (0 - delta).
+    """Compute the gradient of scores: weights * (grad_weights - delta), or weights * (0 - delta) where one is dropped.
 
     In PTX for the reason given above, and because a multiply-add under a predicate needs no selection.
     """
@@ -127,9 +127,9 @@ def _grad_of_scores(weights, grad_weights, minus_delta, a, rotated, b, threshold
 
 @triton.jit
 def _block(tiles, BLOCK: tl.constexpr):
-    """What a program works on: a block of rows in a tile of a cell.
+    """Return a program's block of rows in a tile of a cell.
 
-    First token and end of the cell, first token of the block, first row of the cell in tables by row.
+    They are: first token and end of the cell, first token of the block, first row of the cell in tables by row.
     """
     tl.static_assert(128 % BLOCK == 0)
     in_tile: tl.constexpr = 128 // BLOCK
@@ -166,7 +166,7 @@ def _forward(
     q_rows, kv_rows, out, lse, tiles, keys, scale, threshold, keep_scale, num_rows,
     NUM_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    """Output, and the logarithm of the softmax's denominator, for a tile of queries against all keys of its cell.
+    """Compute output and logarithm of the softmax's denominator, for a tile of queries against all keys of its cell.
 
     Rows beyond the cell are not written; their denominators are infinite, which makes weights of zero in the backward.
     """
@@ -220,7 +220,7 @@ def _forward(
 def _row_dot(
     out, grad_out, delta, tiles, factor, num_rows, NUM_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr
 ):  # fmt: skip
-    """Delta = factor times the sum over D of out * grad_out, FP32 [A, R]."""
+    """Compute delta = factor times the sum over D of out * grad_out, FP32 [A, R]."""
     _, end, first, _ = _block(tiles, BLOCK_M)
     if first >= end:
         return
@@ -240,7 +240,7 @@ def _backward_keys(
     num_rows, NUM_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     DROPOUT: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of keys and values: a tile of keys against all queries of its cell.
+    """Compute the gradients of keys and values: a tile of keys against all queries of its cell.
 
     Rows beyond the cell have weights of zero: they add nothing.
     """
@@ -318,7 +318,7 @@ def _backward_queries(
     num_rows, NUM_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     DROPOUT: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of queries: a tile of queries against all keys of its cell."""
+    """Compute the gradient of queries: a tile of queries against all keys of its cell."""
     tl.static_assert(128 % BLOCK_N == 0)
     start, end, first, padded = _block(tiles, BLOCK_M)
     head = tl.program_id(1)
@@ -361,7 +361,7 @@ def _backward_queries(
 
 LOG2_E = 1.4426950408889634
 OWN_ROWS = 64
-"""Of which a program of the backward writes the gradient."""
+"""Rows whose gradient one backward program writes."""
 
 FORWARD = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2, "maxnreg": 128}
 BACKWARD_KEYS = {"BLOCK_M": 64, "BLOCK_N": OWN_ROWS, "num_warps": 4, "num_stages": 2, "maxnreg": 168}
@@ -370,7 +370,7 @@ BACKWARD_QUERIES = {"BLOCK_M": OWN_ROWS, "BLOCK_N": 64, "num_warps": 4, "num_sta
 
 
 def row_blocks(x: Tensor, rows: int) -> TensorDescriptor:
-    """A contiguous [T, ..., D] seen as a matrix with a row for each token, from which kernels read [rows, D] blocks.
+    """View a contiguous [T, ..., D] as a matrix with a row for each token, from which kernels read [rows, D] blocks.
 
     Hopper's copy engine reads them, without a thread's registers and instructions; rows beyond T are zeros.
     """
@@ -381,15 +381,15 @@ def row_blocks(x: Tensor, rows: int) -> TensorDescriptor:
 def packed_attention(
     qkv: Tensor, bias: Tensor | None, tiles: Tensor, seed: Tensor, dropout: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Self-attention within each cell of a pack.
+    """Attend within each cell of a pack.
 
     Parameters
     ----------
     qkv
         [T, 3, A, D], contiguous, BF16, fewer than 2**31 elements, D a power of two of at least 16.
     bias
-        [3 * A * D], or None. What has been added to all rows of qkv, out of autograd's sight: it is not read, but its
-        gradient, the sum of qkv's over T, is found on the way.
+        [3 * A * D], or None. The bias that qkv already holds, added detached: it is not read, but the backward returns
+        its gradient, the sum of qkv's over T.
     tiles
         `tile_list` of the cells, which cover all T tokens.
     seed
@@ -442,9 +442,9 @@ def _(qkv: Tensor, bias: Tensor | None, tiles: Tensor, seed: Tensor, dropout: fl
 def packed_attention_backward(
     grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, keys: Tensor, tiles: Tensor, dropout: float, sums: bool
 ) -> tuple[Tensor, Tensor]:
-    """Gradient of `packed_attention` with respect to qkv, [T, 3, A, D].
+    """Compute the gradient of `packed_attention` with respect to qkv, [T, 3, A, D].
 
-    And, if `sums` asks for them, its sums over P parts of the tokens, FP32 [P, 3 * A * D]; otherwise P is 0.
+    With `sums`, also its sums over P parts of the tokens, FP32 [P, 3 * A * D]; otherwise P is 0.
     """
     _, _, num_heads, d = qkv.shape
     num_rows = TILE * len(tiles)

@@ -1,4 +1,4 @@
-"""The hash behind dropout in the Triton kernels."""
+"""Hash that decides dropout in the Triton kernels."""
 
 import triton
 import triton.language as tl
@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def mix(x):
-    """A 32-bit integer hash with little bias (Wellons, "Prospecting for hash functions", lowbias32); uint32."""
+    """Compute a 32-bit integer hash with little bias (Wellons, "Prospecting for hash functions", lowbias32); uint32."""
     x ^= x >> 16
     x *= 0x7FEB352D
     x ^= x >> 15
@@ -17,10 +17,10 @@ def mix(x):
 
 @triton.jit
 def is_dropped(index, seed, threshold):
-    """Whether the element of this number is dropped: with a probability of threshold / 2**32, as the seed decides."""
+    """Return True for elements to drop, a share of threshold / 2**32, by a hash of their number and the seed."""
     return mix(index.to(tl.uint32) ^ seed.to(tl.uint32)) < threshold
 
 
 def dropout_constants(dropout: float) -> tuple[int, float]:
-    """The threshold on a 32-bit hash that drops this share, and the factor for what is kept."""
+    """Return the threshold on a 32-bit hash that drops this share, and the factor for the elements kept."""
     return min(round(dropout * 2**32), 2**32 - 1), 1.0 / (1.0 - dropout)

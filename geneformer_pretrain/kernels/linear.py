@@ -1,8 +1,8 @@
-"""Linear layers with what surrounds them: residual connection, ReLU, cross-entropy over a vocabulary.
+"""Linear layers fused with their neighbours: residual connection, ReLU, cross-entropy over a vocabulary.
 
-What follows or precedes matrix products reads and writes each tensor once, if at all: the gradient of a residual
-connection is added by a matrix product, those of ReLU and bias are found within one, which is a Triton kernel, and a
-row of logits is replaced by its gradient while it is there, by another. All other products are PyTorch's.
+Element-wise operations read and write each tensor once, if at all: a matrix product adds the gradient of a residual
+connection, a Triton kernel computes the gradients of ReLU and bias within another product, and a second kernel replaces
+each row of logits by its gradient while the row is in registers. All other products are PyTorch's.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ ROWS = 128
 PRODUCT = {"ROWS": ROWS, "COLUMNS": 128, "DEPTH": 64, "GROUP": 8, "num_warps": 4, "num_stages": 3}
 WIDE_PRODUCT = PRODUCT | {"COLUMNS": 256, "num_warps": 8, "num_stages": 4}
 WIDE_FROM = 2048
-"""Blocks of a product's programs, and the inner dimension from which wider ones are faster (measured on an H100)."""
+"""Block sizes of a product, and the inner dimension from which wider blocks are faster (measured on an H100)."""
 
 
 def require_contiguous(x: Tensor) -> None:
@@ -50,7 +50,7 @@ def _product_where_positive(
 
 @library.custom_op("geneformer::product_where_positive", mutates_args=())
 def product_where_positive(a: Tensor, b: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-    """Product of a and b where the gate is positive, elsewhere zero.
+    """Multiply a and b where the gate is positive; elsewhere the product is zero.
 
     Parameters
     ----------
@@ -101,8 +101,8 @@ def _(total: Tensor, a: Tensor, b: Tensor) -> None:
     return None
 
 
-class LinearBesideResidual(torch.autograd.Function):
-    """x @ weight.T + bias; and x once more, for the residual connection around it.
+class LinearWithResidual(torch.autograd.Function):
+    """Compute x @ weight.T + bias, and return x beside it for the residual connection.
 
     [T, H], [F, H], [F] of one dtype -> [T, F], [T, H]. The two gradients of x are added by the matrix product, in the
     memory of the residual connection's: nothing else may hold that.
@@ -124,11 +124,10 @@ class LinearBesideResidual(torch.autograd.Function):
 
 
 class FeedForward(torch.autograd.Function):
-    """relu(x @ expand.T + bias) @ contract.T; and x once more, for the residual connection around it.
+    """Compute relu(x @ expand.T + bias) @ contract.T, and return x beside it for the residual connection.
 
-    [T, H], [F, H], [F], [H, F] of one dtype -> [T, H], [T, H]. The ReLU's gradient and the bias' are found by the
-    product that gives the gradient of what follows them. As for `LinearBesideResidual`, nothing else may hold the
-    residual connection's gradient.
+    [T, H], [F, H], [F], [H, F] of one dtype -> [T, H], [T, H]. One kernel computes the gradient of the hidden tensor,
+    ReLU's and the bias'. As for `LinearWithResidual`, nothing else may hold the residual connection's gradient.
     """
 
     @staticmethod
@@ -148,7 +147,7 @@ class FeedForward(torch.autograd.Function):
 
 @triton.jit
 def _cross_entropy(logits, labels, losses, WIDTH: tl.constexpr, BLOCK: tl.constexpr, GRADIENT: tl.constexpr):
-    """One row a program, whole in registers."""
+    """Compute one row per program, whole in registers."""
     row = tl.program_id(0)
     columns = tl.arange(0, BLOCK)
     inside = columns < WIDTH
@@ -175,7 +174,7 @@ def _cross_entropy(logits, labels, losses, WIDTH: tl.constexpr, BLOCK: tl.conste
 
 @library.custom_op("geneformer::cross_entropy_", mutates_args=("logits",))
 def cross_entropy_(logits: Tensor, labels: Tensor, with_gradient: bool) -> Tensor:
-    """Cross-entropy of each row, FP32 [K]; zero where the label is -100, NaN where it is no column.
+    """Compute the cross-entropy of each row, FP32 [K]; zero where the label is -100, NaN where it is no column.
 
     Parameters
     ----------
@@ -205,7 +204,7 @@ def _(logits: Tensor, labels: Tensor, with_gradient: bool) -> Tensor:
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Sum of cross-entropies of x @ weight.T + bias: [K, H], [V, H], [V], labels [K] -> FP32 scalar."""
+    """Sum the cross-entropies of x @ weight.T + bias: [K, H], [V, H], [V], labels [K] -> FP32 scalar."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
@@ -225,7 +224,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
-    """Sum of cross-entropies of x @ weight.T + bias over the rows whose label is not -100, FP32 scalar.
+    """Sum the cross-entropies of x @ weight.T + bias over the rows whose label is not -100, FP32 scalar.
 
     Parameters
     ----------

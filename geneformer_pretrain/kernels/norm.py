@@ -1,8 +1,8 @@
-"""LayerNorm(residual + dropout(x + b)), the end of both halves of a BERT layer, as Triton kernels.
+"""Triton kernels for LayerNorm(residual + dropout(x + b)), the end of both halves of a BERT layer.
 
-Each tensor is read and written once. The forward keeps the sum that is normalised, and its statistics; the dropout
-mask is computed again in the backward. There, each program sums the gradients of LayerNorm's weight and bias and of b
-over its rows. What the programs found is added up outside of the operators, where the compiler sees it.
+Each tensor is read and written once. The forward keeps the sum that is normalised, and its statistics; the backward
+computes the dropout mask again. There, each program sums the gradients of LayerNorm's weight and bias and of b over its
+rows; these partial sums are added up outside of the operators, where the compiler sees it.
 """
 
 from typing import Any
@@ -15,17 +15,17 @@ from torch import Tensor, library
 from geneformer_pretrain.kernels.dropout import dropout_constants, is_dropped
 
 FORWARD = {256: (8, 4), 512: (4, 4), 1024: (4, 4), 2048: (1, 4), 4096: (1, 4)}
-"""Rows that a program works on at a time, and its warps, by the width rounded up to a power of two."""
+"""Rows per program and warps, by the width rounded up to a power of two."""
 
 BACKWARD = {256: (2, 1, 16), 512: (1, 1, 16), 1024: (1, 1, 8), 2048: (1, 2, 8), 4096: (1, 2, 4)}
-"""The same, and the programs for each multiprocessor, which share the rows.
+"""Rows at a time, warps, and programs per multiprocessor, which share the rows.
 
-Both were chosen on an H200 for widths of 256, 768 and 2560. With few warps a row is summed up without waiting for
-others.
+Both tables were chosen on an H200 for widths of 256, 768 and 2560. With few warps a row is summed without waiting for
+other warps.
 """
 
 MULTIPROCESSORS = 132
-"""Of a Hopper GPU."""
+"""Number of multiprocessors of a Hopper GPU."""
 
 
 @triton.jit
@@ -109,7 +109,7 @@ def residual_norm(
     x: Tensor, b: Tensor | None, residual: Tensor, weight: Tensor, bias: Tensor, seed: Tensor, eps: float,
     dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """LayerNorm(residual + dropout(x + b)); b, weight and bias are rounded to the dtype of x before they are used.
+    """Compute LayerNorm(residual + dropout(x + b)); b, weight and bias are first rounded to the dtype of x.
 
     Parameters
     ----------
@@ -163,7 +163,7 @@ def residual_norm_backward(
     grad_out: Tensor, sums: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, seed: Tensor, has_b: bool,
     dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x and residual, [T, H], and in P parts those of weight, bias and any b, FP32 [P, 2 or 3, H]."""
+    """Compute the gradients of x and residual, [T, H], and in P parts of weight, bias and b, FP32 [P, 2 or 3, H]."""
     num_rows, width = sums.shape
     grad_x, grad_residual = torch.empty_like(sums), torch.empty_like(sums)
     block = _block(width)

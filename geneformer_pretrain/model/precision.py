@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from geneformer_pretrain.config.schema import ComputeDtype, Config, Fp8Recipe
-from geneformer_pretrain.errors import ConfigError, require
+from geneformer_pretrain.config.schema import Config
+from geneformer_pretrain.config.training import Fp8Recipe
+from geneformer_pretrain.errors import require
 from modeling_bert_te import te_linear
 
 FP8_CAPABILITY = (8, 9)
@@ -61,25 +62,8 @@ def check_machine(config: Config, device: torch.device) -> None:
         )
 
 
-def compute_dtype(choice: ComputeDtype, device: torch.device) -> torch.dtype:
-    """Dtype of activations and working copies of weights on `device`.
-
-    Raises
-    ------
-    ConfigError
-        BF16 on a GPU without it.
-    """
-    if choice is ComputeDtype.float32 or (choice is ComputeDtype.auto and device.type == "cpu"):
-        return torch.float32
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        raise ConfigError(
-            f"{torch.cuda.get_device_name(device)} has no BF16 matrix units; set training.compute_dtype=float32."
-        )
-    return torch.bfloat16
-
-
 def forward_context(config: Config) -> Callable[[], AbstractContextManager[None]]:
-    """Maker of the context in which a forward pass runs: Transformer Engine's FP8 context, or none.
+    """Return a function that makes the context of a forward pass: Transformer Engine's FP8 context, or none.
 
     Raises
     ------
@@ -119,7 +103,7 @@ def forward_context(config: Config) -> Callable[[], AbstractContextManager[None]
 
 
 def fp8_state(model: nn.Module, context: Callable[[], AbstractContextManager[None]]) -> Iterator[tuple[str, Tensor]]:
-    """Scales and amax histories of delayed scaling, by name; nothing for recipes without a memory.
+    """Yield scales and amax histories of delayed scaling, by name; nothing for recipes without a memory.
 
     Those of a checkpoint are rank 0's: maxima are reduced over all ranks when they turn into scales, so that ranks
     differ in the newest entry of a history at most. They are created here if no forward pass has created them yet.

@@ -1,54 +1,51 @@
-"""What an earlier run left in a checkpoint folder, and how it makes room."""
+"""Moves the files of an earlier run out of the way of a new one."""
 
-import json
 import re
 import time
 from contextlib import suppress
 from pathlib import Path
 
 from geneformer_pretrain.errors import ConfigError
-from geneformer_pretrain.run.folder import EARLIER_EXIT_FILE, EXIT_FILE
-from geneformer_pretrain.run.record import KEPT, RECORD, is_record
-from geneformer_pretrain.run.writing import not_of_a_run
+from geneformer_pretrain.run.folder import EXIT_FILE, foreign
+from geneformer_pretrain.run.record import CONFIG_FILE, OLD_CONFIG_PREFIX, is_record
 
 _WRITTEN = re.compile(
-    rf"step_\d+(\.(tmp|replaced|trash))?|final_model(\.(tmp|replaced))?|metrics\.jsonl(\.tmp)?|{KEPT}\d+\.yaml|wandb|"
-    + "|".join(map(re.escape, (RECORD, EXIT_FILE, EARLIER_EXIT_FILE)))
+    r"step_\d+(\.(tmp|replaced|trash))?|(final|best)_model(\.(tmp|replaced))?|metrics\.jsonl(\.tmp)?|wandb|tensorboard|"
+    rf"wandb_id|{OLD_CONFIG_PREFIX}\d+\.yaml|{re.escape(CONFIG_FILE)}"
 )
 _OF_RANKS = {"cells": re.compile(r"rank_\d+\.jsonl(\.tmp)?"), "hang": re.compile(r"rank_\d+\.txt")}
 
 
 def require_no_other_use(folder: Path) -> None:
-    """Check that a folder without checkpoints is not that of something else, before anything in it is touched.
+    """Check that a folder without checkpoints is not of something else, before anything in it is touched.
 
     Raises
     ------
     ConfigError
         It has a config.yaml that no run wrote.
     """
-    path = folder / RECORD
+    path = folder / CONFIG_FILE
     if path.exists() and not is_record(path) and not any(folder.glob("step_*")):
-        raise ConfigError(not_of_a_run(path))
+        raise ConfigError(foreign(path))
 
 
-def has_results(folder: Path, save_every_n_steps: int) -> bool:
-    """Whether a run in this folder got to its end, or so far that there should be a checkpoint; or whose log it has."""
-    if (folder / "final_model").exists():
-        return True
-    try:
-        lines = (folder / "metrics.jsonl").read_bytes()
-        if lines and not is_record(folder / RECORD):
-            return True
-        *_, last, _torn = lines.split(b"\n")
-        return 0 < save_every_n_steps < int(json.loads(last)["step"])
-    except (OSError, ValueError, TypeError, KeyError):  # None, or one that `cut_back` will complain about.
-        return False
+def has_results(folder: Path) -> bool:
+    """True if the folder holds an export or a log of steps."""
+    log = folder / "metrics.jsonl"
+    return (folder / "final_model").exists() or (log.exists() and log.stat().st_size > 0)
 
 
-def move_aside(directory: str | Path) -> Path | None:
-    """Move what a run wrote in a folder into `previous-TIME` inside it; called on one rank, deletes nothing.
+def archive_run(directory: str | Path, earlier_exit: bytes | None = None) -> Path | None:
+    """Move the files of a run into `previous-TIME` inside its folder; called on one rank, deletes nothing.
 
-    What else lies there is someone's own, and stays where it is.
+    Other files in the folder stay where they are.
+
+    Parameters
+    ----------
+    directory
+        The run's folder.
+    earlier_exit
+        Content of the run's exit.json, which has been removed already.
 
     Returns
     -------
@@ -70,7 +67,9 @@ def move_aside(directory: str | Path) -> Path | None:
     for entry in entries:
         target = previous / entry.relative_to(directory)
         target.parent.mkdir(exist_ok=True)
-        entry.rename(target.with_name(EXIT_FILE) if entry.name == EARLIER_EXIT_FILE else target)
+        entry.rename(target)
+    if earlier_exit is not None:
+        (previous / EXIT_FILE).write_bytes(earlier_exit)
     for name in _OF_RANKS:
         with suppress(OSError):  # It is not there, or has files of others.
             (directory / name).rmdir()

@@ -1,145 +1,173 @@
-"""One run at a time in a checkpoint folder."""
+"""The folder of a run: one run at a time in it, and exit.json with the reason of the end."""
 
-import errno
-import fcntl
 import json
 import logging
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from datetime import timedelta
 from pathlib import Path
+from typing import Any, TypeVar, cast
 
 from geneformer_pretrain.distributed.agreement import Ranks
-from geneformer_pretrain.errors import CheckpointError
-from geneformer_pretrain.run.signals import write_exit
-from geneformer_pretrain.run.writing import not_of_a_run, writing_to
+from geneformer_pretrain.errors import CheckpointError, TrainingError, explain
+from geneformer_pretrain.files import naming, open_lock, writing_to
 
 log = logging.getLogger(__name__)
 
-LOCK_FILE = ".lock"
+LOCK_FILE, EXIT_FILE = ".lock", "exit.json"
+KEY = "training.checkpoint_dir"
 
-EXIT_FILE, EARLIER_EXIT_FILE = "exit.json", ".earlier_exit.json"
-"""What the last start ended with; out of sight while there is another one, which may still move it aside."""
+T = TypeVar("T")
 
 
 @contextmanager
-def hold_folder(folder: Path) -> Iterator[None]:
+def lock_run_folder(folder: Path, ranks: Ranks) -> Iterator[bytes | None]:
     """Hold a checkpoint folder for this run; collective.
 
     Two runs in one folder would overwrite each other's checkpoints.
 
+    Returns
+    -------
+    bytes or None
+        exit.json of the previous start, on rank 0; the file is gone from now on.
+
     Raises
     ------
     CheckpointError
-        On every rank, if another run holds it, naming that run's host and process, if it cannot be written to, or if
-        its exit.json is that of something else.
+        On every rank, if another run holds the folder, naming that run's host and process, if it cannot be written
+        to, or if its exit.json is not of a run.
     """
-
-    def start() -> None:
-        try:
-            stack.enter_context(_start_in(folder))
-        except OSError as error:
-            raise CheckpointError(str(error)) from error
-
     with ExitStack() as stack:
-        Ranks(timedelta(minutes=10)).on_first(start, CheckpointError)
-        yield
+        yield ranks.run_on_rank0(lambda: stack.enter_context(_locked(folder)), CheckpointError)
 
 
 @contextmanager
-def telling_of_failed_start(checkpoint_dir: str | None) -> Iterator[None]:
-    """Replace exit.json of an earlier run by what keeps this one from holding the folder; rank 0 alone does it.
+def _locked(folder: Path, require: bool = False) -> Iterator[bytes | None]:
+    """Lock a folder, which is created if need be, and removed at the end if nothing was put into it.
 
-    Nothing is written into a folder that another run holds or may hold, that is not there yet, or of no name.
-    """
-    try:
-        yield
-    except Exception as error:
-        folder = Path(checkpoint_dir or "").expanduser()
-        with suppress(CheckpointError, OSError):
-            if checkpoint_dir and os.environ.get("RANK", "0") == "0" and is_used(folder):
-                with _start_in(folder, needs_lock=True):
-                    write_exit(folder, "error", 1, rank=0, error=f"{type(error).__name__}: {error}")
-        raise
-
-
-@contextmanager
-def _start_in(folder: Path, needs_lock: bool = False) -> Iterator[None]:
-    """Lock a folder, and take away what an earlier run left to say.
-
-    What counts is the system's lock on the file, not the file. It ends with the process, even by SIGKILL, and
-    other nodes respect it where the file system has such locks (NFS, GPFS, Lustre mounted with `flock`). Elsewhere
-    there is a warning, or with `needs_lock` an OSError.
-    The folder is made if need be, and removed if nothing was put into it.
+    The system's lock on the file counts, not the file. It ends with the process, even by SIGKILL, and other nodes
+    respect it where the file system has such locks (NFS, GPFS, Lustre mounted with `flock`).
     """
     path = folder / LOCK_FILE
-    with writing_to(folder, "training.checkpoint_dir"):
-        made = not folder.exists()
+    with writing_to(folder, KEY):
+        created = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = _open_locked(path, needs_lock)
+        try:
+            descriptor = open_lock(path, wait=False, require=require)
+        except BlockingIOError:
+            raise CheckpointError(_in_use(folder)) from None
     holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
     try:
-        with writing_to(folder, "training.checkpoint_dir"):
+        with writing_to(folder, KEY), naming(path):
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, json.dumps(holder).encode(), 0)
-            (folder / EARLIER_EXIT_FILE).unlink(missing_ok=True)  # of a start that was killed
-            with suppress(FileNotFoundError):
-                content = (folder / EXIT_FILE).read_bytes()
-                if content and not content.startswith(b'{"reason"'):
-                    raise CheckpointError(not_of_a_run(folder / EXIT_FILE))
-                (folder / EXIT_FILE).replace(folder / EARLIER_EXIT_FILE)
-        yield
+        yield _remove_exit(folder)
     finally:
         try:
-            (folder / EARLIER_EXIT_FILE).unlink(missing_ok=True)
             path.unlink(missing_ok=True)
-            if made and not any(folder.iterdir()):
+            if created and not any(folder.iterdir()):
                 folder.rmdir()
-        except OSError as error:  # It must not take the place of the error that ends the run.
+        except OSError as error:  # It must not replace the error that ends the run.
             log.error("cannot remove %s: %s", path, error)
         os.close(descriptor)
 
 
-def is_used(folder: Path) -> bool:
-    """Whether a folder holds anything but the lock."""
+def _remove_exit(folder: Path) -> bytes | None:
+    path = folder / EXIT_FILE
+    with writing_to(folder, KEY):
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            return None
+        if content and not content.startswith(b'{"reason"'):
+            raise CheckpointError(foreign(path))
+        path.unlink()
+    return content
+
+
+def _in_use(folder: Path) -> str:
+    who = "another process"
+    with suppress(OSError, ValueError, KeyError):  # It is empty for an instant after locking.
+        entry = json.loads((folder / LOCK_FILE).read_bytes())
+        who = f"process {entry['pid']} on {entry['host']}, since {entry['since']}"
+    return f"{folder} is in use by {who}. End that run first, or give this one another {KEY}."
+
+
+class FolderWriter:
+    """Runs actions that write to the folder of a run, so that all ranks stop if any cannot write; collective.
+
+    Parameters
+    ----------
+    folder
+        Of the run.
+    ranks
+        All of them.
+    """
+
+    def __init__(self, folder: Path, ranks: Ranks) -> None:
+        self.folder, self.ranks = folder, ranks
+
+    def write(self, action: Callable[[], T], *, on_all_ranks: bool = False) -> T:
+        """Run an action on rank 0 or on all, and return its result on rank 0.
+
+        Raises
+        ------
+        TrainingError
+            On every rank, if any of them cannot write, with its reason.
+        """
+
+        def attempt() -> T | None:
+            if not (on_all_ranks or self.ranks.rank == 0):
+                return None
+            with writing_to(self.folder, KEY):
+                return action()
+
+        return cast(T, self.ranks.run_on_all_ranks(attempt, TrainingError)[0])
+
+
+def foreign(file: Path) -> str:
+    """Write the error for someone else's file under a name that a run writes to."""
+    return (
+        f"{KEY}: {file} is not of a run, and would be overwritten: name a folder for this run alone, or move the file "
+        "away."
+    )
+
+
+def is_not_empty(folder: Path) -> bool:
+    """True if a folder holds anything but the lock."""
     try:
         return any(entry.name != LOCK_FILE for entry in folder.iterdir())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
 
 
-def _open_locked(path: Path, needs_lock: bool) -> int:
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        is_held = False
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            is_held = error.errno in (errno.EWOULDBLOCK, errno.EACCES)
-            if not is_held and needs_lock:
-                os.close(descriptor)
-                raise
-            if not is_held:
-                log.warning(
-                    "no locks on this file system (%s): take care to start only one run in %s", error, path.parent
-                )
-        if is_held:
-            holder = os.pread(descriptor, 4096, 0)
-            os.close(descriptor)
-            raise CheckpointError(_describe(path.parent, holder))
-        # The holder before may have removed the file after it was opened here; then others lock a new one.
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.stat(path), os.fstat(descriptor)):
-                return descriptor
-        os.close(descriptor)
+def write_exit(folder: Path, reason: str, exit_code: int, **details: Any) -> None:
+    """Write exit.json: torchrun returns 1 whatever its workers return, so scripts read this instead.
+
+    The first rank to write it is right: an error on one rank soon breaks the connections of all others. A failure to
+    write is logged and raises nothing.
+    """
+    path = folder / EXIT_FILE
+    try:
+        with path.open("x") as file:
+            file.write(json.dumps({"reason": reason, "exit_code": exit_code, **details}) + "\n")
+    except FileExistsError:
+        return
+    except OSError as error:  # It must not replace the error that it was to record.
+        log.error("cannot write %s: %s", path, error)
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
-def _describe(folder: Path, holder: bytes) -> str:
-    who = "another process"
-    if holder:  # It is empty for an instant after locking.
-        entry = json.loads(holder)
-        who = f"process {entry['pid']} on {entry['host']}, since {entry['since']}"
-    return f"{folder} is in use by {who}. End that run first, or give this one another training.checkpoint_dir."
+def write_failed_start(folder: Path, error: BaseException) -> None:
+    """Replace exit.json of an earlier run in the folder by the error that keeps a new run from starting.
+
+    A job script would take the earlier one for the outcome. Nothing is written into an empty folder, nor into one that
+    another run holds or may hold.
+    """
+    if os.environ.get("RANK", "0") != "0" or not is_not_empty(folder):
+        return
+    with suppress(CheckpointError, OSError), _locked(folder, require=True):
+        write_exit(folder, "error", 1, rank=0, error=f"{type(error).__name__}: {explain(error) or error}")

@@ -1,24 +1,27 @@
-"""What a run reports: metrics.jsonl, the progress bar, Weights & Biases."""
+"""metrics.jsonl and the progress bar of a run."""
 
 import json
 import logging
 import math
-import os
-from dataclasses import asdict
+import time
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from tqdm import tqdm
 
-from geneformer_pretrain.config.schema import Config
-from geneformer_pretrain.errors import ConfigError
+from geneformer_pretrain.console import TolerantStream, is_terminal
+from geneformer_pretrain.errors import DataError
+from geneformer_pretrain.files import replacing
+from geneformer_pretrain.run.tracking import Tracker
 
 log = logging.getLogger(__name__)
 
+TRACKING_INTERVAL = 1.0
+"""Shortest time in seconds between two records that trackers get; records with a validation loss always go there."""
+
 
 class MetricsLog:
-    """Writes one record per logged step; on ranks other than the main one it does nothing.
+    """Writes one record per logged step, shows a progress bar and feeds trackers; used on the main rank.
 
     Parameters
     ----------
@@ -26,64 +29,51 @@ class MetricsLog:
         Checkpoint folder; metrics.jsonl is appended to.
     first_step
         Completed steps at the start. Later records, of a run that was cut off, are dropped.
+    num_steps
+        Steps of the whole run.
+    trackers
+        Further receivers of the records.
     """
 
-    def __init__(self, folder: Path, first_step: int, config: Config, is_main: bool) -> None:
-        self.enabled = is_main
-        self.wandb_run: Any = None
-        if not is_main:
-            return
+    def __init__(self, folder: Path, first_step: int, num_steps: int, trackers: list[Tracker]) -> None:
         self.file = JsonLines(folder / "metrics.jsonl", first_step)
+        self.trackers = trackers
+        self._tracked = 0.0
         self.bar = tqdm(
-            total=config.training.num_train_steps,
+            total=num_steps,
             initial=first_step,
             desc="train",
             unit="step",
             dynamic_ncols=True,
-            mininterval=0.2 if os.isatty(2) else 10.0,
+            mininterval=0.2 if is_terminal(2) else 10.0,
+            file=TolerantStream(2),
         )
-        if config.training.wandb_init_args is not None:
-            self.wandb_run = start_wandb(config, folder)
 
     def write(self, record: dict[str, Any]) -> None:
         """Record one step; numbers that are not finite become null, since JSON has no NaN."""
-        if not self.enabled:
-            return
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         self.file.write(finite)
-        if self.wandb_run is not None:
-            self.wandb_run.log({k: v for k, v in finite.items() if k != "step"}, step=record["step"])
+        now = time.monotonic()
+        if now - self._tracked >= TRACKING_INTERVAL or "validation_loss" in record:
+            self._tracked = now
+            for tracker in self.trackers:
+                tracker.log(finite)
 
     def advance(self, step: int, loss: float, learning_rate: float, tokens_per_second: float) -> None:
         """Move the progress bar to `step`."""
-        if self.enabled:
-            self.bar.set_postfix_str(
-                f"loss {loss:.4f}, lr {learning_rate:.2e}, {tokens_per_second:,.0f} tokens/s", refresh=False
-            )
-            self.bar.update(step - self.bar.n)
+        self.bar.set_postfix_str(
+            f"loss {loss:.4f}, lr {learning_rate:.2e}, {tokens_per_second:,.0f} tokens/s", refresh=False
+        )
+        self.bar.update(step - self.bar.n)
 
-    def close(self, exit_code: int = 0) -> None:
-        """Close everything; Weights & Biases shows a run with another exit code than 0 as failed."""
-        if self.enabled:
-            self.bar.close()
-            self.file.close()
-            if self.wandb_run is not None:
-                self.wandb_run.finish(exit_code)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exception_type: type[BaseException] | None,
-        exception: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close(exit_code=int(exception is not None))
+    def close(self) -> None:
+        """Close file and bar; trackers are closed by whoever made them, after exit.json is written."""
+        self.bar.close()
+        self.file.close()
 
 
 class JsonLines:
-    """Appends records to a file. What a full disk refuses is kept, and written once there is room.
+    """Appends records to a file. Records that a full disk refuses are kept, and written once there is room.
 
     Parameters
     ----------
@@ -113,7 +103,7 @@ class JsonLines:
             self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
 
     def close(self) -> None:
-        """Try once more to write what is left."""
+        """Try once more to write the rest."""
         try:
             self._write_out()
         except OSError as error:
@@ -126,7 +116,7 @@ def cut_back(path: Path, step: int) -> None:
 
     Raises
     ------
-    ConfigError
+    DataError
         A line that is not a record; names it.
     """
     if not path.exists():
@@ -139,33 +129,8 @@ def cut_back(path: Path, step: int) -> None:
         try:
             is_kept = json.loads(line)["step"] <= step
         except (ValueError, TypeError, KeyError) as error:
-            raise ConfigError(f"{path}, line {number}: not a record of a step; mend or move the file away.") from error
+            raise DataError(f"{path}, line {number}: not a record of a step; fix it or move the file away.") from error
         if is_kept:
             kept.append(line)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(b"".join(kept))
-    temporary.replace(path)
-
-
-def start_wandb(config: Config, folder: Path) -> Any:
-    """Start a Weights & Biases run: offline unless a key is set or the configuration says otherwise.
-
-    Raises
-    ------
-    ConfigError
-        Arguments with which wandb does not start, for want of a login for instance.
-    """
-    import wandb  # imported only when tracking is on: it is slow to load
-
-    arguments = dict(config.training.wandb_init_args or {})
-    default_mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
-    arguments.setdefault("mode", os.environ.get("WANDB_MODE", default_mode))
-    arguments.setdefault("dir", str(folder))
-    arguments.setdefault("config", asdict(config))
-    try:
-        return wandb.init(**arguments)
-    except (TypeError, ValueError, OSError, wandb.Error) as error:
-        raise ConfigError(
-            f"training.wandb_init_args: wandb does not start with them: {error}; correct them (mode=offline needs no "
-            "login), or set training.wandb_init_args=null to train without wandb."
-        ) from error
+    with replacing(path) as temporary:
+        temporary.write_bytes(b"".join(kept))

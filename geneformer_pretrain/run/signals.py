@@ -1,16 +1,11 @@
-"""Leaving: on a signal, with an exit code that holds, telling a job script why the run ended."""
+"""Stopping on a signal after a checkpoint, and leaving with an exit code that holds."""
 
-import json
-import logging
 import os
 import signal
-import sys
-from contextlib import suppress
-from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, NoReturn, Self
+from typing import NoReturn, Self
 
-log = logging.getLogger(__name__)
+from geneformer_pretrain.console import TolerantStream, say
 
 EXIT_CODE_SIGNAL = 75
 """Exit code of a process that saved and left because of a signal (EX_TEMPFAIL: run it again)."""
@@ -49,7 +44,7 @@ class StopSignals:
             signal.signal(number, handler)
 
 
-def leave(code: str | int | None) -> NoReturn:
+def exit_without_teardown(code: str | int | None) -> NoReturn:
     """End this process as `sys.exit(code)` does, but without the interpreter's teardown.
 
     A thread of a process group may still hold tensors of the last collective. To let go of one that Python knows, it
@@ -57,26 +52,8 @@ def leave(code: str | int | None) -> NoReturn:
     exception"): a complete run would look like one that failed.
     """
     if isinstance(code, str):
-        print(code, file=sys.stderr)
+        say(code, error=True)
         code = 1
-    for stream in (sys.stdout, sys.stderr):
-        if stream is not None:  # None: closed before the start
-            stream.flush()
+    for number in (1, 2):
+        TolerantStream(number).flush()
     os._exit(code or 0)
-
-
-def write_exit(folder: Path, reason: str, exit_code: int, **details: Any) -> None:
-    """Write exit.json: torchrun reports 1 whatever its workers return, so scripts read this instead.
-
-    The first rank to write it is right: an error on one rank soon breaks the connections of all others.
-    """
-    path = folder / "exit.json"
-    try:
-        with path.open("x") as file:
-            file.write(json.dumps({"reason": reason, "exit_code": exit_code, **details}) + "\n")
-    except FileExistsError:
-        return
-    except OSError as error:  # It must not take the place of the error that it was to tell of.
-        log.error("cannot write %s: %s", path, error)
-        with suppress(OSError):
-            path.unlink(missing_ok=True)

@@ -7,43 +7,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from geneformer_pretrain.config.schema import ComputeDtype, Config
 from geneformer_pretrain.data.batch import PackedBatch
-from geneformer_pretrain.distributed.world import World
 from geneformer_pretrain.errors import ConfigError
 
-LARGEST_WIDTH = 1024
-"""Hidden size up to which graphs are taken without being asked for. Kernels of wider models outlast their launches by
-far, and the memory of a graph is not there for anything else."""
-
 ALIGNMENT = 64
-"""Elements at whose multiples gradients begin in their common buffer, so that kernels may read them as vectors."""
-
-
-def takes_cuda_graphs(config: Config, world: World, compiled: bool) -> bool:
-    """Whether micro-batches are to be recorded: `training.cuda_graphs` says so, or leaves it to what is faster.
-
-    Raises
-    ------
-    ConfigError
-        Asked for where it is not possible.
-    """
-    training = config.training
-    obstacles = {
-        "a GPU": world.device.type != "cuda",
-        "compiled blocks: training.compile=true and data.packing=true": not compiled,
-        "training.use_fsdp2=false and training.use_nvfsdp=false": training.use_fsdp2 or training.use_nvfsdp,
-        "model.use_te_layers=false: Transformer Engine computes on the host too": config.model.use_te_layers,
-        "training.recompute_every_n_layers=0": training.recompute_every_n_layers > 0,
-        "BF16: in FP32 attention goes through the cells on the host": training.compute_dtype is ComputeDtype.float32,
-    }
-    found = [need for need, is_missing in obstacles.items() if is_missing]
-    if training.cuda_graphs and found:
-        raise ConfigError(f"training.cuda_graphs=true needs {found[0]}; change that, or set training.cuda_graphs=null.")
-    # Between nodes, gradients had better be reduced while others are still being found.
-    pays = config.model.hidden_size <= LARGEST_WIDTH and world.nodes == 1
-    wanted = pays if training.cuda_graphs is None else training.cuda_graphs
-    return wanted and not found
+"""Alignment, in elements, of each gradient in the flat buffer (for vectorized loads)."""
 
 
 class MicroBatchGraphs:
@@ -80,7 +48,7 @@ class MicroBatchGraphs:
         self.buffer: Tensor | None = None
         self.views: list[Tensor] = []
         if reduces:
-            self.buffer, self.views = common_buffer(self.parameters)
+            self.buffer, self.views = flat_buffer(self.parameters)
         self.batch: PackedBatch | None = None
         self.recordings: dict[bool, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
         self.gradients: list[Tensor | None] = []
@@ -154,8 +122,8 @@ class MicroBatchGraphs:
         return graph, loss_sum.detach(), masked
 
 
-def common_buffer(tensors: list[nn.Parameter]) -> tuple[Tensor, list[Tensor]]:
-    """Zeros with room for all tensors of one kind, and a view of each one's shape."""
+def flat_buffer(tensors: list[nn.Parameter]) -> tuple[Tensor, list[Tensor]]:
+    """Allocate zeros with room for all tensors of one dtype, and a view of each one's shape."""
     sizes = [-(-tensor.numel() // ALIGNMENT) * ALIGNMENT for tensor in tensors]
     buffer = torch.zeros(sum(sizes), dtype=tensors[0].dtype, device=tensors[0].device)
     parts = zip(buffer.split(sizes), tensors, strict=True)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
-from geneformer_pretrain.config.schema import LrSchedule, TrainingConfig
+from geneformer_pretrain.config.training import LrSchedule, TrainingConfig
 
 
 def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
@@ -35,12 +35,12 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Ada
 
 
 def warmup_steps(config: TrainingConfig) -> int:
-    """Steps over which the learning rate rises."""
+    """Return the steps over which the learning rate rises."""
     return config.num_train_steps // 10 if config.warmup_steps is None else config.warmup_steps
 
 
 def learning_rate(step: int, config: TrainingConfig) -> float:
-    """Learning rate of optimizer step `step`, counted from 0."""
+    """Compute the learning rate of optimizer step `step`, counted from 0."""
     warmup = warmup_steps(config)
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
@@ -53,18 +53,13 @@ def learning_rate(step: int, config: TrainingConfig) -> float:
     return config.learning_rate * factor
 
 
-def full_tensor(x: Tensor) -> Tensor:
-    """The whole of a tensor that may be sharded; collective."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
-
-
 def local_shards(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """What this rank has of tensors that may be sharded, in the same memory."""
+    """Return this rank's shards of tensors that may be sharded, in the same memory."""
     return [x.to_local() if isinstance(x, DTensor) else x for x in tensors]
 
 
 def global_norm(gradients: list[Tensor]) -> Tensor:
-    """L2 norm over all gradients, of all ranks where they are sharded; FP32 scalar on the device.
+    """Compute the L2 norm over all gradients, of all ranks where they are sharded; FP32 scalar on the device.
 
     Works on the local shards: it does not matter how an engine cuts its tensors.
     """
@@ -80,7 +75,7 @@ def global_norm(gradients: list[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def update(optimizer: torch.optim.AdamW, scale: Tensor, max_norm: float) -> Tensor:
+def clip_and_step(optimizer: torch.optim.AdamW, scale: Tensor, max_norm: float) -> Tensor:
     """Scale gradients, clip them and step, without the host ever waiting for the device.
 
     Gradients are sums; `scale` turns them into the mean over the step's masked tokens. It enters the fused

@@ -1,62 +1,96 @@
-"""What a person is told at the start and at the end of a run."""
+"""The lines that a run prints at its start and at its end."""
 
 import math
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from geneformer_pretrain.model.memory import estimate_peak
+from geneformer_pretrain.checkpoint.state import Progress
+from geneformer_pretrain.config.resolved import Resolved
+from geneformer_pretrain.config.schema import Config
+from geneformer_pretrain.data.dataset import DataSource
+from geneformer_pretrain.data.stream import PackStream
+from geneformer_pretrain.model.memory import estimate_peak, num_parameters
 from geneformer_pretrain.run.record import config_as_yaml
 from geneformer_pretrain.training.optimizer import learning_rate, warmup_steps
-from modeling_bert_te import FlashAttention
-
-if TYPE_CHECKING:
-    from geneformer_pretrain.training.trainer import Trainer
+from geneformer_pretrain.training.validation import Validation
 
 
-def describe_start(run: "Trainer") -> str:
-    """The configuration, what came of it, and what may not have been meant."""
-    config, world, model, shape = run.config, run.world, run.engine.model, run.data.shape
-    tokens = run.data.corpus.num_tokens - run.stream.dropped_tokens
-    filled = tokens / shape.token_budget if config.data.packing else run.data.corpus.num_cells / shape.max_cells
-    steps_of_epoch = math.ceil(filled / run.progress.packs_per_step)
-    count = sum(p.numel() for p in model.parameters())
+@dataclass(frozen=True)
+class StartFacts:
+    """Facts of a run that is about to train."""
+
+    config: Config
+    resolved: Resolved
+    engine: str
+    data: DataSource
+    stream: PackStream
+    validation: Validation | None
+    packs_per_step: int
+    device: torch.device
+
+
+def describe_start(run: StartFacts) -> str:
+    """Describe the configuration, the choices made, and settings that may be mistakes."""
+    config, resolved, shape = run.config, run.resolved, run.data.shape
+    corpus = run.data.corpus
+    tokens = corpus.num_tokens - run.stream.dropped_tokens
+    filled = tokens / shape.token_budget if config.data.packing else corpus.num_cells / shape.max_cells
+    steps_of_epoch = math.ceil(filled / run.packs_per_step)
     layers = "Transformer Engine" if config.model.use_te_layers else "PyTorch"
     lines = [
         config_as_yaml(config),
-        f"model       {count:,} parameters, {layers} layers",
-        f"corpus      {run.data.corpus.num_cells:,} cells, {run.data.corpus.num_tokens:,} tokens",
+        f"resolved    {resolved}",
+        f"model       {num_parameters(config.model):,} parameters, {layers} layers",
+        f"corpus      {corpus.num_cells:,} cells, {corpus.num_tokens:,} tokens",
     ]
     if run.validation is not None:
-        corpus, packs = run.validation.corpus, run.validation.num_packs(run.validation.data.stream())
+        held_out = run.validation.corpus
         lines.append(
-            f"held out    {corpus.num_cells:,} cells, {corpus.num_tokens:,} tokens; a validation reads "
-            f"{number(packs, 'pack')}"
+            f"held out    {held_out.num_cells:,} cells, {held_out.num_tokens:,} tokens; a validation reads "
+            f"{number(run.validation.num_packs, 'pack')}"
         )
-        if corpus.fingerprint == run.data.corpus.fingerprint:
+        if held_out.fingerprint == corpus.fingerprint:
             lines.append("            they are the cells of data.path: validation says nothing about cells not seen")
     lines += [
         f"micro-batch up to {shape.token_budget:,} tokens, {shape.max_cells} cells",
-        f"step        {number(run.progress.packs_per_step, 'pack')}: {number(world.size, 'process', 'processes')} x "
-        f"{number(run.accumulation, 'micro-batch', 'micro-batches')}",
+        f"step        {number(run.packs_per_step, 'pack')}: {number(resolved.world_size, 'process', 'processes')} x "
+        f"{number(run.packs_per_step // resolved.world_size, 'micro-batch', 'micro-batches')}",
         f"epoch       about {steps_of_epoch:,} steps; the run has {config.training.num_train_steps:,}",
-        f"engine      {run.engine.name} on {world.device.type}",
-        f"output      {run.folder}",
+        f"engine      {run.engine} on {run.device.type}",
+        f"output      {config.training.checkpoint_dir}",
     ]
     if config.training.use_fsdp2:
-        gathered = "for the forward and again for the backward" if run.reshards else "once a step"
+        gathered = "for the forward and again for the backward" if resolved.reshard_after_forward else "once a step"
         lines.append(f"weights     gathered {gathered}")
-    if world.device.type == "cuda":
-        attention = "PyTorch" if isinstance(model.bert.attention, FlashAttention) else "Triton"
-        fused = "PyTorch" if model.head.fused is None else "Triton"
-        launched = "one by one" if run.graphs is None else "a micro-batch at once (CUDA graphs)"
-        there = torch.cuda.get_device_properties(world.device).total_memory
-        itemsize = run.compute_dtype.itemsize
-        peak = estimate_peak(config, world.size, count, itemsize, run.graphs is not None, run.reshards)
-        lines += [
-            f"kernels     {attention} for attention, {fused} beside matrix products; launched {launched}",
-            f"memory      about {peak / 2**30:.1f} of {there / 2**30:.1f} GiB a GPU, by estimate",
-        ]
+    if run.device.type == "cuda":
+        lines += _on_gpu(run)
+    return "\n".join(lines + _warnings(run))
+
+
+def _on_gpu(run: StartFacts) -> list[str]:
+    resolved, config = run.resolved, run.config
+    names = {"triton": "Triton", "torch": "PyTorch"}
+    launched = "a micro-batch at once (CUDA graphs)" if resolved.cuda_graphs else "one by one"
+    available = torch.cuda.get_device_properties(run.device).total_memory
+    peak = estimate_peak(
+        config,
+        resolved.world_size,
+        num_parameters(config.model),
+        resolved.itemsize,
+        resolved.cuda_graphs,
+        resolved.reshard_after_forward,
+    )
+    return [
+        f"kernels     {names[resolved.attention_kernel]} for attention, {names[resolved.fused_kernels]} for fused "
+        f"element-wise operations; launched {launched}",
+        f"memory      about {peak / 2**30:.1f} of {available / 2**30:.1f} GiB a GPU, by estimate",
+    ]
+
+
+def _warnings(run: StartFacts) -> list[str]:
+    lines, config = [], run.config
     warmup, steps = warmup_steps(config.training), config.training.num_train_steps
     if warmup > steps:
         highest = learning_rate(steps - 1, config.training)
@@ -66,26 +100,32 @@ def describe_start(run: "Trainer") -> str:
         )
     if run.stream.num_truncated:
         lines.append(
-            f"truncated   {run.stream.num_truncated:,} cells are longer than model.seq_length={shape.seq_length}; "
-            f"{run.stream.dropped_tokens:,} tokens at their ends are left out"
+            f"truncated   {run.stream.num_truncated:,} cells are longer than "
+            f"model.seq_length={run.data.shape.seq_length}; {run.stream.dropped_tokens:,} tokens at their ends are "
+            "left out"
         )
-    return "\n".join(lines)
+    return lines
 
 
 def number(count: int, one: str, many: str | None = None) -> str:
-    """A count with its noun."""
+    """Write a count with its noun."""
     return f"{count:,} {one if count == 1 else many or one + 's'}"
 
 
-def describe_end(run: "Trainer") -> str:
-    """What was done, and where it lies."""
-    progress = run.progress
+def describe_end(progress: Progress, folder: Path) -> str:
+    """Describe the work done, and where its results are."""
     skipped = f", {progress.skipped_steps} updates skipped" if progress.skipped_steps else ""
+    best = (
+        []
+        if progress.best_step is None
+        else [f"best model   {folder / 'best_model'} (step {progress.best_step}, {progress.best_loss:.4f})"]
+    )
     return "\n".join(
         [
             f"Done: {number(progress.step, 'step')}, {progress.cells:,} cells, {progress.tokens:,} tokens{skipped}.",
-            f"model        {run.folder / 'final_model'}",
-            f"checkpoints  {run.folder / f'step_{progress.step}'}",
-            f"metrics      {run.folder / 'metrics.jsonl'}",
+            f"model        {folder / 'final_model'}",
+            *best,
+            f"checkpoints  {folder / f'step_{progress.step}'}",
+            f"metrics      {folder / 'metrics.jsonl'}",
         ]
     )

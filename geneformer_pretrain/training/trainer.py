@@ -1,69 +1,44 @@
 """The training run: build, resume, train, validate, save, export."""
 
 import gc
-import hashlib
-import logging
+import math
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
-from datetime import timedelta
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TypeVar, cast
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
-from geneformer_pretrain.checkpoint.export import gather_weights, write_model
-from geneformer_pretrain.checkpoint.manifest import read_manifest
-from geneformer_pretrain.checkpoint.state import (
-    Progress,
-    accumulation_steps,
-    broadcast_step_count,
-    named_tensors,
-    require_same_model,
-    state_to_save,
-)
+from geneformer_pretrain.checkpoint.export import gather_weights, read_weights, write_model
+from geneformer_pretrain.checkpoint.state import Progress, accumulation_steps, named_tensors, state_to_save
 from geneformer_pretrain.checkpoint.store import CheckpointStore
 from geneformer_pretrain.config.schema import Config
-from geneformer_pretrain.data.batch import Batch, PackedBatch
-from geneformer_pretrain.data.dataset import check_data, open_training_data, open_validation_data
+from geneformer_pretrain.console import say
 from geneformer_pretrain.distributed.agreement import Ranks
-from geneformer_pretrain.distributed.engines import architecture, build_engine, check_engine, reshards_after_forward
+from geneformer_pretrain.distributed.engines import make_engine, sharding
 from geneformer_pretrain.distributed.watchdog import Watchdog
 from geneformer_pretrain.distributed.world import World
-from geneformer_pretrain.errors import CheckpointSaveError, ConfigError, TrainingError
-from geneformer_pretrain.model.precision import check_machine, compute_dtype, forward_context, fp8_state
-from geneformer_pretrain.run.archive import has_results, move_aside, require_no_other_use
-from geneformer_pretrain.run.metrics import MetricsLog, cut_back
-from geneformer_pretrain.run.record import CellLog, identity_of_rank, write_run_record
+from geneformer_pretrain.errors import ConfigError
+from geneformer_pretrain.model.build import build_model
+from geneformer_pretrain.model.precision import forward_context, fp8_state
+from geneformer_pretrain.model.resolve import DTYPES, resolve_on_all_ranks
+from geneformer_pretrain.run.archive import archive_run, has_results, require_no_other_use
+from geneformer_pretrain.run.folder import FolderWriter, write_exit
+from geneformer_pretrain.run.logs import RunLogs
+from geneformer_pretrain.run.record import identity_of_rank
 from geneformer_pretrain.run.signals import StopSignals
-from geneformer_pretrain.run.writing import writing_to
-from geneformer_pretrain.training.cuda_graphs import MicroBatchGraphs, takes_cuda_graphs
-from geneformer_pretrain.training.optimizer import build_optimizer, learning_rate, update
-from geneformer_pretrain.training.report import describe_end, describe_start
-from geneformer_pretrain.training.step_results import PendingStep, StepResults, to_host
-from geneformer_pretrain.training.validation import Validation
-
-log = logging.getLogger(__name__)
-
-T = TypeVar("T")
-
-FP8_PREFIX = "fp8."
-"""Of the names of FP8 scaling factors in a checkpoint. A run may go on in another precision: they are optional."""
-
-MAX_FAILED_SAVES = 3
-"""Saves that may fail in a row before training stops with an error."""
-
-CONVERSION_TIMEOUT = timedelta(days=2)
-"""How long ranks wait for the one that converts the corpus."""
+from geneformer_pretrain.training.corpora import open_corpora
+from geneformer_pretrain.training.optimizer import build_optimizer
+from geneformer_pretrain.training.report import StartFacts, describe_end, describe_start
+from geneformer_pretrain.training.results import StepResults
+from geneformer_pretrain.training.resume import FP8_PREFIX, resume
+from geneformer_pretrain.training.saving import Saver
+from geneformer_pretrain.training.step import TrainStep
 
 
 class Trainer:
-    """A run, from its configuration to its export.
+    """A run, from its configuration to its export; every method is collective.
 
     Parameters
     ----------
@@ -71,146 +46,100 @@ class Trainer:
         Checked configuration.
     world
         This process among all.
+    earlier_exit
+        Content of the exit.json that an earlier run left in the folder.
     """
 
-    def __init__(self, config: Config, world: World) -> None:
-        self.config, self.world = config, world
+    def __init__(self, config: Config, world: World, earlier_exit: bytes | None = None) -> None:
+        self.config, self.world, self.earlier_exit = config, world, earlier_exit
         training = config.training
         self.folder = Path(training.checkpoint_dir)
+        self.gene_set = None if config.data.gene_set is None else Path(config.data.gene_set)
         if training.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself only with it
             torch.use_deterministic_algorithms(True)
+        self.ranks = ranks = Ranks()
+        ranks.require_equal(identity_of_rank(config), ConfigError)
+        self.resolved = resolve_on_all_ranks(config, world, ranks)
+        self.context = forward_context(config)
+        self.data, self.validation = open_corpora(config, world, ranks)
 
-        self.ranks = ranks = Ranks(timeout=timedelta(minutes=30))
-        ranks.agree_on(identity_of_rank(config), ConfigError)
-        on_gpu = world.device.type == "cuda"
-        compiled = on_gpu and config.data.packing if training.compile is None else training.compile
-
-        def check() -> bool:
-            check_machine(config, world.device)
-            self.compute_dtype = compute_dtype(training.compute_dtype, world.device)
-            self.forward_context = forward_context(config)
-            check_engine(config, world, self.compute_dtype)
-            return takes_cuda_graphs(config, world, compiled)
-
-        with_graphs = ranks.together(check, ConfigError)[world.rank]
-        ranks.agree_on({"whether to take CUDA graphs": with_graphs}, ConfigError)
-        self._open_data(on_gpu)
-        ranks.agree_on(asdict(self.data.identity), ConfigError)
-        if self.validation is not None:
-            ranks.agree_on({"held-out corpus": self.validation.corpus.fingerprint}, ConfigError)
-            ranks.together(self.validation.check, ConfigError)
-        # Where ranks have GPUs of different sizes, the smallest decides.
-        self.reshards = any(ranks.gather(reshards_after_forward(config, world, self.compute_dtype.itemsize)))
-        self.engine = build_engine(config, world, self.compute_dtype, compiled, with_graphs, self.reshards)
-        self.constant_shapes = compiled
+        dtype = DTYPES[self.resolved.compute_dtype]
+        shard = sharding(config, world, self.resolved, dtype)
+        model = build_model(config, self.resolved, world.device, dtype, shard)
+        self.engine = make_engine(model, shard, config, world, self.resolved)
         self.optimizer = build_optimizer(self.engine.model, training)
 
-        self._write(lambda: require_no_other_use(self.folder))
+        self.writer = FolderWriter(self.folder, ranks)
+        self.writer.write(lambda: require_no_other_use(self.folder))
         if not training.resume_from_checkpoint:
-            previous = self._write(lambda: move_aside(self.folder))
-            if previous is not None:
-                self.say(f"The earlier run in {self.folder} is in {previous} now.")
+            self._archive("The earlier run in {folder} is in {previous} now.")
         self.store = CheckpointStore(self.folder, keep_last_n=training.keep_last_n)
-        self.progress = Progress(packs_per_step=training.gradient_accumulation_steps * world.size)
-        self._resume()
+        self.progress = self._resume()
+        self.protected = set() if self.progress.best_step is None else {self.progress.best_step}
         self.accumulation = accumulation_steps(self.progress.packs_per_step, world.size)
-        self.graphs: MicroBatchGraphs | None = None
-        if with_graphs:
-            parameters = self.engine.model.parameters()
-            self.graphs = MicroBatchGraphs(self.loss_of_packed, parameters, self.accumulation > 1, world.size > 1)
         self.stream = self.data.stream(self.progress.epoch, self.progress.epoch_first_pack)
 
-        self.failed_saves = 0
-        self.unconfirmed_save = False
-        self.watchdog = Watchdog(training.hang_timeout_seconds, self.folder, world)
+        self.watchdog = Watchdog(training.hang_timeout_seconds, self.folder, world, write_exit)
+        self.saver = Saver(self.store, training, self.say)
+        self.step = TrainStep(
+            self.engine, self.optimizer, training, self.resolved, world, self.accumulation, self.context, self._beat
+        )
+        self.logs: RunLogs | None = None
+        if self.progress.step < training.num_train_steps:
+            first_step = self.progress.step
+            self.writer.write(lambda: self._open_logs(first_step), on_all_ranks=True)
 
-    def _open_data(self, on_gpu: bool) -> None:
-        """Open the corpora. One rank of each node comes first: it may have to convert them, or fail at it, for hours.
+    def _open_logs(self, first_step: int) -> None:
+        self.logs = RunLogs(self.folder, self.config, self.resolved, self.world, first_step)
 
-        Raises
-        ------
-        ConfigError
-            On every rank, if any of them cannot, with its reason.
-        """
+    def _archive(self, message: str) -> None:
+        previous = self.writer.write(lambda: archive_run(self.folder, self.earlier_exit))
+        if previous is not None:
+            self.say(message.format(folder=self.folder, previous=previous))
 
-        def open_all() -> None:
-            with logging_bugs(self.world.rank):
-                self.data = open_training_data(self.config, self.world.is_main, pin_memory=on_gpu)
-                held_out = open_validation_data(self.data, self.world.is_main)
-                self.validation = None if held_out is None else Validation(held_out, self.world)
-
-        self.ranks.together(lambda: check_data(self.config), ConfigError)
-        patient = Ranks(CONVERSION_TIMEOUT)
-        for converts in (True, False):
-            is_turn = (self.world.local_rank == 0) is converts
-            patient.together(open_all if is_turn else lambda: None, ConfigError)
-
-    def _resume(self) -> None:
-        """Load the newest good checkpoint, if there is any."""
+    def _resume(self) -> Progress:
+        """Go on from the newest good checkpoint, or start anew."""
+        packs = self.config.training.gradient_accumulation_steps * self.world.size
         path = self.store.find_latest()
         if path is None:
-            interval = self.config.training.save_every_n_steps
-            previous = self._write(lambda: move_aside(self.folder) if has_results(self.folder, interval) else None)
-            if previous is not None:
-                self.say(f"{self.folder} had results but no checkpoint to go on from; they are in {previous} now.")
-            return
-        state = read_manifest(path)["state"]
-        progress = Progress.from_state(state["progress"])
-        other_data = self.config.training.accept_changed_data and not self.data.identity.is_same(state["data"])
+            if self.writer.write(lambda: has_results(self.folder)):
+                self._archive("{folder} had results but no checkpoint to go on from; they are in {previous} now.")
+            return Progress(packs_per_step=packs)
+        return resume(path, self.store, self.tensors(), self.optimizer, self.config, self.data, packs, self.say)
 
-        def check() -> None:
-            require_same_model(architecture(self.config.model), state.get("model", {}), str(path))
-            accumulation_steps(progress.packs_per_step, self.world.size)
-            if not other_data:
-                self.data.identity.require_same(state["data"], str(path), self.data.files, state.get("data_files", {}))
+    def _beat(self, phase: str) -> None:
+        self.watchdog.beat(self.progress.step + 1, phase)
 
-        self.ranks.together(check, ConfigError)
-        if other_data:
-            self.say("The data changed: going on from the start of a new epoch.")
-            progress.epoch, progress.epoch_first_pack = progress.epoch + 1, progress.next_pack
-        tensors = self._tensors()
-        self.store.load(path, tensors, optional=FP8_PREFIX)
-        broadcast_step_count(self.optimizer, tensors["optimizer.step"])
-        wanted = self.progress.packs_per_step
-        self.progress = progress
-        self.say(f"Resumed from {path}: {progress.step} steps done.")
-        if progress.packs_per_step != wanted:
-            self.say(
-                f"This run keeps its {progress.packs_per_step} packs per step; the configuration now asks for "
-                f"{wanted}. Accumulation follows."
-            )
-
-    def _tensors(self) -> dict[str, Tensor]:
-        """All tensors of a checkpoint, by canonical name."""
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all tensors of a checkpoint, by canonical name."""
         tensors = named_tensors(self.engine.model, self.optimizer)
-        self.engine.describe_shards(tensors)
-        scaling = fp8_state(self.engine.model, self.forward_context)
+        self.engine.prepare_for_checkpoint(tensors)
+        scaling = fp8_state(self.engine.model, self.context)
         return tensors | {f"{FP8_PREFIX}{name}": tensor for name, tensor in scaling}
 
     def say(self, text: str) -> None:
-        """Print on the main rank.
-
-        Raises
-        ------
-        TrainingError
-            Nobody reads the output any more, or its disk is full.
-        """
+        """Print on the main rank."""
         if self.world.is_main:
-            try:
-                print(text, flush=True)
-            except OSError as error:
-                raise TrainingError(f"The standard output cannot be written to: {error.strerror}.") from error
+            say(text)
 
     def fit(self) -> bool:
         """Train to the last step and export.
 
         Returns
         -------
-        Whether the run is complete; false if a signal stopped it after a checkpoint.
+        bool
+            True if the run is complete; false if a signal stopped it after a checkpoint.
         """
         training, progress = self.config.training, self.progress
-        self.say(describe_start(self))
+        packs, device = progress.packs_per_step, self.world.device
+        self.say(
+            describe_start(
+                StartFacts(
+                    self.config, self.resolved, self.engine.name, self.data, self.stream, self.validation, packs, device
+                )
+            )
+        )
         if progress.step > training.num_train_steps:
             self.say(
                 f"This run has {progress.step} steps, more than training.num_train_steps={training.num_train_steps}: "
@@ -222,186 +151,91 @@ class Trainer:
                 "training.num_train_steps to go on with it, or name another training.checkpoint_dir for a new one."
             )
         else:
-            changes = self._write(self._record)
-            if changes:
-                self.say("\n  ".join(["Changed since the last start:", *changes]))
+            assert self.logs is not None
             with ExitStack() as stack:
-                self._train(stack)
+                self._train(stack, self.logs)
         self.store.wait()
         if progress.step < training.num_train_steps:
             self.say(f"Stopped by a signal after step {progress.step}; start again to go on from there.")
             return False
         self.say("Exporting the model.")
         weights = gather_weights(self.engine, self.world.is_main)
-        final_model = self.folder / "final_model"
-        self._write(lambda: write_model(weights, architecture(self.config.model), final_model))
-        self.say(describe_end(self))
+        self.writer.write(lambda: self._export(weights))
+        self.say(describe_end(progress, self.folder))
         return True
 
-    def _train(self, stack: ExitStack) -> None:
-        """The loop over optimizer steps."""
+    def _export(self, weights: dict[str, Tensor]) -> None:
+        """Write final_model/, and best_model/ from the checkpoint with the lowest validation loss."""
+        best = self.progress.best_step if self.config.training.keep_best else None
+        write_model(weights, self.config.model.architecture(), self.folder / "final_model", gene_set=self.gene_set)
+        if best is not None:
+            write_model(*read_weights(self.folder / f"step_{best}"), self.folder / "best_model", gene_set=self.gene_set)
+
+    def _train(self, stack: ExitStack, logs: RunLogs) -> None:
+        """Loop over optimizer steps."""
         training, progress, world = self.config.training, self.progress, self.world
-        self.signals = stack.enter_context(StopSignals())
+        signals = stack.enter_context(StopSignals())
+        stack.callback(logs.close)
         loader = stack.enter_context(self.data.loader(self.stream, progress, world.rank, world.size))
-        self._write(lambda: self._open_logs(stack), on_all_ranks=True)
         stack.enter_context(self.watchdog)
         stack.callback(gc.unfreeze)
         first_step = progress.step + 1
-        results = StepResults(self.config, world, progress, self.metrics, self.watchdog)
+        room = progress.packs_per_step * self.data.shape.token_budget
+        results = StepResults(self.config, world, progress, logs.metrics, room, self._beat)
         while progress.step < training.num_train_steps:
-            latest = self.train_step(loader)
+            latest = self.step.run(loader, progress.step, (signals.received is not None, self.saver.is_due()))
+            progress.step += 1
+            progress.next_pack += progress.packs_per_step
+            if logs.cells is not None:
+                for batch in latest.batches:
+                    logs.cells.write(latest.step, batch)
             if progress.step == first_step:
-                # What has been built and compiled stays. Walking through it again would stall a later step.
+                # The objects built and compiled so far stay. Walking through them again would stall a later step.
                 gc.collect()
                 gc.freeze()
-            results.finish()
+            results.collect()
             results.pending = latest
             is_last = progress.step == training.num_train_steps
+            is_best = False
             if self._due(training.validate_every_n_steps, is_last):
-                latest.validation_loss = self.validate()
-            if results.stop_agreed or self._due(training.save_every_n_steps, is_last):
-                results.finish()  # so that the checkpoint counts this step's cells, and metrics.jsonl has it
-                self.save(final=is_last or results.stop_agreed)
-            if results.stop_agreed:
+                started = time.perf_counter()
+                latest.validation = self.validate()
+                is_best = training.keep_best and self._is_best(latest.validation)
+                results.pause("validation_seconds", time.perf_counter() - started)
+            wants_save = results.stop_requested or results.save_requested or is_best
+            if wants_save or self._due(training.save_every_n_steps, is_last):
+                results.collect()  # so that the checkpoint counts this step's cells, and metrics.jsonl has it
+                started = time.perf_counter()
+                self.save(final=is_last or results.stop_requested)
+                results.pause("save_seconds", time.perf_counter() - started)
+                results.save_requested = False
+            if results.stop_requested:
                 return
 
-    def _record(self) -> list[str]:
-        cut_back(self.folder / "metrics.jsonl", self.progress.step)  # A damaged one is no reason to change config.yaml.
-        return write_run_record(self.config, self.folder, self.progress.step)
+    def _due(self, interval: int | None, is_last: bool) -> bool:
+        return is_last or bool(interval and self.progress.step % interval == 0)
 
-    def _open_logs(self, stack: ExitStack) -> None:
-        first_step, world = self.progress.step, self.world
-        self.metrics: MetricsLog = stack.enter_context(MetricsLog(self.folder, first_step, self.config, world.is_main))
-        is_wanted = self.config.training.log_cell_ids
-        self.cell_log = stack.enter_context(CellLog(self.folder, world, first_step)) if is_wanted else None
-
-    def _write(self, action: Callable[[], T], on_all_ranks: bool = False) -> T:
-        """Run what writes to the checkpoint folder, on rank 0 or on all, and return what it gives on rank 0.
-
-        Raises
-        ------
-        TrainingError
-            On every rank, if any of them cannot write, with its reason.
-        """
-
-        def write() -> T | None:
-            if not (on_all_ranks or self.world.is_main):
-                return None
-            try:
-                with logging_bugs(self.world.rank), writing_to(self.folder, "training.checkpoint_dir"):
-                    return action()
-            except (ConfigError, OSError) as error:
-                raise TrainingError(str(error)) from error
-
-        return cast(T, self.ranks.together(write, TrainingError)[0])
-
-    def _due(self, interval: int, is_last: bool) -> bool:
-        return is_last or (interval > 0 and self.progress.step % interval == 0)
-
-    def train_step(self, batches: Iterator[Batch]) -> PendingStep:
-        """One optimizer step: forward and backward of each micro-batch, global normalisation, update."""
-        progress, device = self.progress, self.world.device
-        waited, tokens, cells, epoch = 0.0, 0, 0, 0
-        packs: list[tuple[int, list[int]]] = []
-        loss_sum = torch.zeros((), device=device)
-        masked = torch.zeros((), dtype=torch.int64, device=device)
-        for micro in range(self.accumulation):
-            self.watchdog.beat(progress.step + 1, "waiting for data")
-            started = time.perf_counter()
-            batch = next_batch(batches, "data.path")
-            waited += time.perf_counter() - started
-            self.watchdog.beat(progress.step + 1, "forward and backward")
-            micro_loss, micro_masked = self.forward_backward(batch, micro == self.accumulation - 1)
-            loss_sum += micro_loss
-            masked += micro_masked
-            tokens, cells, epoch = tokens + batch.num_tokens, cells + batch.num_cells, batch.epoch
-            packs.append((batch.pack, batch.cells.tolist()))
-            if self.cell_log is not None:
-                self.cell_log.write(progress.step + 1, batch)
-
-        counts = torch.tensor([tokens, cells, self.signals.received is not None], dtype=torch.float64)
-        if device.type == "cuda":
-            counts = counts.pin_memory().to(device, non_blocking=True)
-        totals = torch.cat([torch.stack([loss_sum.double(), masked.double()]), counts])
-        self.watchdog.beat(progress.step + 1, "sums over ranks and update")
-        dist.all_reduce(totals)
-        rate = learning_rate(progress.step, self.config.training)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        # A loss that is not finite makes the scale NaN, which skips the update as a bad gradient does.
-        scale = (self.engine.gradient_divisor / totals[1].clamp(min=1.0) + 0.0 * totals[0]).float()
-        norm = update(self.optimizer, scale, self.config.training.max_grad_norm)
-        self.optimizer.zero_grad(set_to_none=True)
-
-        progress.step += 1
-        progress.next_pack += progress.packs_per_step
-        host, ready = to_host(torch.cat([totals, norm.double()[None]]))
-        return PendingStep(progress.step, rate, host, ready, time.perf_counter(), packs, epoch, waited)
-
-    def forward_backward(self, batch: Batch, is_last: bool) -> tuple[Tensor, Tensor]:
-        """Add the gradients of one micro-batch, maybe the last of its step; return what `forward` does."""
-        if self.graphs is not None:
-            assert isinstance(batch, PackedBatch)
-            return self.graphs.run(batch, dropout_seed(self.config.training.seed, batch.pack), is_last)
-        with self.engine.micro_batch(is_last):
-            loss_sum, masked = self.forward(batch)
-            loss_sum.backward()
-        return loss_sum.detach(), masked
-
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Sum of cross-entropies and number of masked tokens of one micro-batch.
-
-        Dropout belongs to the pack, not to the rank: the generators are seeded with its number.
-        """
-        torch.manual_seed(dropout_seed(self.config.training.seed, batch.pack))
-        batch = batch.to(self.world.device, non_blocking=True)
-        with self.forward_context():
-            if isinstance(batch, PackedBatch):
-                return self.loss_of_packed(batch)
-            (logits,) = self.engine.module(
-                input_ids=batch.input_ids, attention_mask=batch.attention_mask, return_dict=False
-            )
-        masked = (batch.labels != -100).sum()
-        # Not output.loss * masked: the mean over no masked token at all is not a number.
-        return F.cross_entropy(logits.flatten(0, 1).float(), batch.labels.flatten(), reduction="sum"), masked
-
-    def loss_of_packed(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-        """Sum of cross-entropies and number of masked tokens of a packed micro-batch on the device."""
-        parts = batch.parts
-        # Compiled code wants constant shapes; elsewhere unused room for masked tokens would only cost time.
-        used = len(parts.labels) if self.constant_shapes else batch.num_masked
-        # A tuple, because module hooks of sharding engines look for tensors in nothing else.
-        _, loss_sum, num_labels = self.engine.module(
-            input_ids=parts.input_ids,
-            position_ids=parts.position_ids,
-            cu_seqlens=parts.cu_seqlens,
-            max_seqlen=batch.max_seqlen,
-            masked_index=parts.masked_index[:used],
-            labels=parts.labels[:used],
-            return_dict=False,
-        )
-        return loss_sum, num_labels
-
-    @torch.no_grad()
-    def validate(self) -> float | None:
-        """Loss on held-out cells, without dropout; None if there are none, or if none of their tokens is masked."""
+    def validate(self) -> dict[str, float]:
+        """Evaluate the held-out cells; empty if there are none, or none of their tokens is masked."""
         if self.validation is None:
-            return None
-
-        def forward(batches: Iterator[Batch]) -> tuple[Tensor, Tensor]:
-            self.watchdog.beat(self.progress.step, "validating")
-            return self.forward(next_batch(batches, "data.validation_path"))
-
-        self.engine.model.eval()
-        loss = self.validation.mean_loss(forward)
-        self.engine.model.train()
-        self.engine.end_evaluation()
-        if loss is None:
+            return {}
+        found = self.validation.evaluate(self.step, self._beat)
+        if not found:
             self.say("No token of the held-out cells is masked: there is no validation loss.")
-        return loss
+        return found
+
+    def _is_best(self, validation: dict[str, float]) -> bool:
+        """Record this step as the best one if its validation loss is the lowest so far."""
+        progress, loss = self.progress, validation.get("validation_loss", math.inf)
+        if loss >= (math.inf if progress.best_loss is None else progress.best_loss):
+            return False
+        # The earlier one is kept until a later save: that of this step may fail.
+        self.protected = {step for step in (progress.best_step, progress.step) if step is not None}
+        progress.best_step, progress.best_loss = progress.step, loss
+        return True
 
     def save(self, final: bool) -> None:
-        """Save a checkpoint; a failed save is survived, unless it is the last one or one too many."""
+        """Save a checkpoint of this step."""
         progress = self.progress
         self.watchdog.beat(progress.step, "saving")
         state = state_to_save(
@@ -409,58 +243,6 @@ class Trainer:
             **self.stream.state_at(progress.next_pack),
             data=self.data.identity,
             data_files=self.data.files,
-            model=architecture(self.config.model),
+            model=self.config.model.architecture(),
         )
-        blocking = final or not self.config.training.async_save
-        unconfirmed, self.unconfirmed_save = self.unconfirmed_save, not blocking
-        with self._surviving(final=False):
-            self.store.wait()
-            if unconfirmed:
-                self.failed_saves = 0
-        with self._surviving(final):
-            self.store.save(
-                progress.step,
-                self._tensors(),
-                state,
-                blocking=blocking,
-            )
-            if blocking:
-                self.failed_saves = 0
-
-    @contextmanager
-    def _surviving(self, final: bool) -> Iterator[None]:
-        """Count a failed save; raise it only where `final` or one too many in a row."""
-        try:
-            yield
-        except CheckpointSaveError as error:
-            self.failed_saves += 1
-            self.say(f"Saving failed ({self.failed_saves} of {MAX_FAILED_SAVES} in a row): {error}")
-            if final or self.failed_saves >= MAX_FAILED_SAVES:
-                raise
-
-
-@contextmanager
-def logging_bugs(rank: int) -> Iterator[None]:
-    """Log the traceback of what is no error of the user's: what the ranks agree on has no room for it."""
-    try:
-        yield
-    except (ConfigError, OSError):
-        raise
-    except Exception:
-        log.exception("rank %d failed", rank)
-        raise
-
-
-def next_batch(batches: Iterator[Batch], key: str) -> Batch:
-    """The next batch of the corpus that `key` names; a damaged token, plan or cache is a `TrainingError`."""
-    try:
-        return next(batches)
-    except ValueError as error:
-        raise TrainingError(f"{key}: {error}") from error
-    except RuntimeError as error:
-        raise TrainingError(str(error)) from error
-
-
-def dropout_seed(seed: int, pack: int) -> int:
-    """Seed of the dropout generators for one pack."""
-    return int.from_bytes(hashlib.sha256(f"dropout:{seed}:{pack}".encode()).digest()[:8], "little") >> 1
+        self.saver.save(progress.step, self.tensors(), state, final, self.protected)

@@ -1,16 +1,15 @@
-"""Loss on held-out cells: the same cells each time, with the same tokens hidden."""
+"""Loss on held-out cells: the same cells each time, with the same tokens masked."""
 
-from collections.abc import Callable, Iterator
+import math
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from geneformer_pretrain.data.batch import Batch, build_batches
+from geneformer_pretrain.data.batch import build_batches
 from geneformer_pretrain.data.dataset import DataSource
-from geneformer_pretrain.data.stream import PackStream
 from geneformer_pretrain.distributed.world import World
 from geneformer_pretrain.errors import ConfigError
+from geneformer_pretrain.training.step import Beat, TrainStep, next_batch
 
 
 class Validation:
@@ -22,14 +21,17 @@ class Validation:
         The held-out corpus, in the shape of the training data.
     world
         This process among all.
+
+    Attributes
+    ----------
+    num_packs
+        Packs that a validation reads.
     """
 
     def __init__(self, data: DataSource, world: World) -> None:
         self.data, self.world, self.corpus = data, world, data.corpus
-
-    def num_packs(self, stream: PackStream) -> int:
-        """Packs that a validation reads."""
-        return min(self.data.config.data.validation_packs, stream.plan(0).num_packs)
+        self.stream, self.builder = data.stream(), data.builder()
+        self.num_packs = min(data.config.data.validation_packs, self.stream.plan(0).num_packs)
 
     def check(self) -> None:
         """Build this rank's packs once: a bad token should not wait for the last step.
@@ -39,33 +41,47 @@ class Validation:
         ConfigError
             A cell that cannot be used.
         """
-        stream, builder = self.data.stream(), self.data.builder()
-        packs = range(self.world.rank, self.num_packs(stream), self.world.size)
+        packs = range(self.world.rank, self.num_packs, self.world.size)
         try:
-            for _ in build_batches(builder, stream, packs):
+            for _ in build_batches(self.builder, self.stream, packs):
                 pass
         except (ValueError, RuntimeError) as error:
             raise ConfigError(f"data.validation_path: {error}") from error
 
-    def mean_loss(self, forward: Callable[[Iterator[Batch]], tuple[Tensor, Tensor]]) -> float | None:
-        """Mean cross-entropy over the masked tokens; None if there are none. Collective.
+    @torch.no_grad()
+    def evaluate(self, step: TrainStep, beat: Beat) -> dict[str, float]:
+        """Compute the mean cross-entropy over the masked tokens without dropout, and its exponential; collective.
 
         A rank that has fewer packs than others runs its last one again and leaves it out of the sum, since sharding
         engines need all ranks in each forward.
 
         Parameters
         ----------
-        forward
-            Sum of cross-entropies and number of masked tokens of the next micro-batch.
+        step
+            Of the model to evaluate, which trains on afterwards.
+        beat
+            Called with the name of the phase before each micro-batch.
+
+        Returns
+        -------
+        dict
+            `validation_loss` and `validation_perplexity`; empty if no token is masked.
         """
-        stream, builder = self.data.stream(), self.data.builder()
-        packs = self.num_packs(stream)
+        engine = step.engine
+        engine.model.eval()
         totals = torch.zeros(2, dtype=torch.float64, device=self.world.device)
-        for first in range(0, packs, self.world.size):
+        for first in range(0, self.num_packs, self.world.size):
             mine = first + self.world.rank
-            loss_sum, masked = forward(build_batches(builder, stream, [min(mine, packs - 1)]))
-            if mine < packs:
+            batches = build_batches(self.builder, self.stream, [min(mine, self.num_packs - 1)])
+            beat("validating")
+            loss_sum, masked = step.forward(next_batch(batches, "data.validation_path"))
+            if mine < self.num_packs:
                 totals += torch.stack([loss_sum.double(), masked.double()])
+        engine.model.train()
+        engine.reshard()
         dist.all_reduce(totals)
         loss_sum, masked = totals.tolist()
-        return loss_sum / masked if masked else None
+        if not masked:
+            return {}
+        loss = loss_sum / masked
+        return {"validation_loss": loss, "validation_perplexity": math.exp(min(loss, 700.0))}

@@ -12,12 +12,13 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
-from geneformer_pretrain.config.schema import load_config
+from geneformer_pretrain.config.compose import load_config
 from geneformer_pretrain.distributed.world import World
 from geneformer_pretrain.errors import ConfigError
-from geneformer_pretrain.run.signals import StopSignals
-from geneformer_pretrain.training import trainer as trainer_module
-from geneformer_pretrain.training.trainer import Trainer, next_batch
+from geneformer_pretrain.model import resolve as resolving
+from geneformer_pretrain.training import step as step_module
+from geneformer_pretrain.training.step import next_batch
+from geneformer_pretrain.training.trainer import Trainer
 from tests.tiny import RunWorkers, overrides
 
 
@@ -48,14 +49,18 @@ def test_ddp_does_not_cut_compiled_layers(tmp_path: Path, run_workers: RunWorker
 
 
 def built_with_graphs(rank: int, size: int, given: list[str]) -> dict[str, Any]:
-    """What a trainer makes of the decision to take graphs, which only GPUs can carry out."""
+    """Build a trainer that decided for graphs, which only GPUs can carry out."""
     with (
-        mock.patch.object(trainer_module, "takes_cuda_graphs", return_value=True),
-        mock.patch.object(trainer_module, "MicroBatchGraphs") as graphs,
+        mock.patch.object(resolving, "use_cuda_graphs", return_value=True),
+        mock.patch.object(step_module, "MicroBatchGraphs") as graphs,
     ):
         engine = build(rank, size, given).engine
-    _, _, _, reduces = graphs.call_args.args
-    return {"wrapped": engine.module is not engine.model, "divisor": engine.gradient_divisor, "reduces": reduces}
+    reduces = graphs.call_args.kwargs["reduces"]
+    return {
+        "wrapped": engine.forward_module is not engine.model,
+        "divisor": engine.gradient_divisor,
+        "reduces": reduces,
+    }
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -68,7 +73,7 @@ def test_with_graphs_gradients_are_summed_once_and_not_by_ddp(
 
 def built_by_ranks_that_differ(rank: int, size: int, given: list[str]) -> str:
     with (
-        mock.patch.object(trainer_module, "takes_cuda_graphs", return_value=rank == 1),
+        mock.patch.object(resolving, "use_cuda_graphs", return_value=rank == 1),
         pytest.raises(ConfigError) as error,
     ):
         build(rank, size, given)
@@ -77,7 +82,7 @@ def built_by_ranks_that_differ(rank: int, size: int, given: list[str]) -> str:
 
 def test_ranks_that_differ_in_taking_graphs_stop_together(tmp_path: Path, run_workers: RunWorkers) -> None:
     for message in run_workers(built_by_ranks_that_differ, 2, overrides(tmp_path)):
-        assert "whether to take CUDA graphs is False on rank 0, True on rank 1" in message
+        assert "cuda_graphs is False on rank 0, True on rank 1" in message
 
 
 def when_gathered(rank: int, size: int, given: list[str]) -> dict[str, list[bool]]:
@@ -90,12 +95,12 @@ def when_gathered(rank: int, size: int, given: list[str]) -> dict[str, list[bool
 
     with trainer.data.loader(trainer.stream, trainer.progress, rank, size) as loader:
         batch = next_batch(loader, "data.path")
-    trainer.forward(batch)
+    trainer.step.forward(batch)
     found = {"after a forward": gathered()}
-    trainer.engine.end_evaluation()
+    trainer.engine.reshard()
     found["after an evaluation"] = gathered()
     for is_last in (False, True):
-        trainer.forward_backward(batch, is_last)
+        trainer.step.forward_backward(batch, is_last)
         found[f"after a micro-batch, the last: {is_last}"] = gathered()
     return found
 
@@ -116,13 +121,12 @@ def test_weights_stay_gathered_where_asked(tmp_path: Path, run_workers: RunWorke
 
 def descriptions_made_in_a_step(rank: int, size: int, given: list[str]) -> int:
     trainer = build(rank, size, given)
-    trainer.signals, trainer.cell_log = StopSignals(), None
     with trainer.data.loader(trainer.stream, trainer.progress, rank, size) as loader:
-        trainer.train_step(loader)
+        trainer.step.run(loader, 0)
         with mock.patch.object(
             DTensorSpec, "__post_init__", autospec=True, side_effect=DTensorSpec.__post_init__
         ) as made:
-            trainer.train_step(loader)
+            trainer.step.run(loader, 1)
     return made.call_count
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-import train
 from geneformer_pretrain.data.dataset import open_training_data
 from geneformer_pretrain.errors import CheckpointError, ConfigError, TrainingError
+from geneformer_pretrain.training import main as train
 from tests.tiny import (
     make_cells,
     one_cpu_thread,  # noqa: F401 - an automatic fixture

@@ -10,6 +10,7 @@ import shutil
 import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,16 +18,16 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file
-from torch import Tensor
 from torch.testing import assert_close
 
-import train
-from geneformer_pretrain.config.schema import load_config
+from geneformer_pretrain.config.compose import load_config
 from geneformer_pretrain.data.batch import Batch
 from geneformer_pretrain.data.masking import MaskRule, mask_cell
 from geneformer_pretrain.distributed.world import World, distributed_world
 from geneformer_pretrain.errors import ConfigError
-from geneformer_pretrain.training.trainer import PendingStep, Trainer
+from geneformer_pretrain.training import main as train
+from geneformer_pretrain.training.step import PendingStep, TrainStep
+from geneformer_pretrain.training.trainer import Trainer
 from tests.checkpoints import read_checkpoint
 from tests.tiny import (
     RunWorkers,
@@ -243,14 +244,16 @@ def assert_bitwise_equal(run: Path, reference: Path, step: int) -> None:
 
 def signal_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Send SIGTERM to this process in the middle of the step after `step`."""
-    original = Trainer.forward
+    original = TrainStep.run
 
-    def forward(self: Trainer, batch: Batch) -> tuple[Tensor, Tensor]:
-        if self.progress.step == step and self.signals.received is None:
+    def run(self: TrainStep, batches: Iterator[Batch], done: int, *more: Any) -> PendingStep:
+        if done == step and not sent:
+            sent.append(True)
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, batch)
+        return original(self, batches, done, *more)
 
-    monkeypatch.setattr(Trainer, "forward", forward)
+    sent: list[bool] = []
+    monkeypatch.setattr(TrainStep, "run", run)
 
 
 @pytest.mark.parametrize("async_save", ["true", "false"])
@@ -299,13 +302,13 @@ def test_killed_run_is_bitwise_equal_and_its_logs_are_cut_back(tmp_path: Path) -
 def test_garbage_collection_leaves_out_what_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Objects built and compiled by the first step, half a million, are never walked through again during training."""
     frozen = []
-    original = Trainer.train_step
+    original = TrainStep.run
 
-    def train_step(self: Trainer, batches: Iterator[Batch]) -> PendingStep:
+    def run(self: TrainStep, batches: Iterator[Batch], step: int, *more: Any) -> PendingStep:
         frozen.append(gc.get_freeze_count() > 100_000)
-        return original(self, batches)
+        return original(self, batches, step, *more)
 
-    monkeypatch.setattr(Trainer, "train_step", train_step)
+    monkeypatch.setattr(TrainStep, "run", run)
     assert train.run(tiny_config(tmp_path, "training.num_train_steps=3")) == 0
     assert frozen == [False, True, True]
     assert gc.get_freeze_count() == 0
@@ -335,7 +338,7 @@ def test_padded_and_packed_batches_give_the_same_loss_and_gradients(tmp_path: Pa
             for trainer in (packed, padded):
                 batch = trainer.data.builder().build(pack, epoch, cells)
                 trainer.engine.model.zero_grad()
-                loss_sum, masked = trainer.forward(batch)
+                loss_sum, masked = trainer.step.forward(batch)
                 loss_sum.backward()
                 gradients = {name: p.grad for name, p in trainer.engine.model.named_parameters()}
                 results.append((loss_sum.detach(), masked, batch.num_masked, gradients))

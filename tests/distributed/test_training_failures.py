@@ -10,14 +10,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import train
 from geneformer_pretrain.checkpoint import store as checkpoint
-from geneformer_pretrain.config.schema import Config, load_config
+from geneformer_pretrain.config.compose import load_config
+from geneformer_pretrain.config.schema import Config
 from geneformer_pretrain.data.batch import Batch
 from geneformer_pretrain.distributed.world import World
 from geneformer_pretrain.errors import CheckpointSaveError, TrainingError
-from geneformer_pretrain.training import trainer
-from geneformer_pretrain.training.trainer import PendingStep, Trainer
+from geneformer_pretrain.run import logs
+from geneformer_pretrain.training import main as train
+from geneformer_pretrain.training.step import PendingStep, TrainStep
+from geneformer_pretrain.training.trainer import Trainer
 from tests.tiny import (
     RunWorkers,
     one_cpu_thread,  # noqa: F401 - an automatic fixture
@@ -31,7 +33,7 @@ from tests.tiny import (
 # --- gradients that are not finite ------------------------------------------------------------------------
 
 
-class Injecting(Trainer):
+class Injecting(TrainStep):
     """Poisons the gradient of given packs, and compares weights and optimizer around each update."""
 
     bad_packs: Sequence[int] = ()
@@ -47,9 +49,9 @@ class Injecting(Trainer):
             loss_sum.register_hook(lambda gradient: gradient * self.poison)
         return loss_sum, masked
 
-    def train_step(self, batches: Any) -> PendingStep:
+    def run(self, batches: Any, step: int, requests: Any = ()) -> PendingStep:
         before = self.snapshot()
-        pending = super().train_step(batches)
+        pending = super().run(batches, step, requests)
         same = all(map(torch.equal, before, self.snapshot()))
         self.unchanged = [*getattr(self, "unchanged", []), same]
         return pending
@@ -57,14 +59,16 @@ class Injecting(Trainer):
 
 def train_with_bad_gradients(rank: int, size: int, given: list[str], again: list[str]) -> dict[str, Any]:
     world = World(rank, rank, size, torch.device("cpu"))
-    trainer = Injecting(load_config(overrides=given), world)
-    trainer.bad_packs = (5,)  # step 2 (packs 4 to 7), rank 1
+    trainer = Trainer(load_config(overrides=given), world)
+    trainer.step.__class__ = Injecting
+    trainer.step.bad_packs = (5,)  # step 2 (packs 4 to 7), rank 1
     trainer.fit()
-    result: dict[str, Any] = {"unchanged": trainer.unchanged, "progress": vars(trainer.progress)}
+    result: dict[str, Any] = {"unchanged": trainer.step.unchanged, "progress": vars(trainer.progress)}
     dist.barrier()
-    trainer = Injecting(load_config(overrides=again), world)
-    trainer.poison = float("inf")
-    trainer.bad_packs = (0, 9, 13, 17)  # steps 1 (rank 0), 3, 4 and 5 (rank 1)
+    trainer = Trainer(load_config(overrides=again), world)
+    trainer.step.__class__ = Injecting
+    trainer.step.poison = float("inf")
+    trainer.step.bad_packs = (0, 9, 13, 17)  # steps 1 (rank 0), 3, 4 and 5 (rank 1)
     with pytest.raises(TrainingError) as error:
         trainer.fit()
     return result | {"error": str(error.value), "last_packs": range(16 + rank, 20, 2)}
@@ -203,7 +207,7 @@ def test_where_another_rank_cannot_write_all_ranks_stop(tmp_path: Path, run_work
 def test_a_bug_in_what_is_written_keeps_its_traceback(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(trainer, "write_run_record", lambda *_: {}["missing"])
+    monkeypatch.setattr(logs, "write_run_record", lambda *_: {}["missing"])
     with pytest.raises(TrainingError, match="KeyError: 'missing'"):
         train.run(tiny_config(tmp_path))
     assert "Traceback" in caplog.text

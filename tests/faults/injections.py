@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from geneformer_pretrain.checkpoint import store as checkpoint
 from geneformer_pretrain.data.batch import Batch
 from geneformer_pretrain.training import trainer
-from geneformer_pretrain.training.trainer import Trainer
+from geneformer_pretrain.training.step import PendingStep, TrainStep
 
 
 def die(*_: object) -> None:
@@ -83,15 +83,19 @@ def not_finite(rank: int, bad_rank: int, steps: Collection[int], where: str, val
     """Spoil the loss of one rank in some steps, or one element of a gradient on the way back."""
     if rank != bad_rank:
         return
-    forward = Trainer.forward
+    run, forward, steps_done = TrainStep.run, TrainStep.forward, [0]
 
     def spoil(gradient: Tensor) -> Tensor:
         gradient = gradient.clone()
         gradient.view(-1)[7] = value
         return gradient
 
-    def spoiled(self: Trainer, batch: Batch) -> tuple[Tensor, Tensor]:
-        if self.progress.step + 1 not in steps:
+    def counting(self: TrainStep, batches: Any, step: int, *more: Any) -> PendingStep:
+        steps_done[0] = step
+        return run(self, batches, step, *more)
+
+    def spoiled(self: TrainStep, batch: Batch) -> tuple[Tensor, Tensor]:
+        if steps_done[0] + 1 not in steps:
             return forward(self, batch)
         if where == "loss":
             loss_sum, masked = forward(self, batch)
@@ -103,4 +107,5 @@ def not_finite(rank: int, bad_rank: int, steps: Collection[int], where: str, val
         finally:
             hook.remove()
 
-    Trainer.forward = spoiled  # type: ignore[method-assign]
+    TrainStep.run = counting  # type: ignore[method-assign]
+    TrainStep.forward = spoiled  # type: ignore[method-assign]

@@ -16,10 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from hydra import compose, initialize_config_dir
 
-import train
-from geneformer_pretrain.config.schema import CONFIG_DIR
+from geneformer_pretrain.config.compose import CONFIG_DIR
+from geneformer_pretrain.training import main as train
 
 Fault = Callable[[int], None]
 """Called with the rank, in its process, before train.py begins: replaces what is to fail. Importable by name."""
@@ -58,9 +57,7 @@ def _be_rank(
     torch.set_num_threads(1)
     if fault is not None:
         fault(rank)
-    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        composed = compose("l0_sanity", overrides=list(arguments))
-    train.main(composed)
+    train.main(arguments)
 
 
 class Run:

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-import train
 from geneformer_pretrain.config.schema import Config
 from geneformer_pretrain.distributed import rendezvous as meeting
+from geneformer_pretrain.training import main as train
 from tests.faults.results import ENDLESS
 from tests.tiny import make_cells, overrides, read_exit, write_parquet
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from geneformer_pretrain.config.schema import load_config
+from geneformer_pretrain.config.compose import load_config
 from geneformer_pretrain.data.batch import build_batches
 from geneformer_pretrain.distributed.world import distributed_world
 from geneformer_pretrain.training.trainer import Trainer

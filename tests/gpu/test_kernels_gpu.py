@@ -216,7 +216,7 @@ def test_residual_norm_repeats_itself():
 @pytest.mark.parametrize(("width", "inner"), [(512, 256), (3072, 768), (1000, 72), (264, 2560)])
 @pytest.mark.parametrize("feed_forward", [False, True])
 def test_products_beside_a_residual_connection(rows, width, inner, feed_forward):
-    from geneformer_pretrain.kernels.linear import FeedForward, LinearBesideResidual
+    from geneformer_pretrain.kernels.linear import FeedForward, LinearWithResidual
 
     torch.manual_seed(rows + width)
     x, expand, bias, contract = (
@@ -225,7 +225,7 @@ def test_products_beside_a_residual_connection(rows, width, inner, feed_forward)
     leaves = [tensor.bfloat16().requires_grad_() for tensor in (x, expand / inner**0.5, bias, contract / width**0.5)]
     leaves = leaves if feed_forward else leaves[:3]
     grads = [torch.randn(rows, size, device="cuda").bfloat16() for size in (inner if feed_forward else width, inner)]
-    out = (FeedForward if feed_forward else LinearBesideResidual).apply(*leaves)
+    out = (FeedForward if feed_forward else LinearWithResidual).apply(*leaves)
     torch.autograd.backward(out, [grad.clone() for grad in grads])
     exact = [tensor.detach().double().requires_grad_() for tensor in leaves]
     expected = torch.nn.functional.linear(*exact[:3])

@@ -7,7 +7,7 @@ import torch
 import transformers
 from torch.testing import assert_close
 
-from modeling_bert_te import BertConfig, BertForMaskedLM
+from modeling_bert_te import BertConfig, BertForMaskedLM, FlashAttention, _attention_by_cell
 
 # Warnings of compilers and of Transformer Engine are not ours to mend.
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
@@ -42,7 +42,7 @@ def our_model(stock, compile_blocks, dtype=torch.bfloat16):
     ours.load_state_dict({name: value for name, value in stock.state_dict().items() if name in names})
     ours.bert.embeddings.compute_dtype = dtype
     if compile_blocks:
-        ours.compile_ends()
+        ours.compile_embeddings_and_head()
         for layer in ours.bert.encoder.layer:
             layer.compile_in_place()
     return ours
@@ -174,3 +174,72 @@ def test_dropout_depends_on_the_seed_alone():
     first, second = loss(1), loss(2)
     assert first != second
     assert loss(1) == first
+
+
+def attention_arguments(dtype, head_size, lengths=(300, 1, 64, 129)):
+    """QKV [T, 3, A, D] with gradients, and what all layers share, with empty cells at the end."""
+    bounds = torch.tensor([0, *lengths, 0, 0], device="cuda").cumsum(0).int()
+    qkv = torch.randn(sum(lengths), 3, 2, head_size, device="cuda", dtype=dtype, requires_grad=True)
+    return qkv, (bounds, max(lengths), False)
+
+
+@pytest.mark.parametrize("head_size", [16, 64, 128])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float16, 5e-3)], ids=str)
+def test_memory_efficient_attention_equals_one_call_per_cell(dtype, tolerance, head_size):
+    """In FP32, and on GPUs before Ampere, which FlashAttention does not run on: that is pretended here."""
+    qkv, prepared = attention_arguments(dtype, head_size)
+    found = FlashAttention()(qkv, prepared, 0.0)
+    expected = _attention_by_cell(*qkv.unbind(1), prepared[0], 0.0)
+    assert_close(found, expected, atol=tolerance, rtol=tolerance)
+    grad = torch.randn_like(found)
+    gradients = [torch.autograd.grad(out, qkv, grad)[0] for out in (found, expected)]
+    assert_close(*gradients, atol=2 * tolerance, rtol=tolerance)
+    with torch.no_grad():
+        assert torch.equal(FlashAttention()(qkv, prepared, 0.0), found)
+
+
+def test_memory_efficient_attention_reads_nothing_on_the_host():
+    qkv, prepared = attention_arguments(torch.float32, 64)
+    FlashAttention()(qkv, prepared, 0.1).sum().backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        FlashAttention()(qkv, prepared, 0.1).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_dropout_of_memory_efficient_attention_keeps_the_mean():
+    qkv, prepared = attention_arguments(torch.float32, 16, (64,))
+    with torch.no_grad():
+        expected = FlashAttention()(qkv, prepared, 0.0)
+        outputs = torch.stack([FlashAttention()(qkv, prepared, 0.5) for _ in range(2000)])
+    assert (outputs[0] - outputs[1]).abs().max() > 0.1
+    assert_close(outputs.mean(0), expected, atol=0.05, rtol=0.1)
+
+
+@pytest.mark.parametrize("head_size", [20, 264])
+def test_half_precision_with_head_sizes_that_flash_attention_refuses(head_size):
+    qkv, (bounds, longest, _) = attention_arguments(torch.bfloat16, head_size)
+    found = FlashAttention()(qkv, FlashAttention().prepare(bounds, longest, len(qkv)), 0.0)
+    assert_close(found, _attention_by_cell(*qkv.unbind(1), bounds, 0.0))
+
+
+@pytest.mark.parametrize("head", ["cpu", "disk", 0])
+@pytest.mark.parametrize("embeddings", ["cpu", 0])
+def test_a_model_split_between_devices(tmp_path, embeddings, head):
+    """Hooks of accelerate move inputs and weights; the vocabulary projection's weight belongs to the embeddings."""
+    pytest.importorskip("accelerate")
+    stock = stock_model().eval()
+    our_model(stock, False, torch.float32).save_pretrained(tmp_path / "model")
+    layers = {f"bert.encoder.layer.{number}": 0 for number in range(CONFIG["num_hidden_layers"])}
+    model = BertForMaskedLM.from_pretrained(
+        tmp_path / "model",
+        device_map={"bert.embeddings": embeddings, **layers, "cls": head},
+        offload_folder=tmp_path / "offloaded",
+    )
+    _, padded = pack([300, 40, 1], seed=3)
+    valid = padded["attention_mask"].bool()
+    with torch.no_grad():
+        found, expected = (m(**padded) for m in (model, stock))
+    assert_close(found.logits[valid].cuda(), expected.logits[valid], atol=1e-3, rtol=1e-3)
+    assert_close(found.loss.cuda(), expected.loss, atol=1e-4, rtol=1e-4)

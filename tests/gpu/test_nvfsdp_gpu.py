@@ -43,10 +43,10 @@ def test_gradients_of_replicas_last_until_they_are_reduced(monkeypatch):
         engine = _nvfsdp(model, shard, world)
         for micro_batches in (1, 2, 1):
             for number in range(micro_batches):
-                with engine.micro_batch(number == micro_batches - 1):
-                    loss, *_ = engine.module(**packed, return_dict=False)
+                with engine.accumulation_context(number == micro_batches - 1):
+                    loss, *_ = engine.forward_module(**packed, return_dict=False)
                     loss.backward()
-            found = {name: engine.gather(p.grad) / micro_batches for name, p in model.named_parameters()}
+            found = {name: engine.gather_full(p.grad) / micro_batches for name, p in model.named_parameters()}
             model.zero_grad()
             assert found.keys() == expected.keys()
             largest = max(gradient.norm() for gradient in expected.values())

@@ -10,9 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from geneformer_pretrain.config.schema import load_config
+from geneformer_pretrain.config.compose import load_config
 from geneformer_pretrain.distributed.world import distributed_world
-from geneformer_pretrain.run.signals import StopSignals
 from geneformer_pretrain.training.trainer import Trainer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
@@ -48,16 +47,15 @@ def test_steps_neither_synchronise_nor_recompile(overrides, engine):
     torch._dynamo.reset()
     with distributed_world() as world:
         trainer = Trainer(load_config("10m", [*overrides, ENGINES[engine]]), world)
-        trainer.signals, trainer.cell_log = StopSignals(), None
         with trainer.data.loader(trainer.stream, trainer.progress, 0, 1) as loader:
-            for _ in range(3):
-                trainer.train_step(loader)
+            for step in range(3):
+                trainer.step.run(loader, step)
             torch.cuda.synchronize()
             with torch._dynamo.config.patch(error_on_recompile=True):
                 torch.cuda.set_sync_debug_mode("error")
                 try:
-                    for _ in range(20):
-                        trainer.train_step(loader)
+                    for step in range(3, 23):
+                        trainer.step.run(loader, step)
                 finally:
                     torch.cuda.set_sync_debug_mode("default")
 

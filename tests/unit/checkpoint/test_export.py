@@ -20,6 +20,7 @@ from transformers import BertConfig
 
 from geneformer_pretrain.cli import main
 from geneformer_pretrain.errors import TrainingError
+from geneformer_pretrain.training.main import run
 from modeling_bert_te import BertForMaskedLM
 from tests.checkpoints import FILE, read_checkpoint
 from tests.tiny import (
@@ -27,7 +28,6 @@ from tests.tiny import (
     one_cpu_thread,  # noqa: F401 - an automatic fixture
     tiny_config,
 )
-from train import run
 
 OLD = Path(__file__).parents[2] / "data/checkpoints_0_1"
 

@@ -38,7 +38,9 @@ def conversions(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     return folders
 
 
-def test_cache_is_used_again_until_the_source_changes(tmp_path: Path, cache: Path, conversions: list[Path]) -> None:
+def test_cache_is_not_empty_again_until_the_source_changes(
+    tmp_path: Path, cache: Path, conversions: list[Path]
+) -> None:
     path = write_parquet(tmp_path / "cells.parquet", [[1, 2], [3]])
     first = open_corpus(path, cache)
     again = open_corpus(path, cache)

@@ -12,13 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from geneformer_pretrain.data.batch import (
-    BatchBuilder,
-    PackedBatch,
-    PaddedBatch,
-    build_batches,
-    split,
-)
+from geneformer_pretrain.data.batch import BatchBuilder, PackedBatch, PaddedBatch, build_batches, split
 from geneformer_pretrain.data.loader import Loader
 from geneformer_pretrain.data.masking import MaskRule, mask_cell
 from geneformer_pretrain.data.packing import PackShape

@@ -19,13 +19,7 @@ from hypothesis import strategies as st
 
 from geneformer_pretrain.data import packing as planning
 from geneformer_pretrain.data import stream as streaming
-from geneformer_pretrain.data.packing import (
-    PackShape,
-    default_max_cells,
-    masked_capacity,
-    pack_cells,
-    permutation,
-)
+from geneformer_pretrain.data.packing import PackShape, default_max_cells, masked_capacity, pack_cells, permutation
 from geneformer_pretrain.data.stream import PackStream
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -1,4 +1,4 @@
-"""Which kernels a run gets, on machines that are only pretended here."""
+"""Choice of kernels, on machines that are only pretended here."""
 
 import sys
 from types import SimpleNamespace
@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from geneformer_pretrain.config.schema import load_config
+from geneformer_pretrain.config.compose import load_config
+from geneformer_pretrain.config.model import Kernel
 from geneformer_pretrain.errors import ConfigError
 from geneformer_pretrain.kernels import select as kernels
 from modeling_bert_te import FlashAttention
@@ -16,22 +17,27 @@ class Kernels:
     """Stands for what needs Triton."""
 
 
-CHOICES = {"model.attention_kernel": kernels.choose_attention, "model.fused_kernels": kernels.choose_fused}
+CHOICES = {
+    "model.attention_kernel": (kernels.use_triton_attention, kernels.attention),
+    "model.fused_kernels": (kernels.use_triton_fused, kernels.fused_kernels),
+}
 
 
 @pytest.fixture
 def choose(monkeypatch):
     def choose(kernel, key="model.attention_kernel", capability=(9, 0), dtype=torch.bfloat16, device="cuda", **model):
         pretended = SimpleNamespace(TritonAttention=Kernels, TritonFused=Kernels)
-        monkeypatch.setitem(sys.modules, "geneformer_pretrain.triton_kernels", pretended)
+        monkeypatch.setitem(sys.modules, "geneformer_pretrain.kernels.adapters", pretended)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         overrides = [f"{key}={kernel}", *(f"model.{name}={value}" for name, value in model.items())]
-        return type(CHOICES[key](load_config("10m", overrides), torch.device(device), dtype))
+        decide, make = CHOICES[key]
+        use_triton = decide(load_config("10m", overrides).model, torch.device(device), dtype)
+        return type(make(Kernel.triton if use_triton else Kernel.torch))
 
     return choose
 
 
-def test_auto_takes_triton_only_where_it_was_tuned(choose):
+def test_auto_means_triton_only_where_it_was_tuned(choose):
     assert choose("auto") is Kernels
     assert choose("auto", capability=(8, 0)) is FlashAttention
     assert choose("auto", capability=(10, 0)) is FlashAttention
@@ -42,7 +48,7 @@ def test_auto_takes_triton_only_where_it_was_tuned(choose):
     assert choose("auto", micro_batch_size=1366) is FlashAttention
 
 
-def test_auto_takes_the_fused_kernels_on_hopper(choose):
+def test_auto_means_the_fused_kernels_on_hopper(choose):
     key = "model.fused_kernels"
     assert choose("auto", key) is Kernels
     assert choose("torch", key) is type(None)
@@ -54,14 +60,14 @@ def test_auto_takes_the_fused_kernels_on_hopper(choose):
     assert choose("auto", key, intermediate_size=516) is type(None)
 
 
-def test_what_is_asked_for_is_taken(choose):
+def test_an_explicit_choice_is_kept(choose):
     assert choose("torch") is FlashAttention
     assert choose("triton", capability=(10, 0)) is Kernels
     assert choose("triton", num_attention_heads=2) is Kernels
 
 
 @pytest.mark.parametrize(
-    ("key", "machine", "obstacle"),
+    ("key", "machine", "reason"),
     [
         ("model.attention_kernel", {"device": "cpu"}, "a GPU"),
         ("model.attention_kernel", {"dtype": torch.float32}, "training.compute_dtype=bfloat16"),
@@ -77,6 +83,24 @@ def test_what_is_asked_for_is_taken(choose):
         ("model.fused_kernels", {"intermediate_size": 516}, "multiples of 8 as model.intermediate_size, not 516"),
     ],
 )
-def test_what_cannot_run_is_refused(choose, key, machine, obstacle):
-    with pytest.raises(ConfigError, match=f"{key}=triton .*{obstacle}.*set {key}=torch"):
+def test_kernels_that_cannot_run_are_refused(choose, key, machine, reason):
+    with pytest.raises(ConfigError, match=f"{key}=triton .*{reason}.*set {key}=torch"):
         choose("triton", key, **machine)
+
+
+HEADS_OF_20 = {"hidden_size": 80, "num_attention_heads": 4}
+HEADS_OF_264 = {"hidden_size": 1056, "num_attention_heads": 4}
+
+
+@pytest.mark.parametrize(("model", "size"), [(HEADS_OF_20, 20), (HEADS_OF_264, 264)])
+@pytest.mark.parametrize("kernel", ["auto", "torch"])
+def test_head_sizes_that_flash_attention_refuses_are_found_at_the_start(choose, model, size, kernel):
+    with pytest.raises(ConfigError, match=f"make heads of size {size}; .* needs multiples of 8 up to 256"):
+        choose(kernel, **model)
+    assert choose(kernel, dtype=torch.float32, **model) is FlashAttention
+    assert choose(kernel, device="cpu", **model) is FlashAttention
+
+
+def test_head_sizes_up_to_256_run(choose):
+    assert choose("torch", hidden_size=1024, num_attention_heads=4) is FlashAttention
+    assert choose("auto", hidden_size=96, num_attention_heads=4) is FlashAttention

@@ -15,9 +15,12 @@ import torch
 from omegaconf import OmegaConf
 from torch.testing import assert_close
 
-import train
-from geneformer_pretrain.config.schema import Config, DataConfig, ModelConfig, TrainingConfig, load_config
-from geneformer_pretrain.distributed.engines import architecture
+from geneformer_pretrain.config.compose import load_config
+from geneformer_pretrain.config.data import DataConfig
+from geneformer_pretrain.config.model import ModelConfig
+from geneformer_pretrain.config.schema import Config
+from geneformer_pretrain.config.training import TrainingConfig
+from geneformer_pretrain.training import main as train
 from modeling_bert_te import BertConfig, BertForMaskedLM
 from tests.tiny import VOCAB_SIZE, overrides, read_metrics
 
@@ -123,7 +126,7 @@ def test_sizes_are_true(configs: dict[str, Config]) -> None:
     for name, config in configs.items():
         model = config.model
         with torch.device("meta"):
-            parameters = BertForMaskedLM(BertConfig(**architecture(model))).num_parameters()
+            parameters = BertForMaskedLM(BertConfig(**model.architecture())).num_parameters()
         assert f"{parameters:,} (" in CONFIGURATION
         size = f"{parameters / 1e9:.1f} billion" if parameters > 1e9 else f"{parameters / 1e6:.1f}M"
         assert shapes[name] == [

@@ -124,6 +124,16 @@ def test_a_cell_depends_on_seed_and_number_alone(
     assert not np.array_equal(msd.simulate_counts(other_world, 0)[0], msd.simulate_counts(world, 0)[0])
 
 
+def test_cell_types_are_one_more_column(
+    tmp_path: Path, sample: pa.Table, world: msd.World, medians: np.ndarray
+) -> None:
+    path = tmp_path / "cells.parquet"
+    msd.write_cells(path, world, medians, first_cell=480, cells=20, cell_types=True)
+    table = pq.read_table(path)
+    assert table.select(["input_ids", "length"]).equals(sample.slice(480))
+    assert table["cell_type"].to_pylist() == [f"type {msd.simulate_counts(world, cell)[1]}" for cell in range(480, 500)]
+
+
 def test_held_out_cells_are_others_of_the_same_world(tokens: list[np.ndarray], held_out: list[msd.TypedCell]) -> None:
     known = {tuple(ids.tolist()) for ids in tokens}
     assert not any(tuple(ids.tolist()) in known for ids, _ in held_out)

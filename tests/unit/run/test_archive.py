@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-import train
 from geneformer_pretrain.checkpoint.store import CheckpointStore
 from geneformer_pretrain.errors import TrainingError
-from geneformer_pretrain.run.archive import move_aside
+from geneformer_pretrain.run.archive import archive_run
+from geneformer_pretrain.training import main as train
 from tests.checkpoints import assert_holds, names, save
 from tests.tiny import (
     one_cpu_thread,  # noqa: F401 - an automatic fixture
@@ -16,15 +16,15 @@ from tests.tiny import (
 
 
 def test_checkpoints_moved_aside_are_whole(tmp_path: Path) -> None:
-    assert move_aside(tmp_path / "none") is None
-    assert move_aside(tmp_path) is None
+    assert archive_run(tmp_path / "none") is None
+    assert archive_run(tmp_path) is None
     moved = []
     for step in (1, 2):
         save(CheckpointStore(tmp_path, keep_last_n=2), step)
         (tmp_path / "metrics.jsonl").write_text(str(step))
         (tmp_path / "cells").mkdir()
         (tmp_path / "cells/rank_0.jsonl").touch()
-        previous = move_aside(tmp_path)
+        previous = archive_run(tmp_path)
         assert previous is not None
         moved.append(previous)
     assert names(tmp_path) == sorted(path.name for path in moved)

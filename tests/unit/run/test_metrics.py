@@ -1,4 +1,4 @@
-"""metrics.jsonl, the log of cells, config.yaml and Weights & Biases."""
+"""metrics.jsonl, the log of cells and config.yaml."""
 
 import json
 import subprocess
@@ -12,14 +12,16 @@ import pytest
 import torch
 import yaml
 
-from geneformer_pretrain.config.schema import load_config
+from geneformer_pretrain.config.model import Kernel
+from geneformer_pretrain.config.resolved import Resolved
+from geneformer_pretrain.config.training import ComputeDtype
 from geneformer_pretrain.distributed.world import World
-from geneformer_pretrain.errors import ConfigError
-from geneformer_pretrain.run import metrics
-from geneformer_pretrain.run.metrics import JsonLines, MetricsLog, cut_back, start_wandb
-from geneformer_pretrain.run.record import CellLog, write_run_record
-from tests.tiny import overrides, tiny_config
+from geneformer_pretrain.run.cell_log import CellLog
+from geneformer_pretrain.run.metrics import JsonLines, MetricsLog, cut_back
+from geneformer_pretrain.run.record import write_run_record
+from tests.tiny import tiny_config
 
+RESOLVED = Resolved(ComputeDtype.float32, False, False, True, Kernel.torch, Kernel.torch, 1, "cpu", "none", "none")
 ROOT = Path(__file__).resolve().parents[3]
 
 
@@ -49,13 +51,12 @@ def test_cut_back_refuses_a_damaged_file(tmp_path):
     assert "nonsense" in path.read_text()
 
 
-def test_records_are_strict_json_and_only_of_the_main_rank(tmp_path):
-    config = tiny_config(tmp_path)
+def test_records_are_strict_json(tmp_path):
     write_steps(tmp_path / "metrics.jsonl", [1, 2])
-    for is_main in (True, False):
-        with MetricsLog(tmp_path, 1, config, is_main) as log:
-            log.advance(2, 1.5, 1e-3, 1000.0)
-            log.write({"step": 2, "loss": float("nan"), "grad_norm": float("inf"), "cells": 3})
+    log = MetricsLog(tmp_path, 1, 10, [])
+    log.advance(2, 1.5, 1e-3, 1000.0)
+    log.write({"step": 2, "loss": float("nan"), "grad_norm": float("inf"), "cells": 3})
+    log.close()
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[0]) == {"step": 1}
     assert json.loads(lines[1]) == {"step": 2, "loss": None, "grad_norm": None, "cells": 3}
@@ -69,8 +70,9 @@ def test_cell_log_is_cut_back_for_ranks_that_are_gone(tmp_path):
         write_steps(tmp_path / f"cells/rank_{rank}.jsonl", range(1, 10))
     batch = SimpleNamespace(pack=28, epoch=0, cells=torch.tensor([5, 6]))
     for rank in range(2):
-        with CellLog(tmp_path, World(rank, rank, 2, torch.device("cpu")), 6) as log:
-            log.write(7, batch)
+        log = CellLog(tmp_path, World(rank, rank, 2, torch.device("cpu")), 6)
+        log.write(7, batch)
+        log.close()
     found = [steps_in(tmp_path / f"cells/rank_{rank}.jsonl") for rank in range(4)]
     assert found == [[1, 2, 3, 4, 5, 6, 7]] * 2 + [[1, 2, 3, 4, 5, 6]] * 2
 
@@ -103,24 +105,14 @@ def test_records_written_in_part_are_completed(tmp_path):
     file.close()
 
 
-def test_wandb_shows_a_run_that_failed(tmp_path, monkeypatch):
-    codes = []
-    monkeypatch.setattr(metrics, "start_wandb", lambda *_: SimpleNamespace(finish=codes.append))
-    config = tiny_config(tmp_path, "training.wandb_init_args={name: n}")
-    with MetricsLog(tmp_path, 0, config, True):
-        pass
-    with pytest.raises(ZeroDivisionError), MetricsLog(tmp_path, 0, config, True):
-        1 / 0  # noqa: B018
-    assert codes == [0, 1]
-
-
 def test_run_record(tmp_path):
     config = tiny_config(tmp_path, "training.lr_schedule=cosine")
-    assert write_run_record(config, tmp_path, 0) == []
+    assert write_run_record(config, RESOLVED, tmp_path, 0) == []
     record = yaml.safe_load((tmp_path / "config.yaml").read_text())
     assert record["training"]["lr_schedule"] == "cosine"
     assert record["model"]["hidden_size"] == 32
     assert record["data"]["vocab_path"] is None
+    assert record["resolved"]["attention_kernel"] == "torch"
     assert record["versions"]["torch"] == version("torch")
     assert record["versions"]["transformers"] == version("transformers")
     assert record["versions"]["python"].startswith(f"{sys.version_info.major}.{sys.version_info.minor}")
@@ -135,27 +127,39 @@ def test_earlier_run_records_are_kept_and_what_changed_is_named(tmp_path):
     first = tiny_config(tmp_path, "training.learning_rate=1e-3", "training.wandb_init_args={name: a, tags: [x]}")
     second = tiny_config(tmp_path, "training.learning_rate=5e-4", "training.wandb_init_args={name: b}")
     third = tiny_config(tmp_path, "training.learning_rate=5e-4", "training.wandb_init_args=null")
-    write_run_record(first, tmp_path, 0)
+    write_run_record(first, RESOLVED, tmp_path, 0)
     earlier = (tmp_path / "config.yaml").read_text()
-    assert write_run_record(first, tmp_path, 7) == []
+    assert write_run_record(first, RESOLVED, tmp_path, 7) == []
     assert [path.name for path in tmp_path.glob("config*")] == ["config.yaml"]
-    assert write_run_record(second, tmp_path, 7) == [
+    assert write_run_record(second, RESOLVED, tmp_path, 7) == [
         "training.learning_rate: 0.001 -> 0.0005",
         "training.wandb_init_args.name: a -> b",
         'training.wandb_init_args.tags: ["x"] -> absent',
     ]
     # No step was made with the second one.
-    assert "training.wandb_init_args: absent -> null" in write_run_record(third, tmp_path, 7)
+    assert "training.wandb_init_args: absent -> null" in write_run_record(third, RESOLVED, tmp_path, 7)
     assert (tmp_path / "config_until_step_7.yaml").read_text() == earlier
     assert sorted(path.name for path in tmp_path.glob("config*")) == ["config.yaml", "config_until_step_7.yaml"]
     assert "name:" not in (tmp_path / "config.yaml").read_text()
+
+
+def test_choices_that_changed_are_named(tmp_path):
+    """Another GPU may draw dropout in another way."""
+    config = tiny_config(tmp_path)
+    write_run_record(config, RESOLVED, tmp_path, 0)
+    other = replace(RESOLVED, device="NVIDIA H100", attention_kernel=Kernel.triton, world_size=2)
+    assert write_run_record(config, other, tmp_path, 5) == [
+        "resolved.attention_kernel: torch -> triton",
+        "resolved.world_size: 1 -> 2",
+        "resolved.device: cpu -> NVIDIA H100",
+    ]
 
 
 def test_run_records_of_steps_that_are_made_again_are_dropped(tmp_path):
     """Steps 1 to 20 with one rate, to 40 with another; then only the checkpoint of step 10 is good."""
     configs = [tiny_config(tmp_path, f"training.learning_rate={rate}") for rate in ("1e-4", "2e-4", "3e-4")]
     for config, step in zip(configs, (0, 20, 10), strict=True):
-        changes = write_run_record(config, tmp_path, step)
+        changes = write_run_record(config, RESOLVED, tmp_path, step)
     assert changes == ["training.learning_rate: 0.0001 -> 0.0003"]
     assert sorted(path.name for path in tmp_path.glob("config*")) == ["config.yaml", "config_until_step_10.yaml"]
     earlier = yaml.safe_load((tmp_path / "config_until_step_10.yaml").read_text())
@@ -165,45 +169,7 @@ def test_run_records_of_steps_that_are_made_again_are_dropped(tmp_path):
 @pytest.mark.parametrize("damaged", ["training: [", "", "[a]", "\0\1", "training: {seed: 2026-01-01}"], ids=repr)
 def test_a_damaged_run_record_is_told_and_kept(tmp_path, damaged):
     (tmp_path / "config.yaml").write_text(damaged)
-    (line, *_) = write_run_record(tiny_config(tmp_path), tmp_path, 1)
+    (line, *_) = write_run_record(tiny_config(tmp_path), RESOLVED, tmp_path, 1)
     assert line.startswith("config.yaml: the earlier one cannot be read") or " -> " in line
     assert (tmp_path / "config_until_step_1.yaml").read_text() == damaged
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["training"]["num_train_steps"]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "environment", "mode"),
-    [
-        ({}, {}, "offline"),
-        ({}, {"WANDB_API_KEY": "key"}, "online"),
-        ({}, {"WANDB_MODE": "disabled"}, "disabled"),
-        ({"mode": "offline"}, {"WANDB_API_KEY": "key"}, "offline"),
-        ({"mode": "online"}, {}, "online"),
-    ],
-)
-def test_wandb_is_offline_unless_asked(tmp_path, monkeypatch, arguments, environment, mode):
-    calls = []
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **given: calls.append(given)))
-    for name in ("WANDB_API_KEY", "WANDB_MODE"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    config = load_config("10m", overrides(tmp_path, "training.wandb_init_args={name: n, project: p}"))
-    training = replace(config.training, wandb_init_args={**config.training.wandb_init_args, **arguments})
-    start_wandb(replace(config, training=training), tmp_path)
-    (given,) = calls
-    assert (given["name"], given["project"], given["mode"]) == ("n", "p", mode)
-    assert given["dir"] == str(tmp_path)
-    assert given["config"]["model"]["hidden_size"] == 32
-
-
-@pytest.mark.parametrize("error", [OSError("no such host"), UserWarning("No API key configured"), TypeError("nme")])
-def test_errors_of_wandb_are_named_as_such(tmp_path, monkeypatch, error):
-    def init(**_):
-        raise error
-
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Error=UserWarning))
-    config = tiny_config(tmp_path, "training.wandb_init_args={name: n}")
-    message = rf"^training\.wandb_init_args: wandb does not start with them: {error};.*training\.wandb_init_args=null"
-    with pytest.raises(ConfigError, match=message):
-        start_wandb(config, tmp_path)

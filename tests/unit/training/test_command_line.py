@@ -1,6 +1,8 @@
 """`train.py` as a user sees it: exit codes, messages, what it imports."""
 
+import contextlib
 import errno
+import io
 import os
 import re
 import shlex
@@ -13,16 +15,15 @@ from typing import Any
 
 import datasets
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra._internal.utils import get_args_parser
 
-import train
 from geneformer_pretrain.checkpoint.store import CheckpointStore
-from geneformer_pretrain.config import overrides as overriding
-from geneformer_pretrain.config import schema as config
-from geneformer_pretrain.config.schema import CONFIG_DIR
+from geneformer_pretrain.config import compose as composing
+from geneformer_pretrain.config.compose import CONFIG_DIR, DEFAULT_NAME, load_config, read_command_line
 from geneformer_pretrain.data import stream
+from geneformer_pretrain.errors import ConfigError, TrainingError
+from geneformer_pretrain.training import main as train
 from geneformer_pretrain.training import trainer
+from geneformer_pretrain.training.step import TrainStep
 from tests.tiny import (
     make_cells,
     one_cpu_thread,  # noqa: F401 - an automatic fixture
@@ -49,15 +50,13 @@ def python(*arguments: str, timeout: float = 120, **more: Any) -> subprocess.Com
 
 
 def failure(arguments: Sequence[str]) -> str:
-    """Call the main function of train.py in this process; return the message it exits with."""
-    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        composed = compose("l0_sanity", overrides=list(arguments))
-    with pytest.raises(SystemExit) as stopped:
-        train.main(composed)
-    # A text as exit code is printed to stderr and makes Python exit with 1.
-    assert isinstance(stopped.value.code, str)
-    assert stopped.value.code.startswith("Error: ")
-    return stopped.value.code
+    """Run train.py's arguments in this process; return the message that it prints before it exits with 1."""
+    printed = io.StringIO()
+    with contextlib.redirect_stderr(printed), pytest.raises(SystemExit) as stopped:
+        train.train(arguments)
+    assert stopped.value.code == 1
+    _, found, message = printed.getvalue().rstrip("\n").rpartition("Error: ")
+    return found + message
 
 
 @pytest.mark.parametrize(
@@ -163,7 +162,7 @@ def test_errors_of_the_system_are_plain_messages(tmp_path: Path, monkeypatch: py
     file.touch()
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache/plans").touch()
-    remedy = "must be a folder with free space that you may write to: mend that, or name another one."
+    remedy = "needs a writable folder with free space: fix it or choose another."
     message = failure(overrides(tmp_path, f"data.cache_dir={file}"))
     assert message.startswith(f"Error: data.cache_dir: cannot write to {file}/")
     assert message.endswith(f" (Not a directory). data.cache_dir {remedy}")
@@ -183,7 +182,7 @@ def test_errors_of_the_system_are_plain_messages(tmp_path: Path, monkeypatch: py
         raise OSError(errno.ENOSPC, "No space left on device", place)
 
     cause = f"training.checkpoint_dir: cannot write to {place} (No space left on device)"
-    for function in ("write_model", "move_aside"):
+    for function in ("write_model", "archive_run"):
         with monkeypatch.context() as patch:
             patch.setattr(trainer, function, full)
             message = failure(overrides(tmp_path, "training.resume_from_checkpoint=false"))
@@ -194,14 +193,14 @@ def test_errors_of_the_system_are_plain_messages(tmp_path: Path, monkeypatch: py
 @pytest.fixture
 def fails_after_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Overrides of a run that ends with an error right after a save in the background has begun."""
-    step = trainer.Trainer.train_step
+    run = TrainStep.run
 
-    def fail_late(self: trainer.Trainer, batches: Any) -> Any:
-        if self.progress.step == 3:
-            raise trainer.TrainingError("out of luck")
-        return step(self, batches)
+    def fail_late(self: TrainStep, batches: Any, step: int, *more: Any) -> Any:
+        if step == 3:
+            raise TrainingError("out of luck")
+        return run(self, batches, step, *more)
 
-    monkeypatch.setattr(trainer.Trainer, "train_step", fail_late)
+    monkeypatch.setattr(TrainStep, "run", fail_late)
     return overrides(tmp_path, "training.num_train_steps=9", "training.save_every_n_steps=3")
 
 
@@ -223,17 +222,17 @@ def test_an_error_is_told_even_if_the_save_under_way_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_after_a_save: list[str]
 ) -> None:
     """Another rank that is gone shows there as an error of its own, at once or after a long time."""
-    told_before: list[bool] = []
+    written_before: list[bool] = []
 
     def lose_connection(*_: Any) -> None:
         time.sleep(1.0)
-        told_before.append((tmp_path / "run/exit.json").exists())
+        written_before.append((tmp_path / "run/exit.json").exists())
         raise RuntimeError("connection closed by peer")
 
     monkeypatch.setattr(CheckpointStore, "_write", lose_connection)
     assert "out of luck" in failure(fails_after_a_save)
     assert "out of luck" in read_exit(tmp_path / "run")["error"]
-    assert told_before == [True]
+    assert written_before == [True]
 
 
 def test_a_damaged_plan_is_a_plain_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,7 +297,7 @@ def test_stale_exit_json_does_not_outlive_the_start(tmp_path: Path, monkeypatch:
     seen = []
     original = train.Trainer.fit
 
-    def fit(self: train.Trainer) -> bool:
+    def fit(self: trainer.Trainer) -> bool:
         seen.append((tmp_path / "run/exit.json").exists())
         return original(self)
 
@@ -321,13 +320,24 @@ def test_error_in_a_real_process(tmp_path: Path) -> None:
     assert ended.stderr.startswith("Error: training.use_nvfsdp=True needs CUDA")
 
 
+def refused(arguments: Sequence[str]) -> str:
+    """Return the message with which a command line is refused before anything runs."""
+    try:
+        given = read_command_line(arguments)
+        name = given.config_name or DEFAULT_NAME
+        load_config(name, given.overrides, config_path=given.config_path, config_dir=given.config_dir)
+    except ConfigError as error:
+        return str(error)
+    raise AssertionError(f"{arguments} was not refused")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["training.lerning_rate=1"], "training.lerning_rate: did you mean training.learning_rate?"),
         (["-cn=106m", "data.pth=a.c"], "data.pth: did you mean data.path?"),
-        (["--config-name", "11m"], "'11m': did you mean 10m? hydra_config/ has 106m, 10m, 4b, l0_sanity."),
-        (["model=107m"], "Unknown model '107m': did you mean 10m or 106m? hydra_config/model/ has 106m, 10m, 4b."),
+        (["--config-name", "11m"], "'11m': did you mean 10m? hydra_config/ has 106m, 10m, 4b, l0_sanity"),
+        (["model=107m"], "Unknown model '107m': did you mean 10m or 106m? model/ has 106m, 10m, 4b"),
         (["training.seed=1", "-cn", "10m", "sed=1"], "sed: did you mean training.seed?"),
         (["training.seed=1,2"], "training.seed=1,2: these are several values, for several runs"),
         (["data.path=a,b"], """'data.path="a,b"'"""),
@@ -335,25 +345,21 @@ def test_error_in_a_real_process(tmp_path: Path) -> None:
         (["--config-name", "defaults"], "Unknown configuration 'defaults'"),
         (["my key=3"], "my key=3: Hydra cannot read this. See that the key is a name"),
         (["-m", "training.seed=1,2"], "--multirun is not supported"),
-        (["--multi", "training.seed=1,2"], "--multirun is not supported"),
-        (["--resolve"], "--resolve goes with --cfg job or --help"),
-        (["+model=106m"], "+model=106m: there is a model already; change it with model=106m."),
-        (["training.wandb_init_args=[a]"], "training.wandb_init_args: ['a'] is a list; give names and values"),
+        (["+model=106m"], "model"),
+        (["training.wandb_init_args=[a]"], "training.wandb_init_args"),
         (["learning_rate=1e-3"], "learning_rate: did you mean training.learning_rate?"),
         (["~training.sed"], "training.sed: did you mean training.seed?"),
         (["data.path=~/cells"], """for Hydra and for the shell: 'data.path="~/cells"'"""),
-        (["data.path=/a b=c.parquet"], """data.path=/a b=c.parquet: Hydra cannot read this."""),
         (["data.path=/a b=c.parquet"], """'data.path="/a b=c.parquet"'"""),
-        (["--config-dir", "docs", "new=a(1)"], """'new="a(1)"'"""),
         (["training.wandb_init_args={a: 1"], "See that the key is a name and that quotes and brackets are closed"),
-        (["data.path=/a", "b=c.parquet"], "key b: is it part of a value with a space? Quote that"),
+        (["data.path=/a", "b=c.parquet"], "key b: if it is part of a value with a space, quote that value"),
         (["data.path=/a", "b/c.parquet"], "'b/c.parquet' is not KEY=VALUE: is it part of a value with a space?"),
-        (["data.path=/a", "b/c=d"], "key b/c: is it part of a value with a space?"),
+        (["--config-dir", "/none"], "--config-dir: no folder /none; correct the path"),
+        (["--config-path", "/none"], "--config-path: no folder /none; correct the path"),
     ],
 )
-def test_what_hydra_would_refuse_without_advice(arguments: list[str], message: str) -> None:
-    with pytest.raises(config.ConfigError, match=re.escape(message)):
-        train.check_arguments(arguments)
+def test_a_command_line_that_hydra_would_refuse_without_advice(arguments: list[str], message: str) -> None:
+    assert message in refused(arguments)
 
 
 @pytest.mark.parametrize(("text", "line"), [("training:\n\tfoo: 3\n", 2), ("training: {", 1)])
@@ -361,24 +367,20 @@ def test_a_file_that_is_not_yaml_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, line: int
 ) -> None:
     (tmp_path / "mine.yaml").write_text(text)
-    monkeypatch.setattr(config, "CONFIGURATIONS", (tmp_path, "defaults"))
-    monkeypatch.setattr(overriding, "CONFIG_DIR", tmp_path)
-    with pytest.raises(config.ConfigError, match=rf"mine\.yaml: not YAML: .* line {line}, column \d"):
-        train.check_arguments(["--config-name", "mine"])
+    monkeypatch.setattr(composing, "CONFIG_DIR", tmp_path)
+    assert re.search(rf"mine\.yaml: not YAML: .* line {line}, column \d", refused(["--config-name", "mine"]))
 
 
-def test_arguments_that_are_left_to_hydra() -> None:
-    for arguments in (
-        ["--config-dir", "docs", "--config-name", "mine", "training.new=1"],
-        ["model=106m", "+training.wandb_init_args.tags.x=1", "hydra.verbose=true", "--cfg", "job"],
-        ["--config-name=4b.yaml", "~data.vocab_path", "data.path='~/cells'"],
-        ["-c", "job", "-cn", "10m", "hydra/job_logging=disabled", """data.path="a=b c's (1)\""""],
-        ["hydra.searchpath=[file:///mine]", "model=mine", "mine.key=1"],
-        ["model=${oc.env:SIZE}"],
-        ["--resolve", "--cfg", "job"],
-    ):
-        given = get_args_parser().parse_args(train.check_arguments(arguments))
-        assert given == get_args_parser().parse_args(arguments)
+def test_configurations_of_other_folders(tmp_path: Path) -> None:
+    """A folder of one's own beside hydra_config/, or in its place; and a run's own config.yaml."""
+    (tmp_path / "mine.yaml").write_text("defaults: [10m, _self_]\ntraining: {seed: 7, checkpoint_dir: mine}\n")
+    config = load_config("mine", ["training.learning_rate=1e-3"], config_dir=str(tmp_path))
+    assert (config.training.seed, config.training.learning_rate, config.model.hidden_size) == (7, 1e-3, 256)
+    assert train.run(tiny_config(tmp_path, "training.seed=5")) == 0
+    again = load_config("config", ["training.num_train_steps=4"], config_path=str(tmp_path / "run"))
+    assert (again.training.seed, again.training.num_train_steps, again.model.hidden_size) == (5, 4, 32)
+    assert train.run(again) == 0
+    assert read_exit(tmp_path / "run")["step"] == 4
 
 
 @pytest.mark.parametrize(
@@ -395,51 +397,28 @@ def test_arguments_that_are_left_to_hydra() -> None:
     ],
 )
 def test_arguments_of_wandb_need_no_plus(arguments: list[str], expected: dict[str, Any] | None) -> None:
-    given = get_args_parser().parse_args(train.check_arguments(arguments)).overrides
-    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        composed = config.resolve(compose("l0_sanity", overrides=given))
-    assert composed == config.load_config("l0_sanity", arguments)
-    found = composed.training.wandb_init_args
+    found = load_config("l0_sanity", arguments).training.wandb_init_args
     assert found == (expected if expected is None else {"name": "l0_sanity", **expected})
 
 
-def test_folders_of_configurations_that_are_not_there_are_named(tmp_path: Path) -> None:
-    for option in ("--config-dir", "--config-path"):
-        with pytest.raises(config.ConfigError, match=rf"^{option}: no folder {tmp_path}/none; correct the path"):
-            train.check_arguments([option, f"{tmp_path}/none"])
-        train.check_arguments([option, str(tmp_path)])
-    train.check_arguments(["--config-path", "hydra_config"])
-    train.check_arguments(["--config-path", "pkg://somewhere"])
-
-
-def test_options_between_overrides_keep_their_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "training.seed=2").mkdir()
-    arguments = [
-        "training.seed=1",
-        *shlex.split("-cd training.seed=2"),
-        "training.num_workers=0",
-        "--",
-        "training.seed=2",
-    ]
-    given = get_args_parser().parse_args(train.check_arguments(arguments))
+def test_options_between_overrides_keep_their_values() -> None:
+    arguments = ["training.seed=1", "-cd", "training.seed=2", "training.num_workers=0", "--", "training.seed=2"]
+    given = read_command_line(arguments)
     assert given.config_dir == "training.seed=2"
     assert given.overrides == ["training.seed=1", "training.num_workers=0", "training.seed=2"]
+    assert not given.shows
+    assert read_command_line(["a=1", "--cfg", "job", "b=2"]).ordered == ["a=1", "b=2", "--cfg", "job"]
 
 
 @pytest.mark.parametrize("value", ["${x", "{name:", "'a", "a=b\\"])
 def test_quotes_that_would_not_help_are_not_offered(value: str) -> None:
-    with pytest.raises(config.ConfigError, match=r"quotes and brackets are closed$"):
-        train.check_arguments([f"data.path={value}"])
+    assert refused([f"data.path={value}"]).endswith("quotes and brackets are closed")
 
 
 @pytest.mark.parametrize("value", ["a=b", "~/cells", "it's", 'a"b=c', "/a b=c(1)[2].parquet"])
 def test_the_quotes_that_hydra_is_said_to_need_are_right(value: str) -> None:
-    with pytest.raises(config.ConfigError) as refused:
-        train.check_arguments([f"data.path={value}"])
-    (advised,) = shlex.split(str(refused.value).partition("for the shell: ")[2])
-    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        assert compose("l0_sanity", overrides=[advised]).data.path == value
+    (advised,) = shlex.split(refused([f"data.path={value}"]).partition("for the shell: ")[2])
+    assert load_config("l0_sanity", [advised]).data.path == os.path.expanduser(value)
 
 
 def test_showing_the_configuration_runs_nothing(tmp_path: Path) -> None:
@@ -465,8 +444,8 @@ def test_help_names_the_configurations_and_how_to_see_one() -> None:
 WANDB = """
 import sys
 from pathlib import Path
-import train
-from geneformer_pretrain.config.schema import load_config
+from geneformer_pretrain.training import main as train
+from geneformer_pretrain.config.compose import load_config
 
 train.run(load_config(overrides=sys.argv[1:]))
 assert "wandb" not in sys.modules, "wandb was imported although tracking is off"
@@ -498,17 +477,38 @@ def test_readme_way_without_torchrun(tmp_path: Path) -> None:
     assert read_exit(tmp_path / "run") == {"reason": "completed", "exit_code": 0, "step": 2}
 
 
-def test_output_that_nobody_takes_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_log_on_a_full_disk_stops_nothing(tmp_path: Path, stream: str) -> None:
     with open("/dev/full", "w") as full:
-        ended = python("train.py", *overrides(tmp_path), stdout=full)
-    message = "The standard output cannot be written to: No space left on device."
-    assert (ended.returncode, ended.stderr.splitlines()[-1]) == (1, f"Error: {message}")
-    assert "Traceback" not in ended.stderr
+        ended = python("train.py", *overrides(tmp_path), **{stream: full})
+    assert ended.returncode == read_exit(tmp_path / "run")["exit_code"] == 0
+    assert (tmp_path / "run/final_model/model.safetensors").exists()
+    assert [record["step"] for record in read_metrics(tmp_path / "run")] == [1, 2]
+    heard = ended.stderr if stream == "stdout" else ended.stdout
+    name = {"stdout": "standard output", "stderr": "standard error"}[stream]
+    assert heard.count(f"The {name} cannot be written to (No space left on device)") == 1
 
 
-def test_a_closed_output_fails_no_run(tmp_path: Path) -> None:
-    ended = python("train.py", *overrides(tmp_path), stdout=None, preexec_fn=lambda: os.close(1))
-    assert ended.returncode == read_exit(tmp_path / "run")["exit_code"] == 0, ended.stderr
+def test_a_reader_that_goes_away_stops_nothing(tmp_path: Path) -> None:
+    """As with `train.py 2>&1 | head -3`."""
+    given = shlex.join(overrides(tmp_path, "training.num_train_steps=30"))
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = f"set -o pipefail; {sys.executable} train.py {given} 2>&1 | head -3"
+    ended = subprocess.run(["bash", "-c", command], cwd=ROOT, env=environment, timeout=120, check=False)
+    assert ended.returncode == read_exit(tmp_path / "run")["exit_code"] == 0
+    assert len(read_metrics(tmp_path / "run")) == 30
+    assert (tmp_path / "run/final_model/model.safetensors").exists()
+
+
+@pytest.mark.parametrize("closed", [(1,), (2,), (1, 2)])
+def test_a_closed_output_stops_nothing(tmp_path: Path, closed: tuple[int, ...]) -> None:
+    def close() -> None:
+        for number in closed:
+            os.close(number)
+
+    ended = python("train.py", *overrides(tmp_path), stdout=None, stderr=None, preexec_fn=close)
+    assert ended.returncode == read_exit(tmp_path / "run")["exit_code"] == 0
+    assert (tmp_path / "run/final_model/model.safetensors").exists()
 
 
 LATE_THREAD = """

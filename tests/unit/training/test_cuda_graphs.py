@@ -11,15 +11,16 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from geneformer_pretrain.config.schema import load_config
+from geneformer_pretrain.config.compose import load_config
 from geneformer_pretrain.distributed.world import World, distributed_world
 from geneformer_pretrain.errors import ConfigError
-from geneformer_pretrain.training.cuda_graphs import ALIGNMENT, MicroBatchGraphs, common_buffer, takes_cuda_graphs
+from geneformer_pretrain.model.resolve import use_cuda_graphs
+from geneformer_pretrain.training.cuda_graphs import ALIGNMENT, MicroBatchGraphs, flat_buffer
 
 
 def takes(choice, *overrides, device="cuda", size=1, compiled=True, nodes=1):
     config = load_config("10m", [f"training.cuda_graphs={choice}", *overrides])
-    return takes_cuda_graphs(config, World(0, 0, size, torch.device(device), nodes), compiled)
+    return use_cuda_graphs(config, World(0, 0, size, torch.device(device), nodes), compiled)
 
 
 def test_the_gpus_of_one_node_take_graphs_unless_told_otherwise():
@@ -158,7 +159,7 @@ def test_gradients_are_summed_over_ranks_once_a_step(run_workers):
 @given(st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=3), min_size=1, max_size=5))
 def test_the_common_buffer_has_a_place_for_each_tensor(shapes):
     tensors = [nn.Parameter(torch.randn(shape)) for shape in shapes]
-    buffer, views = common_buffer(tensors)
+    buffer, views = flat_buffer(tensors)
     for view, tensor in zip(views, tensors, strict=True):
         assert view.storage_offset() % ALIGNMENT == 0
         view.copy_(tensor.detach())

@@ -9,8 +9,9 @@ import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR
 from torch.testing import assert_close
 
-from geneformer_pretrain.config.schema import LrSchedule, load_config
-from geneformer_pretrain.training.optimizer import build_optimizer, learning_rate, update
+from geneformer_pretrain.config.compose import load_config
+from geneformer_pretrain.config.training import LrSchedule
+from geneformer_pretrain.training.optimizer import build_optimizer, clip_and_step, learning_rate
 
 TRAINING = replace(load_config("l0_sanity").training, weight_decay=0.1, learning_rate=1e-2)
 
@@ -51,7 +52,7 @@ def test_update_equals_adamw_with_mean_loss_and_clipping(max_norm):
     for step in range(5):
         count = 7 + step
         loss_sum(ours, step).backward()
-        norm = update(optimizer, torch.tensor(1.0 / count), max_norm)
+        norm = clip_and_step(optimizer, torch.tensor(1.0 / count), max_norm)
         optimizer.zero_grad(set_to_none=True)
         (loss_sum(reference, step) / count).backward()
         clip = torch.nn.utils.clip_grad_norm_(reference.parameters(), max_norm or math.inf)
@@ -69,18 +70,18 @@ def test_gradient_that_is_not_finite_changes_nothing(bad):
     optimizer = build_optimizer(model, TRAINING)
     for step in range(2):
         loss_sum(model, step).backward()
-        update(optimizer, torch.tensor(0.1), 1.0)
+        clip_and_step(optimizer, torch.tensor(0.1), 1.0)
         optimizer.zero_grad(set_to_none=True)
     before = state_of(model, optimizer)
     loss_sum(model, 2).backward()
     model[1].weight.grad[3, 4] = bad
-    norm = update(optimizer, torch.tensor(0.1), 1.0)
+    norm = clip_and_step(optimizer, torch.tensor(0.1), 1.0)
     assert not torch.isfinite(norm)
     assert_close(state_of(model, optimizer), before, rtol=0, atol=0)
 
     optimizer.zero_grad(set_to_none=True)
     loss_sum(model, 3).backward()
-    update(optimizer, torch.tensor(0.1), 1.0)
+    clip_and_step(optimizer, torch.tensor(0.1), 1.0)
     assert optimizer.state[model[1].weight]["step"] == 3
     assert not torch.equal(model[1].weight, before[1])
     assert all(torch.isfinite(p).all() for p in model.parameters())

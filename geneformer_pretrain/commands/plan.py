@@ -1,0 +1,62 @@
+"""`plan`: memory, time, disk and cost of a run, before it is started and without a GPU."""
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from geneformer_pretrain.console import Summary
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `plan`."""
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="keys of the configuration to change")
+    parser.add_argument("--config-name", default="l0_sanity", metavar="NAME", help="configuration, as for train.py")
+    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs of the run")
+    parser.add_argument(
+        "--gpu", default="h100", metavar="CARD", help="h100, h200, b200, a100, a100-40gb, l40s, rtx4090"
+    )
+    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="GPUs of one node")
+    parser.add_argument(
+        "--network", type=float, default=400.0, metavar="GBPS", help="Gb/s between nodes that each GPU has"
+    )
+    parser.add_argument(
+        "--disk", type=float, default=0.54, metavar="GBPS", help="GB/s that checkpoints are written with, all ranks"
+    )
+    corpus = parser.add_mutually_exclusive_group()
+    corpus.add_argument(
+        "--corpus", type=Path, metavar="PATH", help="corpus whose lengths count, anything that data.path takes"
+    )
+    corpus.add_argument(
+        "--tokens", type=float, metavar="N", help="tokens of a corpus with lengths like Genecorpus, such as 2e9"
+    )
+    parser.add_argument("--price", type=float, metavar="P", help="price of one GPU-hour")
+
+
+def run(arguments: argparse.Namespace) -> Summary:
+    """Plan the run that the arguments describe."""
+    from geneformer_pretrain.config.compose import load_config
+    from geneformer_pretrain.errors import require
+    from geneformer_pretrain.planner.lengths import genecorpus, of_corpus, of_tokens
+    from geneformer_pretrain.planner.measured import card
+    from geneformer_pretrain.planner.plan import make_plan
+    from geneformer_pretrain.planner.speed import Cluster
+    from geneformer_pretrain.planner.text import describe
+
+    require(arguments.disk > 0, f"--disk {arguments.disk}: it must be positive.")
+    require(arguments.tokens is None or arguments.tokens >= 1, f"--tokens {arguments.tokens}: it must be at least 1.")
+    require(arguments.price is None or arguments.price >= 0, f"--price {arguments.price}: it must not be negative.")
+    gpu = arguments.gpu.lower()
+    cluster = Cluster(gpu, card(gpu), arguments.gpus, arguments.gpus_per_node, arguments.network)
+    config = load_config(arguments.config_name, arguments.overrides)
+    if arguments.corpus is not None:
+        lengths = of_corpus(arguments.corpus)
+    elif arguments.tokens is not None:
+        lengths = of_tokens(int(arguments.tokens), config.model.seq_length)
+    else:
+        lengths = genecorpus(config.model.seq_length)
+    plan = make_plan(config, cluster, lengths, price=arguments.price, disk=1e9 * arguments.disk)
+    values = asdict(plan)
+    for engine, planned in zip(values["engines"], plan.engines, strict=True):
+        engine["memory"]["total"] = planned.memory.total
+    return Summary(describe(plan), json.loads(json.dumps(values)))

@@ -1,0 +1,46 @@
+"""The group `data`: the corpus and how it is packed."""
+
+from dataclasses import dataclass
+
+from geneformer_pretrain.errors import require
+
+
+@dataclass
+class DataConfig:
+    """The corpus and how it is packed."""
+
+    path: str
+    """Parquet file, folder or glob, or a Hugging Face save_to_disk folder, with a column input_ids."""
+    validation_path: str | None
+    """Held-out corpus of the same kinds; null: no validation."""
+    validation_packs: int
+    """Packs of the held-out corpus that a validation reads at most."""
+    gene_set: str | None
+    """Gene-set folder of the corpus: sets and checks vocabulary size and special tokens, and goes into final_model;
+    null: the numbers in this configuration count."""
+    cache_dir: str
+    """Folder of converted corpora and packing plans; safe to delete between runs."""
+    vocab_path: str | None
+    """Text file with one token a line in id order, checked against the model's vocabulary; null: no check."""
+    num_special_tokens: int
+    """Ids below this are special: never selected for prediction, never a random replacement."""
+    mask_token_id: int
+    """Id of <mask>."""
+    packing: bool
+    """Pack cells end to end. false pads each cell instead: the slow reference path."""
+    max_cells_per_pack: int | None
+    """Most cells of a pack; null derives it from the mean length, so that it hardly ever binds."""
+    shuffle_block_cells: int | None
+    """null shuffles the whole corpus; n shuffles blocks of n cells, for corpora larger than host memory."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.path), "data.path is empty; name a parquet file, folder or glob, or a save_to_disk folder.")
+        require(bool(self.cache_dir), "data.cache_dir is empty; name a folder.")
+        require(
+            0 <= self.mask_token_id < self.num_special_tokens,
+            f"data.mask_token_id ({self.mask_token_id}) must be below data.num_special_tokens "
+            f"({self.num_special_tokens}), so that <mask> itself is never predicted.",
+        )
+        for name in ("validation_packs", "max_cells_per_pack", "shuffle_block_cells"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"data.{name} is {value}; it must be positive.")

@@ -1,0 +1,188 @@
+"""The group `training`: optimization, precision, engine, checkpoints and tracking."""
+
+import math
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from geneformer_pretrain.errors import require
+
+
+class LrSchedule(StrEnum):
+    """Course of the learning rate after warm-up."""
+
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+
+
+class ComputeDtype(StrEnum):
+    """Dtype of activations and of the weights' working copies; main weights are always FP32."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class Fp8Recipe(StrEnum):
+    """How Transformer Engine scales FP8 tensors."""
+
+    delayed = "delayed"
+    current = "current"
+    block = "block"
+    mxfp8 = "mxfp8"
+    nvfp4 = "nvfp4"
+
+
+@dataclass
+class TrainingConfig:
+    """Optimisation, precision, engine, checkpoints and tracking."""
+
+    learning_rate: float
+    """Peak learning rate of AdamW."""
+    lr_schedule: LrSchedule
+    """After warm-up: constant, linear decay to zero or cosine decay to zero at num_train_steps."""
+    warmup_steps: int | None
+    """Steps over which the learning rate rises linearly from zero; null: a tenth of num_train_steps."""
+    num_train_steps: int
+    """Optimizer steps of the whole run."""
+    gradient_accumulation_steps: int
+    """Micro-batches per device and optimizer step."""
+    weight_decay: float
+    """AdamW's decay of weight matrices and embeddings; biases and LayerNorm are never decayed."""
+    adam_beta1: float
+    """AdamW's first-moment decay."""
+    adam_beta2: float
+    """AdamW's second-moment decay."""
+    adam_eps: float
+    """AdamW's epsilon."""
+    max_grad_norm: float
+    """Gradients are scaled down to this global L2 norm; 0 switches clipping off."""
+    mlm_probability: float
+    """Share of gene tokens selected for prediction: of these 80% become <mask>, 10% a random gene, 10% stay."""
+    seed: int
+    """Decides initial weights, order of the cells, masks and dropout."""
+    num_workers: int
+    """Threads that build micro-batches in the background; 0 builds them in the main thread."""
+    compute_dtype: ComputeDtype
+    """auto is bfloat16 on CUDA and float32 on the CPU."""
+    compile: bool | None
+    """torch.compile; null compiles on CUDA where packing keeps shapes constant."""
+    cuda_graphs: bool | None
+    """Launch all kernels of a micro-batch at once, which spares the host and changes no result. Needs GPUs, DDP, BF16,
+    compiled PyTorch layers and no recomputing; null: where that is so, on one node, up to a hidden_size of 1,024."""
+    deterministic: bool
+    """Deterministic kernels: runs repeat bitwise on the same hardware, somewhat slower."""
+    use_fp8: bool
+    """FP8 matrix products through Transformer Engine; needs TE layers and compute capability 8.9."""
+    fp8_recipe: Fp8Recipe
+    """delayed, current or block scaling; mxfp8 and nvfp4 need a GPU of compute capability 10."""
+    recompute_every_n_layers: int
+    """Activation checkpointing: every n-th layer keeps only its input and is computed again in the backward, for
+    less memory; 1: all layers, 0: none."""
+    use_nvfsdp: bool
+    """Shard with nvFSDP (today's name: Megatron-FSDP) instead of DDP."""
+    use_fsdp2: bool
+    """Shard with PyTorch's FSDP2 instead of DDP."""
+    reshard_after_forward: bool | None
+    """FSDP2 frees a layer's gathered weights after its forward and gathers them again for its backward. false keeps
+    them until the step's end: less communication, and the whole model in the compute dtype on each rank. null keeps
+    them on GPUs whose memory suffices by the estimate."""
+    shard_group_size: int | None
+    """Ranks that share one copy of the weights, and of the optimizer state; the groups are replicas of each other
+    (hybrid sharding). null: all ranks share one copy."""
+    checkpoint_dir: str
+    """Folder of checkpoints, metrics.jsonl, config.yaml and final_model."""
+    init_from: str | None
+    """Published model whose weights a new run starts from: a folder or file of Hugging Face BERT weights; null: random
+    weights. A run that resumes ignores it."""
+    save_every_minutes: float
+    """Checkpoint interval in minutes, at most this much work is lost in a crash; 0: only save_every_n_steps counts. The
+    last step is always saved."""
+    save_every_n_steps: int | None
+    """Checkpoint interval in steps, beside save_every_minutes; null: minutes alone."""
+    keep_last_n: int
+    """Good checkpoints kept; older ones are deleted."""
+    keep_best: bool
+    """Also keep the checkpoint with the lowest validation loss, and export it to best_model/ at the end."""
+    async_save: bool
+    """Write checkpoints in the background: training stops only while weights are copied to host memory."""
+    resume_from_checkpoint: bool
+    """Go on from the newest good checkpoint. false moves an earlier run to previous-TIME/ and starts at 0."""
+    accept_changed_data: bool
+    """Resume although corpus, vocabulary, seed or token budget changed, from the start of an epoch."""
+    max_skipped_steps: int
+    """Stop after this many updates in a row were skipped because a gradient was not finite."""
+    hang_timeout_seconds: float
+    """End the run, naming the rank at fault, when it makes no progress for that long; 0 never does. It must exceed
+    the longest single phase: compilation in the first step, a save, planning an epoch."""
+    log_cell_ids: bool
+    """Write the cell numbers of each micro-batch to cells/rank_R.jsonl in the checkpoint folder, for audits."""
+    log_every_n_steps: int
+    """Interval of metrics.jsonl; the progress bar and trackers follow it at most once a second."""
+    validate_every_n_steps: int
+    """Interval of validation on data.validation_path; 0 validates at the end alone."""
+    wandb_init_args: dict[str, Any] | None
+    """Passed to wandb.init; offline unless WANDB_API_KEY or `mode` says otherwise. null: no tracking."""
+
+    def __post_init__(self) -> None:
+        for name in [
+            "num_train_steps",
+            "gradient_accumulation_steps",
+            "keep_last_n",
+            "log_every_n_steps",
+            "max_skipped_steps",
+        ]:
+            require(getattr(self, name) > 0, f"training.{name} is {getattr(self, name)}; it must be positive.")
+        for name in [
+            "learning_rate",
+            "weight_decay",
+            "adam_eps",
+            "max_grad_norm",
+            "num_workers",
+            "validate_every_n_steps",
+            "save_every_minutes",
+            "seed",
+            "hang_timeout_seconds",
+            "recompute_every_n_layers",
+        ]:
+            value = getattr(self, name)
+            require(0 <= value < math.inf, f"training.{name} is {value}; it must be a finite number, not negative.")
+        require(
+            self.save_every_n_steps is None or self.save_every_n_steps > 0,
+            f"training.save_every_n_steps is {self.save_every_n_steps}; it must be positive, or null.",
+        )
+        require(
+            self.save_every_n_steps is not None or self.save_every_minutes > 0,
+            "training.save_every_minutes=0 and training.save_every_n_steps=null: nothing would be saved before the "
+            "last step; set one of the two.",
+        )
+        require(
+            self.warmup_steps is None or self.warmup_steps >= 0,
+            f"training.warmup_steps is {self.warmup_steps}; it must not be negative.",
+        )
+        for name in ("adam_beta1", "adam_beta2"):
+            require(0 <= getattr(self, name) < 1, f"training.{name} is {getattr(self, name)}; it must lie in [0, 1).")
+        require(
+            0 < self.mlm_probability < 1,
+            f"training.mlm_probability is {self.mlm_probability}; it must lie between 0 and 1 (BERT: 0.15).",
+        )
+        require(
+            not (self.use_nvfsdp and self.use_fsdp2),
+            "training.use_nvfsdp and training.use_fsdp2 are both true; choose one engine.",
+        )
+        require(
+            self.shard_group_size is None or (self.shard_group_size > 0 and (self.use_nvfsdp or self.use_fsdp2)),
+            f"training.shard_group_size is {self.shard_group_size}; it takes a positive number of ranks, and an engine "
+            "that shards: training.use_fsdp2=True or training.use_nvfsdp=True.",
+        )
+        require(
+            self.reshard_after_forward is None or self.use_fsdp2,
+            f"training.reshard_after_forward={self.reshard_after_forward} is a choice of FSDP2 alone: set "
+            "training.use_fsdp2=True as well.",
+        )
+        require(
+            self.hang_timeout_seconds <= 1e6,
+            f"training.hang_timeout_seconds is {self.hang_timeout_seconds}; it must be at most 1e6 (0: no watchdog).",
+        )
+        require(bool(self.checkpoint_dir), "training.checkpoint_dir is empty; name a folder.")

@@ -1,0 +1,1 @@
+"""Embeddings, in-silico perturbation and evaluation with a trained model."""

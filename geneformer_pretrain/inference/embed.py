@@ -1,0 +1,361 @@
+"""Embeddings of cells, and mean contextual embeddings of genes."""
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from geneformer_pretrain.console import Progress, Summary
+from geneformer_pretrain.distributed.agreement import Ranks
+from geneformer_pretrain.errors import ConfigError, require
+from geneformer_pretrain.files import replacing, require_new
+from geneformer_pretrain.inference.cells import Cells, CountsOptions, open_cells
+from geneformer_pretrain.inference.model import Model, load_model
+from geneformer_pretrain.inference.packs import Pack, Parts
+from geneformer_pretrain.inference.parts import (
+    Job,
+    Lock,
+    Part,
+    Writer,
+    fixed_size_list,
+    in_turn,
+    join_ranks,
+    local_device,
+    open_writer,
+    remove,
+    share,
+    write_table,
+)
+from geneformer_pretrain.inference.pooling import first_token, mean_of_genes
+from geneformer_pretrain.inference.runner import COMPILE_FROM, Runner, windows
+
+PART_TOKENS = 2**27
+"""About the tokens of a part: some seconds of work on a GPU for small models, a minute or two for large ones."""
+
+CLS, MEAN = "cls", "mean"
+
+
+@dataclass(frozen=True)
+class EmbedOptions:
+    """Arguments of `embed`; see the command.
+
+    Attributes
+    ----------
+    genes
+        File for the mean contextual embedding of each gene.
+    group_by
+        Column of the cells; genes are averaged for each of its values.
+    tokens
+        Token budget of a pack.
+    """
+
+    model: Path
+    cells: list[str]
+    output: Path
+    layer: int = -2
+    pooling: str = MEAN
+    genes: Path | None = None
+    group_by: str | None = None
+    gene_set: Path | None = None
+    dtype: str = "auto"
+    tokens: int | None = None
+    overwrite: bool = False
+    counts: CountsOptions = field(default_factory=CountsOptions)
+
+
+def embed(options: EmbedOptions) -> Summary:
+    """Embed cells, on one rank or several, and write one file in the order of the cells.
+
+    Raises
+    ------
+    ConfigError, DataError, OutputError
+        Naming the option, file or cell, and the remedy.
+    """
+    began = perf_counter()
+    ranks = join_ranks()
+    work = options.output.with_name(options.output.name + ".parts")
+    with in_turn(ranks, lambda: _prepare(options, work, is_main=ranks.rank == 0)):
+        return _embed(options, work, ranks, began)
+
+
+def _prepare(options: EmbedOptions, work: Path, *, is_main: bool) -> AbstractContextManager[object]:
+    """Check the outputs, make the folder of intermediate results and lock it; on the first rank."""
+    if not is_main:
+        return nullcontext()
+    require(options.output.suffix in (".parquet", ".h5ad"), f"{options.output}: name a .parquet or an .h5ad file.")
+    require(options.group_by is None or options.genes is not None, "--group-by averages genes; add --genes FILE.")
+    for path in (options.output, options.genes):
+        if path is not None:
+            require_new(path, overwrite=options.overwrite)
+    if options.overwrite:
+        remove(work)
+    work.mkdir(parents=True, exist_ok=True)
+    return Lock(work)
+
+
+def _embed(options: EmbedOptions, work: Path, ranks: Ranks, began: float) -> Summary:
+    model = load_model(options.model, gene_set=options.gene_set, dtype=options.dtype, device=local_device())
+    if options.pooling == CLS and model.cls_token is None:
+        raise ConfigError(f"--pooling cls: gene set {model.gene_set.name!r} has no token <cls>; use --pooling mean.")
+    opening = perf_counter()
+    cells, job, groups = _open(options, model, work, ranks)
+    opening = perf_counter() - opening
+    left = ranks.gather(job.left())[0]
+    mine = share(left, ranks.rank, ranks.size)
+    tokens = sum(int(cells.lengths[part.first : part.last].sum()) for part in left)
+    length = float(cells.lengths.mean())
+    flops = model.flops_per_token(options.layer, length) * tokens / ranks.size
+    runner = Runner(
+        model,
+        options.layer,
+        longest=int(cells.lengths.max()),
+        tokens=options.tokens,
+        compiled=flops > COMPILE_FROM,
+    )
+    head = _Head(model, options.pooling, groups, with_genes=options.genes is not None)
+    runner.warm_up(head)
+    head.reset()
+    ranks.gather(None)
+    started = perf_counter()
+    _run(runner, head, cells, job, mine, groups)
+    ranks.gather(None)
+    if ranks.rank == 0:
+        _merge(job, options.output)
+        if options.genes is not None:
+            _merge_genes(job, model, options, groups)
+        remove(work)
+    seconds = opening + perf_counter() - started
+    start = started - began - opening
+    return Summary(
+        [
+            f"{options.output}: {cells.num_cells:,} cells, {model.hidden_size} dimensions, layer {options.layer}, "
+            f"{options.pooling}.",
+            f"{tokens:,} tokens in {seconds:.1f} s after {start:.1f} s of start: {tokens / seconds:,.0f} "
+            f"tokens/s on {ranks.size} x {model.device.type}.",
+        ],
+        {
+            "cells": cells.num_cells,
+            "tokens": tokens,
+            "start_seconds": start,
+            "opening_seconds": opening,
+            "seconds": seconds,
+            "tokens_per_second": tokens / seconds,
+            "ranks": ranks.size,
+            "pack_tokens": runner.tokens,
+            "compiled": runner.compiled_tokens > 0,
+            "output": str(options.output),
+        },
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Groups:
+    """Values of the column to group by, and each cell's place among them, int32."""
+
+    names: list[str | None]
+    of_cell: np.ndarray
+
+
+def _open(options: EmbedOptions, model: Model, work: Path, ranks: Ranks) -> tuple[Cells, Job, _Groups | None]:
+    """Open cells and job, on the first rank before the others: it may have to tokenize."""
+
+    def open_all() -> tuple[Cells, Job, _Groups | None]:
+        cells = open_cells(options.cells, model, work, options.counts, show_progress=ranks.rank == 0)
+        groups = None
+        if options.group_by is not None:
+            groups = _group(cells, options.group_by)
+        settings = {
+            "command": "embed",
+            "model": model.fingerprint,
+            "gene set": model.gene_set.fingerprint,
+            "cells": cells.corpus.fingerprint,
+            "layer": model.num_layers_below(options.layer),
+            "pooling": options.pooling,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "genes": options.genes is not None,
+            "group by": options.group_by,
+        }
+        costs = cells.lengths * (1.0 + cells.lengths / (6.0 * model.hidden_size))
+        part_cost = PART_TOKENS * float(costs.sum()) / float(cells.lengths.sum())
+        return cells, Job.open(work, settings, costs, part_cost, ranks.size), groups
+
+    return in_turn(ranks, open_all)
+
+
+def _group(cells: Cells, column: str) -> _Groups:
+    cells.require_columns([column], "--group-by")
+    values = cells.table([column], np.arange(cells.num_cells))[column].cast(pa.string()).combine_chunks()
+    encoded = pc.dictionary_encode(values, null_encoding="encode")
+    names = encoded.dictionary.to_pylist()
+    return _Groups(names, encoded.indices.to_numpy(zero_copy_only=False).astype(np.int32))
+
+
+@dataclass(eq=False)
+class _Results:
+    """Embeddings of a part as they come in."""
+
+    part: Part
+    embeddings: np.ndarray
+    started: int = 0
+    finished: int = 0
+    genes: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
+
+
+class _Head:
+    """Pools cells; adds up the vectors of genes, if they are wanted, until a part is complete."""
+
+    def __init__(self, model: Model, pooling: str, groups: _Groups | None, *, with_genes: bool) -> None:
+        self.pooling = pooling
+        self.vocab_size = model.vocab_size
+        self.sums: Tensor | None = None
+        if with_genes:
+            rows = model.vocab_size * (1 if groups is None else len(groups.names))
+            self.sums = torch.zeros(rows, model.hidden_size, dtype=torch.float64, device=model.device)
+            self.counts = torch.zeros(rows, dtype=torch.int64, device=model.device)
+
+    def reset(self) -> None:
+        """Forget the sums."""
+        if self.sums is not None:
+            self.sums.zero_()
+            self.counts.zero_()
+
+    def __call__(self, pack: Pack, hidden: Tensor, parts: Parts) -> Tensor:
+        pooled = first_token(hidden, parts) if self.pooling == CLS else mean_of_genes(hidden, parts)
+        if self.sums is not None:
+            row = parts.rows.clamp(min=0) * self.vocab_size + parts.input_ids
+            is_gene = (parts.rows >= 0).long()
+            vectors = hidden.double() * is_gene[:, None]
+            self.sums.index_add_(0, row, vectors)
+            self.counts.index_add_(0, row, is_gene)
+            results = pack.owner
+            if results is not None:
+                results.started += pack.num_cells
+                if results.started == len(results.embeddings):
+                    results.genes = self._take()
+        return pooled
+
+    def _take(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Rows with genes, their numbers and sums; the next part begins with zeros."""
+        assert self.sums is not None
+        rows = self.counts.nonzero().squeeze(1)
+        taken = tuple(x.cpu().numpy() for x in (rows, self.counts[rows], self.sums[rows]))
+        self.reset()
+        return taken  # type: ignore[return-value]
+
+
+def _run(runner: Runner, head: _Head, cells: Cells, job: Job, mine: list[Part], groups: _Groups | None) -> None:
+    """Embed the parts of this rank and write each once it is complete."""
+    total = sum(part.last - part.first for part in mine)
+    packs = _packs(runner, head, cells, mine, groups)
+    with Progress(total, "embed", "cell", enabled=os.environ.get("RANK", "0") == "0") as progress, Writer() as writer:
+        for pack, rows in runner.run(packs):
+            results = pack.owner
+            results.embeddings[pack.items] = rows
+            results.finished += len(rows)
+            progress.advance(len(rows))
+            if results.finished == len(results.embeddings):
+                writer.write(partial(_commit, job, cells, results))
+
+
+def _packs(runner: Runner, head: _Head, cells: Cells, mine: list[Part], groups: _Groups | None) -> Iterator[Pack]:
+    for part in mine:
+        results = _Results(part, np.empty((part.last - part.first, runner.model.hidden_size), np.float32))
+        for window in windows(cells.lengths[part.first : part.last], runner.window):
+            numbers = np.arange(part.first + window.start, part.first + window.stop)
+            tokens, offsets = cells.tokens(numbers)
+            rows = None
+            if head.sums is not None:
+                rows = np.zeros(len(numbers), np.int32) if groups is None else groups.of_cell[numbers]
+            for chosen, shape in runner.plan(np.diff(offsets)):
+                yield runner.pack_of(
+                    chosen, shape, tokens, offsets, head, results, row_of_cell=rows, items=numbers - part.first
+                )
+
+
+def _commit(job: Job, cells: Cells, results: _Results) -> None:
+    """Write the sums of genes, then the embeddings, whose file says that the part is complete."""
+    part, path = results.part, job.path(results.part)
+    if results.genes is not None:
+        with replacing(_genes_path(path)) as temporary, temporary.open("wb") as file:
+            np.savez(file, *results.genes)
+    numbers = np.arange(part.first, part.last)
+    columns = {"cell": pa.array(numbers), "cell_id": cells.ids(numbers)}
+    others = [name for name in cells.column_names if name not in (*columns, "embedding")]
+    if others:
+        table = cells.table(others, numbers)
+        columns |= {name: table[name] for name in others}
+    columns["embedding"] = fixed_size_list(results.embeddings)
+    write_table(pa.table(columns), path)
+
+
+def _genes_path(path: Path) -> Path:
+    return path.with_suffix(".genes.npz")
+
+
+def _merge(job: Job, output: Path) -> None:
+    """Join the parts in one file."""
+    paths = [job.path(part) for part in job.parts]
+    if output.suffix == ".h5ad":
+        _write_h5ad(paths, output)
+        return
+    schema = pa.unify_schemas([pq.read_schema(path) for path in paths], promote_options="permissive")
+    with replacing(output) as temporary:
+        if len(paths) == 1:
+            paths[0].rename(temporary)
+            return
+        with open_writer(temporary, schema) as writer:
+            for path in paths:
+                with pq.ParquetFile(path) as file:
+                    for group in range(file.num_row_groups):
+                        writer.write_table(file.read_row_group(group).cast(schema))
+
+
+def _write_h5ad(paths: list[Path], output: Path) -> None:
+    """Write `obs` and `obsm["X_geneformer"]`; the embeddings of all cells have to fit into memory."""
+    import anndata
+    import pandas as pd
+    from scipy.sparse import csr_matrix
+
+    table = pa.concat_tables([pq.read_table(path) for path in paths], promote_options="permissive")
+    width = table.schema.field("embedding").type.list_size
+    vectors = table["embedding"].combine_chunks().flatten().to_numpy().reshape(-1, width)
+    obs: pd.DataFrame = table.drop_columns(["embedding", "cell_id"]).to_pandas()
+    obs.index = pd.Index(table["cell_id"].to_pylist(), dtype=object)
+    data = anndata.AnnData(csr_matrix((len(obs), 0), dtype=np.float32), obs=obs, obsm={"X_geneformer": vectors})
+    with replacing(output) as temporary:
+        data.write_h5ad(temporary)
+
+
+def _merge_genes(job: Job, model: Model, options: EmbedOptions, groups: _Groups | None) -> None:
+    """Average the vectors of each gene over all cells, or over those of each group."""
+    names: list[str | None] = [None] if groups is None else groups.names
+    vocab_size = model.vocab_size
+    sums = np.zeros((len(names) * vocab_size, model.hidden_size))
+    counts = np.zeros(len(sums), np.int64)
+    for part in job.parts:
+        with np.load(_genes_path(job.path(part))) as saved:
+            rows, number, total = (saved[name] for name in saved.files)
+        counts[rows] += number
+        sums[rows] += total
+    rows = np.flatnonzero(counts)
+    tokens = rows % vocab_size
+    columns: dict[str, Any] = {}
+    if options.group_by is not None:
+        columns[options.group_by] = pa.array([names[group] for group in (rows // vocab_size).tolist()], pa.string())
+    columns["gene_id"] = [model.gene_set.tokens[token] for token in tokens]
+    columns["symbol"] = pa.array([model.gene_set.symbols[token] for token in tokens], pa.string())
+    columns["cells"] = counts[rows]
+    columns["embedding"] = fixed_size_list((sums[rows] / counts[rows, None]).astype(np.float32))
+    assert options.genes is not None
+    write_table(pa.table(columns), options.genes)

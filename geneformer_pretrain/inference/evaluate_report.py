@@ -1,0 +1,235 @@
+"""The report of an evaluation: one table with the model and its baselines, a reading of it, and pictures."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from sklearn.metrics import confusion_matrix
+
+from geneformer_pretrain.inference.evaluate import (
+    COMPONENTS,
+    MIN_CELLS,
+    NEIGHBOURS,
+    Classes,
+    Features,
+    IntArray,
+    Split,
+    flat_map,
+    unseen_cells,
+)
+
+FORMAT_VERSION = 1
+MODEL = "model"
+MAX_DRAWN = 5000
+"""Cells of the picture, drawn at random if there are more."""
+
+LABELLED_CLASSES = 40
+"""Classes up to which a legend is legible."""
+
+
+def report_values(
+    classes: Classes,
+    scores: Mapping[str, Mapping[str, Any]],
+    majority: Mapping[str, float],
+    losses: Mapping[str, float],
+    *,
+    label: str,
+    group: str | None,
+    folds: Sequence[Split],
+    seed: int,
+) -> dict[str, Any]:
+    """Make the content of `report.json`.
+
+    Parameters
+    ----------
+    scores
+        `score_features` of each representation by its name; the model's is `MODEL`.
+    majority
+        `score_majority`.
+    losses
+        Masked-token losses by name, nats; empty if the model has no head.
+    """
+    names, counts = np.unique(np.array(classes.names)[classes.codes], return_counts=True)
+    rows = {}
+    for name, score in scores.items():
+        row: dict[str, Any] = {metric: score[metric] for metric in ("silhouette", "ari", "nmi")}
+        for kind in ("logistic", "neighbours"):
+            row[kind] = {metric: value for metric, value in score[kind].items() if metric != "predicted"}
+        rows[name] = row
+    return {
+        "format_version": FORMAT_VERSION,
+        "label": label,
+        "groups": group,
+        "cells": len(classes.codes),
+        "classes": dict(zip(names.tolist(), counts.tolist(), strict=True)),
+        "left_out": classes.left_out,
+        "folds": len(folds),
+        "cells_of_unseen_classes": unseen_cells(classes, folds),
+        "seed": seed,
+        "representations": rows,
+        "majority_class": dict(majority),
+        "masked_loss": dict(losses),
+    }
+
+
+def table_lines(values: Mapping[str, Any]) -> list[str]:
+    """Format the table in Markdown, one row a representation."""
+    lines = [
+        "| | logistic macro F1 | accuracy | kNN macro F1 | accuracy | silhouette | ARI | NMI |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, row in values["representations"].items():
+        logistic, neighbours = row["logistic"], row["neighbours"]
+        spread = np.std(logistic["macro_f1_folds"], ddof=1)
+        cells = [
+            f"{logistic['macro_f1']:.3f} ± {spread:.3f}",
+            *(f"{x:.3f}" for x in (logistic["accuracy"], neighbours["macro_f1"], neighbours["accuracy"])),
+            *(f"{row[metric]:.3f}" for metric in ("silhouette", "ari", "nmi")),
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    majority = values["majority_class"]
+    lines.append(f"| largest class | {majority['macro_f1']:.3f} | {majority['accuracy']:.3f} | | | | | |")
+    return lines
+
+
+def reading(values: Mapping[str, Any]) -> list[str]:
+    """Compare the model with each baseline in words, fold by fold."""
+    rows = values["representations"]
+    mine = np.array(rows[MODEL]["logistic"]["macro_f1_folds"])
+    lines = []
+    for name, row in rows.items():
+        if name == MODEL:
+            continue
+        theirs = np.array(row["logistic"]["macro_f1_folds"])
+        better = int((mine > theirs).sum())
+        difference = rows[MODEL]["logistic"]["macro_f1"] - row["logistic"]["macro_f1"]
+        lines.append(
+            f"Against {name}: logistic macro F1 {difference:+.3f}; the model is ahead in {better} of {len(mine)} folds."
+        )
+    return lines
+
+
+def write_report(
+    folder: Path,
+    values: Mapping[str, Any],
+    classes: Classes,
+    features: Mapping[str, Features],
+    predicted: IntArray,
+    seed: int,
+) -> None:
+    """Write `report.json`, `report.md`, `map.png` and `confusion.png` into a folder.
+
+    Parameters
+    ----------
+    features
+        [n, H] of each representation, for the map.
+    predicted
+        Class that the logistic regression on the model's embeddings gave to each cell, when it was not trained on it.
+    """
+    (folder / "report.json").write_text(json.dumps(values, indent=1) + "\n")
+    method = plot_maps(folder / "map.png", features, classes, seed)
+    plot_confusion(folder / "confusion.png", classes, predicted)
+    (folder / "report.md").write_text("\n".join(_markdown(values, method)) + "\n")
+
+
+def _markdown(values: Mapping[str, Any], method: str) -> list[str]:
+    held_out = f"whole groups ({values['groups']})" if values["groups"] else "cells, stratified by class"
+    lines = [
+        f"# Evaluation on {values['label']}",
+        "",
+        f"{values['cells']:,} cells of {len(values['classes'])} classes; {values['folds']} folds hold out {held_out}.",
+        "",
+        *table_lines(values),
+        "",
+        f"Logistic regression and {NEIGHBOURS} nearest neighbours are scored on cells that they were not trained on; ± "
+        "is the standard deviation over folds. ARI and NMI compare the classes with as many KMeans clusters. Principal "
+        f"components are the first {COMPONENTS}.",
+        "",
+        *(f"- {line}" for line in reading(values)),
+    ]
+    if values["cells_of_unseen_classes"]:
+        lines += [
+            "",
+            f"{values['cells_of_unseen_classes']:,} cells are of a class that no training cell of their fold has.",
+        ]
+    if values["masked_loss"]:
+        lines += ["", "| | masked-token loss, nats |", "|---|---|"]
+        lines += [f"| {name} | {loss:.3f} |" for name, loss in values["masked_loss"].items()]
+    lines += ["", "| class | cells |", "|---|---|"]
+    lines += [f"| {name} | {count:,} |" for name, count in values["classes"].items()]
+    if values["left_out"]:
+        lines += [
+            "",
+            "Left out: " + "; ".join(f"{name}, {count:,} cells" for name, count in values["left_out"].items()),
+        ]
+        lines[-1] += f". A class needs {MIN_CELLS} cells."
+    lines += ["", f"![{method} of each representation](map.png)", "", "![Confusion of the classes](confusion.png)"]
+    return lines
+
+
+def _left_out(values: Mapping[str, Any]) -> str:
+    return "; ".join(f"{name}: {count:,} cells" for name, count in values["left_out"].items())
+
+
+def plot_maps(path: Path, features: Mapping[str, Features], classes: Classes, seed: int) -> str:
+    """Draw one map of the cells for each representation, coloured by class; return the method's name."""
+    drawn = np.arange(len(classes.codes))
+    if len(drawn) > MAX_DRAWN:
+        drawn = np.sort(np.random.default_rng(seed).choice(drawn, MAX_DRAWN, replace=False))
+    codes, number = classes.codes[drawn], len(classes.names)
+    colours = (
+        colormaps["tab20"](np.arange(number) % 20) if number <= 20 else colormaps["turbo"](np.linspace(0, 1, number))
+    )
+    figure = Figure(figsize=(4.2 * len(features) + 2.2, 4.2), layout="constrained")
+    panels = figure.subplots(1, len(features), squeeze=False)[0]
+    method = ""
+    for axes, (name, matrix) in zip(panels, features.items(), strict=True):
+        places, method = flat_map(matrix[drawn], seed)
+        axes.scatter(*places.T, s=6, c=colours[codes], linewidths=0, rasterized=True)
+        axes.set(title=name, xticks=[], yticks=[], xlabel=f"{method} 1", ylabel=f"{method} 2")
+    if number <= LABELLED_CLASSES:
+        for code, name in enumerate(classes.names):
+            panels[-1].scatter([], [], s=16, color=colours[code], label=name)
+        figure.legend(loc="outside right upper", fontsize=7, frameon=False)
+    figure.savefig(path, dpi=150, format="png")
+    return method
+
+
+def plot_confusion(path: Path, classes: Classes, predicted: IntArray) -> None:
+    """Draw how often each class is given each answer, as shares of the class's cells."""
+    shares = confusion_matrix(classes.codes, predicted, labels=range(len(classes.names)), normalize="true")
+    side = 3 + 0.3 * len(classes.names)
+    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(shares, vmin=0, vmax=1, cmap="Blues")
+    ticks = range(len(classes.names))
+    axes.set_xticks(ticks, classes.names, rotation=90, fontsize=7)
+    axes.set_yticks(ticks, classes.names, fontsize=7)
+    axes.set(xlabel="answer of the logistic regression", ylabel="class")
+    figure.colorbar(image, ax=axes, shrink=0.7, label="share of the class's cells")
+    figure.savefig(path, dpi=150, format="png")
+
+
+def summary_lines(values: Mapping[str, Any], folder: Path) -> list[str]:
+    """Format the result for the terminal."""
+    lines = [
+        f"{values['cells']:,} cells, {len(values['classes'])} classes of {values['label']}, {values['folds']} folds."
+    ]
+    for name, row in values["representations"].items():
+        lines.append(
+            f"  {name}: logistic macro F1 {row['logistic']['macro_f1']:.3f}, kNN {row['neighbours']['macro_f1']:.3f}, "
+            f"silhouette {row['silhouette']:.3f}, ARI {row['ari']:.3f}"
+        )
+    lines += [f"  {line}" for line in reading(values)]
+    if values["masked_loss"]:
+        losses = ", ".join(f"{name} {loss:.3f}" for name, loss in values["masked_loss"].items())
+        lines.append(f"  masked-token loss, nats: {losses}")
+    if values["left_out"]:
+        lines.append(
+            "  left out: " + "; ".join(f"{name}, {count:,} cells" for name, count in values["left_out"].items())
+        )
+    return [*lines, f"Written: {folder}/report.md, report.json, map.png, confusion.png"]

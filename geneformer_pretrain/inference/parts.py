@@ -1,0 +1,269 @@
+"""A job cut into parts of equal cost, each a file that is complete or absent: work that was stopped goes on.
+
+The first start decides the parts and writes them down; later starts, also with another number of ranks, share out
+those that are missing.
+"""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from itertools import pairwise
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import torch.distributed as dist
+
+from geneformer_pretrain.distributed.agreement import Ranks
+from geneformer_pretrain.distributed.world import choose_device
+from geneformer_pretrain.errors import OutputError, UserError
+from geneformer_pretrain.files import delete_folder, open_lock, replacing
+
+T = TypeVar("T")
+
+JOB_FILE = "_job.json"
+"""Its name begins with `_`, so that readers of a folder of parquet files pass over it."""
+
+FORMAT_VERSION = 1
+
+PATIENCE = timedelta(days=7)
+"""How long ranks wait for one that tokenizes or is slower."""
+
+
+def join_ranks() -> Ranks:
+    """The ranks of this job, started by torchrun; or this process alone.
+
+    They speak in host memory only: no rank needs the others' GPUs.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        dist.init_process_group("gloo", timeout=PATIENCE)
+    return Ranks(PATIENCE)
+
+
+def in_turn(ranks: Ranks, action: Callable[[], T]) -> T:
+    """Run an action on the first rank and then on the others, for whom it prepares files.
+
+    Raises
+    ------
+    UserError
+        On every rank, if it fails on any; one process alone raises its own error.
+    """
+    if ranks.size == 1:
+        return action()
+    results: list[T] = []
+
+    def act() -> None:
+        results.append(action())
+
+    for is_first in (True, False):
+        ranks.run_on_all_ranks(act if (ranks.rank == 0) is is_first else lambda: None, UserError)
+    return results[0]
+
+
+def local_device() -> torch.device:
+    """The GPU of this rank, or the CPU."""
+    return choose_device(int(os.environ.get("LOCAL_RANK", 0)))
+
+
+@dataclass(frozen=True)
+class Part:
+    """A range of a job's cells.
+
+    Attributes
+    ----------
+    number
+        Counted from 0.
+    first, last
+        Places in the list of the job's cells; `last` is beyond the part.
+    """
+
+    number: int
+    first: int
+    last: int
+
+    @property
+    def name(self) -> str:
+        """File name of its results."""
+        return f"part-{self.number:05d}.parquet"
+
+
+class Job:
+    """Folder of a job: its settings, the parts and those that are done.
+
+    Parameters
+    ----------
+    folder
+        For `_job.json` and the parts.
+    settings
+        What decides the results, JSON-serialisable.
+    parts
+        The parts that are done and those to do.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any], parts: list[Part]) -> None:
+        self.folder, self.settings, self.parts = folder, settings, parts
+
+    def path(self, part: Part) -> Path:
+        """File of a part's results."""
+        return self.folder / part.name
+
+    def left(self) -> list[Part]:
+        """Parts without results."""
+        return [part for part in self.parts if not self.path(part).exists()]
+
+    @classmethod
+    def open(cls, folder: Path, settings: dict[str, Any], costs: np.ndarray, part_cost: float, ranks: int) -> "Job":
+        """Open the job of a folder, or begin it.
+
+        Parameters
+        ----------
+        folder
+            Exists.
+        settings
+            See above.
+        costs
+            Cost of each cell, float64.
+        part_cost
+            About the cost of a part.
+        ranks
+            Number of ranks that will share the parts.
+
+        Raises
+        ------
+        OutputError
+            The folder belongs to a job with other settings.
+        """
+        path = folder / JOB_FILE
+        if path.exists():
+            try:
+                facts = json.loads(path.read_text())
+                require_same(settings, facts["settings"], folder)
+                parts = [Part(number, *bounds) for number, bounds in enumerate(facts["parts"])]
+            except (ValueError, KeyError, TypeError) as error:
+                raise OutputError(f"{path}: damaged ({error!r}); name another output or add --overwrite.") from error
+            return cls(folder, settings, parts)
+        parts = cut(costs, part_cost, ranks)
+        facts = {
+            "format_version": FORMAT_VERSION,
+            "settings": settings,
+            "parts": [[part.first, part.last] for part in parts],
+        }
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(facts, indent=1) + "\n")
+        return cls(folder, settings, parts)
+
+
+def require_same(settings: dict[str, Any], earlier: dict[str, Any], folder: Path) -> None:
+    """Raise OutputError, naming what differs, unless a folder's earlier settings are the same."""
+    differing = [name for name in {**settings, **earlier} if settings.get(name) != earlier.get(name)]
+    if differing:
+        listed = "; ".join(f"{name} was {earlier.get(name)!r}, is {settings.get(name)!r}" for name in differing)
+        raise OutputError(
+            f"{folder}: holds results of a job with other settings ({listed}). Name another output, or add --overwrite "
+            "to delete them."
+        )
+
+
+def cut(costs: np.ndarray, part_cost: float, ranks: int) -> list[Part]:
+    """Cut cells into parts of equal cost, as many for each rank."""
+    total = float(costs.sum())
+    number = ranks * max(1, round(total / part_cost / ranks))
+    bounds = np.searchsorted(np.cumsum(costs), np.arange(1, number) * (total / number), side="left") + 1
+    bounds = np.unique(np.concatenate([[0], np.minimum(bounds, len(costs)), [len(costs)]])).tolist()
+    return [Part(number, *pair) for number, pair in enumerate(pairwise(bounds))]
+
+
+def share(parts: Sequence[Part], rank: int, size: int) -> list[Part]:
+    """Parts of one rank: neighbours, and as many as the other ranks have, or one more or less."""
+    bounds = np.linspace(0, len(parts), size + 1).round().astype(int)
+    return list(parts[bounds[rank] : bounds[rank + 1]])
+
+
+class Lock:
+    """Holds a folder for one job at a time, on the first rank.
+
+    Raises
+    ------
+    OutputError
+        Another process works on it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            self._descriptor = open_lock(folder / ".lock", wait=False)
+        except BlockingIOError as error:
+            raise OutputError(f"{folder}: another process works on it; wait for it, or name another output.") from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._descriptor)
+
+
+class Writer:
+    """Writes parts in a thread, one while the next is computed; errors are raised at the next call."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1)
+        self._last: Future[None] | None = None
+
+    def write(self, action: Callable[[], None]) -> None:
+        """Run what makes and writes a part."""
+        self._wait()
+        self._last = self._pool.submit(action)
+
+    def _wait(self) -> None:
+        if self._last is not None:
+            self._last.result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is None:
+            self._wait()
+        self._pool.shutdown()
+
+
+def write_table(table: pa.Table, path: Path) -> None:
+    """Write a parquet file aside and rename it."""
+    with replacing(path) as temporary, open_writer(temporary, table.schema) as writer:
+        writer.write_table(table)
+
+
+def fixed_size_list(vectors: np.ndarray) -> pa.Array:
+    """Vectors as a column: float32 [n, H]."""
+    return pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
+
+
+def open_writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
+    """Open a parquet file; embeddings are not compressed, which would not make them smaller."""
+    texts = [field.name for field in schema if not pa.types.is_fixed_size_list(field.type)]
+    return pq.ParquetWriter(path, schema, use_dictionary=texts, compression=_compression_of(schema))
+
+
+def _compression_of(schema: pa.Schema) -> dict[str, str]:
+    """Compression of each column, by the path of its values."""
+    return {
+        f"{field.name}.list.element" if pa.types.is_fixed_size_list(field.type) else field.name: (
+            "none" if pa.types.is_fixed_size_list(field.type) else "zstd"
+        )
+        for field in schema
+    }
+
+
+def remove(folder: Path) -> None:
+    """Delete a folder with all results in it, if it is there."""
+    with suppress(FileNotFoundError):
+        delete_folder(folder)

@@ -1,0 +1,127 @@
+"""Lengths of the cells that a run would train on: of a corpus, or simulated after published figures."""
+
+import glob
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import NormalDist
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from geneformer_pretrain.errors import DataError
+
+QUANTILES = 4096
+"""Cells of a simulated sample."""
+
+
+@dataclass(frozen=True, eq=False)
+class CellLengths:
+    """The distribution of the cells' lengths, and the corpus's size.
+
+    Attributes
+    ----------
+    sample
+        int64, tokens of cells before they are cut; their distribution is the corpus's.
+    cells, tokens
+        Size of the corpus, tokens before cells are cut.
+    source
+        Where the figures come from, in words.
+    """
+
+    sample: np.ndarray = field(repr=False)
+    cells: int
+    tokens: int
+    source: str
+
+    def cut(self, seq_length: int) -> "CutLengths":
+        """Cut cells to their first `seq_length` tokens."""
+        kept = np.minimum(self.sample, seq_length).astype(np.float64)
+        share = kept.sum() / self.sample.sum()
+        return CutLengths(self.cells, self.tokens * share, float((kept**2).sum() / kept.sum()))
+
+
+@dataclass(frozen=True)
+class CutLengths:
+    """Size of a corpus as a run sees it.
+
+    Attributes
+    ----------
+    cells, tokens
+        Cells, and their tokens.
+    attended
+        Tokens that an average token attends to, sum(n^2) / sum(n) over the cells' lengths n.
+    """
+
+    cells: int
+    tokens: float
+    attended: float
+
+
+def lognormal(median: float, sigma: float, shortest: int, longest: int) -> np.ndarray:
+    """Return quantiles of exp(N(ln median, sigma)), clipped; int64 [QUANTILES]."""
+    normal = NormalDist(math.log(median), sigma)
+    quantiles = [normal.inv_cdf((i + 0.5) / QUANTILES) for i in range(QUANTILES)]
+    return np.clip(np.exp(quantiles), shortest, longest).astype(np.int64)
+
+
+def genecorpus(seq_length: int) -> CellLengths:
+    """Return the published size of Genecorpus with simulated lengths.
+
+    Genecorpus-30M for cells of up to 2,048 tokens: half of the cells have at most 255 tokens and 7% are at the cap.
+    Genecorpus-104M for longer ones.
+    """
+    if seq_length <= 2048:
+        sample = lognormal(255, 1.41, 16, 2048)
+        return CellLengths(sample, 27_400_000, 15_200_000_000, "Genecorpus-30M's size, simulated lengths")
+    sample = lognormal(1100, 0.83, 16, 4096)
+    return CellLengths(sample, 104_000_000, 150_000_000_000, "Genecorpus-104M's size, simulated lengths")
+
+
+def of_tokens(tokens: int, seq_length: int) -> CellLengths:
+    """Return Genecorpus's lengths for a corpus of another size."""
+    like = genecorpus(seq_length)
+    cells = max(1, round(like.cells * tokens / like.tokens))
+    return CellLengths(like.sample, cells, tokens, "--tokens, lengths as simulated for Genecorpus")
+
+
+def of_corpus(path: Path) -> CellLengths:
+    """Read the lengths of a corpus: parquet files, a folder or glob of them, or a save_to_disk folder.
+
+    Parquet files with a column `length`, as `tokenize` writes them, are not read beyond it.
+
+    Raises
+    ------
+    DataError
+        Nothing is found, or a file has neither `length` nor `input_ids`.
+    """
+    if (path / "state.json").is_file():
+        from geneformer_pretrain.data.corpus import open_corpus
+
+        lengths = open_corpus(path, path).lengths.astype(np.int64)  # A saved folder needs no cache.
+    else:
+        files = sorted(path.glob("*.parquet")) if path.is_dir() else [Path(p) for p in sorted(glob.glob(str(path)))]
+        if not files:
+            raise DataError(f"--corpus {path}: no parquet file and no save_to_disk folder there; correct the path.")
+        lengths = np.concatenate([_of_parquet(file) for file in files])
+    if not len(lengths):
+        raise DataError(f"--corpus {path}: the corpus has no cells.")
+    return CellLengths(lengths, len(lengths), int(lengths.sum()), str(path))
+
+
+def _of_parquet(file: Path) -> np.ndarray:
+    try:
+        names = pq.read_schema(file).names
+        if "length" in names:
+            return pq.read_table(file, columns=["length"])["length"].to_numpy().astype(np.int64)
+        if "input_ids" not in names:
+            raise DataError(f"{file}: neither a column length nor input_ids; give a corpus that tokenize wrote.")
+        lengths = [
+            pc.list_value_length(batch.column(0)).to_numpy(zero_copy_only=False).astype(np.int64)
+            for batch in pq.ParquetFile(file).iter_batches(columns=["input_ids"])
+        ]
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{file}: not readable as parquet ({error}).") from error
+    return np.concatenate(lengths) if lengths else np.empty(0, np.int64)

@@ -1,0 +1,141 @@
+"""GPUs and the steps that were measured on them, from `data.json`."""
+
+import json
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from geneformer_pretrain.config.schema import Config
+from geneformer_pretrain.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Card:
+    """A GPU by its datasheet, with the memory that PyTorch reports of it.
+
+    Attributes
+    ----------
+    memory_gib
+        GiB that a process may use.
+    bf16_tflops, fp8_tflops
+        Dense matrix products; None where there are none in that precision.
+    memory_tbps
+        Memory bandwidth in TB/s.
+    link_gbps
+        Bandwidth between GPUs of one node in GB/s, both directions together.
+    capability
+        CUDA compute capability.
+    """
+
+    name: str
+    memory_gib: float
+    bf16_tflops: float
+    fp8_tflops: float | None
+    memory_tbps: float
+    link_gbps: float
+    capability: float
+
+    @property
+    def is_hopper(self) -> bool:
+        """True for the kind of GPU that the project's kernels were tuned on."""
+        return 9 <= self.capability < 10
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One measured run.
+
+    Attributes
+    ----------
+    lengths
+        lognormal: exp(N(ln 900, 0.557)) in [200, 2048]. genecorpus: exp(N(ln 255, 1.41)) in [16, 2048].
+    step_ms, memory_gib
+        Median step and peak memory, None where not measured.
+    older_code
+        "time", "memory": not comparable, since the code has changed in what decides it.
+    """
+
+    date: str
+    gpu: str
+    gpus: int
+    model: str
+    engine: str
+    use_te_layers: bool
+    use_fp8: bool
+    micro_batch_size: int
+    recompute_every_n_layers: int
+    reshard_after_forward: bool
+    lengths: str
+    step_ms: float | None
+    memory_gib: float | None
+    older_code: tuple[str, ...]
+    source: str
+
+    def applied_to(self, config: Config) -> Config:
+        """Return a configuration of the same model with this run's shape, engine and precision."""
+        model = replace(config.model, micro_batch_size=self.micro_batch_size, use_te_layers=self.use_te_layers)
+        training = replace(
+            config.training,
+            use_fp8=self.use_fp8,
+            use_fsdp2=self.engine == "fsdp2",
+            use_nvfsdp=self.engine == "nvfsdp",
+            reshard_after_forward=self.reshard_after_forward if self.engine == "fsdp2" else None,
+            shard_group_size=None,
+            gradient_accumulation_steps=1,
+            recompute_every_n_layers=self.recompute_every_n_layers,
+        )
+        return replace(config, model=model, training=training)
+
+    def __str__(self) -> str:
+        return f"{self.date}, {self.gpus} x {self.gpu}, {self.engine}, {self.source}"
+
+
+@cache
+def _data() -> dict[str, Any]:
+    data: dict[str, Any] = json.loads(Path(__file__).with_name("data.json").read_text())
+    return data
+
+
+@cache
+def measurements() -> list[Measurement]:
+    """Return all measured runs, oldest first."""
+    rows = (Measurement(**row | {"older_code": tuple(row["older_code"])}) for row in _data()["measurements"])
+    return sorted(rows, key=lambda row: row.date)
+
+
+def card(name: str) -> Card:
+    """Return a GPU by its short name.
+
+    Raises
+    ------
+    ConfigError
+        Listing the names that exist.
+    """
+    cards = _data()["cards"]
+    if name.lower() not in cards:
+        raise ConfigError(f"--gpu {name}: not among the GPUs that are known: {', '.join(cards)}.")
+    return Card(**cards[name.lower()])
+
+
+def measured_like(config: Config, gpu: str) -> list[Measurement]:
+    """Return measured steps of the same model, layers and precision on the same GPU, oldest first.
+
+    A model is the same if its architecture is, whatever its configuration is called.
+    """
+    shape = [
+        config.model.num_hidden_layers,
+        config.model.hidden_size,
+        config.model.intermediate_size,
+        config.model.num_attention_heads,
+    ]
+    names = [name for name, known in _data()["architectures"].items() if known == shape]
+    return [
+        row
+        for row in measurements()
+        if row.model in names
+        and row.gpu == gpu
+        and row.step_ms is not None
+        and "time" not in row.older_code
+        and (row.use_te_layers, row.use_fp8) == (config.model.use_te_layers, config.training.use_fp8)
+    ]

@@ -1,0 +1,129 @@
+"""A plan in lines for people."""
+
+from geneformer_pretrain.planner.measured import Card
+from geneformer_pretrain.planner.plan import GIB, USABLE_SHARE, EnginePlan, Plan
+
+COLUMNS = "{:2}{:20} {:>10} {:>8} {:>10} {:>10} {:>6} {:>9} {:>10} {:>8}"
+
+
+def describe(plan: Plan) -> list[str]:
+    """Return the lines that `plan` prints."""
+    cluster, card = plan.cluster, plan.cluster.card
+    nodes = f", {cluster.nodes} nodes of {cluster.gpus_per_node}" if cluster.nodes > 1 else ""
+    configured = next(engine for engine in plan.engines if engine.is_configured)
+    epochs = plan.num_train_steps / plan.steps_per_epoch
+    lines = [
+        f"model        {plan.num_parameters:,} parameters",
+        f"FLOPs        {_si(plan.flops_per_token)} a token, forward and backward: "
+        "3 x [layers x (2 (4 H^2 + 2 H F) + 4 H L) + 2 m (H^2 + H V)]",
+        f"             L = sum(n^2) / sum(n) = {plan.attended:,.0f} tokens that a token attends to, m = share masked",
+        f"corpus       {plan.cells:,} cells, {_si(plan.tokens)} tokens ({plan.corpus})",
+        f"GPUs         {cluster.gpus} x {card.name}{nodes}",
+        f"step         {plan.tokens_per_step:,.0f} tokens, {plan.cells_per_step:,.0f} cells: {cluster.gpus} x "
+        f"{plan.accumulation} micro-batches of {plan.micro_batch_tokens:,} tokens",
+        f"epoch        {plan.steps_per_epoch:,.0f} steps; the run has {plan.num_train_steps:,}, {epochs:.2g} epochs",
+        f"checkpoint   {_bytes(plan.checkpoint_bytes)} each; the run's folder {_bytes(plan.disk_bytes)}, "
+        f"the corpus in data.cache_dir {_bytes(plan.cache_bytes)}",
+        *_saving(configured),
+        *_memory(configured, card),
+        "",
+        COLUMNS.format("", "engine", "memory", "largest", "step", "tokens/s", "MFU", "epoch", "GPU-hours", "cost"),
+        COLUMNS.format("", "", "a GPU", "micro-b.", "", "and GPU", "", "", "an epoch", "an epoch"),
+        *(_row(engine) for engine in plan.engines),
+        "",
+    ]
+    for engine in plan.engines:
+        lines.append(f"{engine.engine}: {engine.step.basis}")
+    if not configured.fits:
+        lines.append(
+            f"! {configured.engine} does not fit: {configured.memory.total / GIB:.1f} GiB, and {USABLE_SHARE:.0%} of "
+            f"{card.memory_gib} GiB may be planned with. {_remedy(configured)}"
+        )
+    if any(not engine.step.is_measured for engine in plan.engines):
+        lines += [
+            "~ estimated from datasheets and constants fitted to one to four H100s and H200s. On other cards, and between",
+            "  nodes, it may be far off: time 100 steps before you book.",
+        ]
+    cost = "" if configured.cost_of_run is None else f", cost {configured.cost_of_run:,.0f}"
+    lines.append(
+        f"The whole run, {configured.engine}: {plan.num_train_steps:,} steps, "
+        f"{configured.gpu_hours_of_run / cluster.gpus:,.1f} hours, {configured.gpu_hours_of_run:,.0f} GPU-hours{cost}."
+    )
+    return lines
+
+
+def _saving(engine: EnginePlan) -> list[str]:
+    saving = engine.saving
+    lines = [
+        f"saving       every {_time(saving.interval_seconds)}: training stands still for "
+        f"{_time(saving.stop_seconds)} each time, {saving.share:.2%} of the time; "
+        f"writing takes {_time(saving.background_seconds)}"
+    ]
+    if saving.background_seconds > saving.interval_seconds:
+        lines.append(
+            "             the next save is due before the last is written: raise training.save_every_n_steps, or set "
+            "it to null"
+        )
+    return lines
+
+
+def _memory(engine: EnginePlan, card: Card) -> list[str]:
+    memory = engine.memory
+    parts = {
+        "weights": memory.weights,
+        "optimizer": memory.optimizer,
+        "gradients": memory.gradients,
+        "gathered and cast weights": memory.working,
+        "activations": memory.activations,
+        "logits": memory.logits,
+    }
+    listed = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items() if size)
+    return [
+        f"memory       about {memory.total / GIB:.1f} of {card.memory_gib} GiB a GPU ({engine.engine})",
+        f"             {listed}",
+    ]
+
+
+def _row(engine: EnginePlan) -> str:
+    return COLUMNS.format(
+        "> " if engine.is_configured else "",
+        engine.engine,
+        f"{engine.memory.total / GIB:.1f} GiB" + ("" if engine.fits else " !"),
+        engine.largest_micro_batch or "none",
+        f"{1e3 * engine.step.seconds:,.1f} ms" + ("" if engine.step.is_measured else " ~"),
+        f"{engine.tokens_per_second_per_gpu:,.0f}",
+        f"{engine.model_flops_utilization:.0%}",
+        _time(3600 * engine.hours_per_epoch),
+        f"{engine.gpu_hours_per_epoch:,.1f}",
+        "-" if engine.cost_per_epoch is None else f"{engine.cost_per_epoch:,.0f}",
+    )
+
+
+def _remedy(engine: EnginePlan) -> str:
+    if engine.largest_micro_batch:
+        return f"model.micro_batch_size={engine.largest_micro_batch} does; so may training.recompute_every_n_layers=2."
+    return "Set training.recompute_every_n_layers=1, shard over more GPUs, or use GPUs with more memory."
+
+
+def _si(value: float) -> str:
+    for size, unit in ((1e12, "trillion"), (1e9, "billion"), (1e6, "million")):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value:,.0f}"
+
+
+def _bytes(value: float) -> str:
+    for size, unit in ((1e12, "TB"), (1e9, "GB")):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value / 1e6:.3g} MB"
+
+
+def _time(seconds: float) -> str:
+    if seconds >= 48 * 3600:
+        return f"{seconds / 86400:,.1f} d"
+    if seconds >= 3600:
+        return f"{seconds / 3600:.1f} h"
+    if seconds >= 60:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds:.2g} s" if seconds >= 1 else f"{1e3 * seconds:.2g} ms"

@@ -1,0 +1,133 @@
+"""Trackers of a run. They are never a reason to stop or to delay training.
+
+Each tracker's calls run in a thread of its own, fed by a bounded queue: one that raises is dropped with a message, one
+that hangs loses records, and closing it has a time limit.
+"""
+
+import logging
+import os
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from geneformer_pretrain.config.schema import Config
+from geneformer_pretrain.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+QUEUE_SIZE = 1000
+"""Records that may wait for a tracker."""
+
+CLOSE_SECONDS = 60.0
+"""Longest wait for a tracker at the end of a run."""
+
+WANDB_ID = "wandb_id.txt"
+"""File in the run's folder with the id of its W&B run, which restarts go on with."""
+
+
+class Tracker:
+    """Hands records to a tracking library in the background.
+
+    Parameters
+    ----------
+    name
+        Name of the library, for messages.
+    log_record
+        Sends one record.
+    finish
+        Ends the run there, with its exit code.
+    """
+
+    def __init__(self, name: str, log_record: Callable[[dict[str, Any]], None], finish: Callable[[int], None]) -> None:
+        self.name = name
+        self._log_record, self._finish = log_record, finish
+        self._queue: queue.Queue[dict[str, Any] | int] = queue.Queue(QUEUE_SIZE)
+        self._lost = threading.Event()
+        self._thread = threading.Thread(target=self._work, name=f"tracker-{name}", daemon=True)
+        self._thread.start()
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Queue a record; never waits."""
+        try:
+            if not self._lost.is_set():
+                self._queue.put_nowait(record)
+        except queue.Full:
+            self._lose(f"it has not accepted the last {QUEUE_SIZE} records")
+
+    def close(self, exit_code: int) -> None:
+        """End the tracker's run, waiting for at most a minute."""
+        if self._lost.is_set():
+            return
+        try:
+            self._queue.put_nowait(exit_code)
+        except queue.Full:
+            return
+        self._thread.join(CLOSE_SECONDS)
+        if self._thread.is_alive():
+            self._lose(f"it did not finish within {CLOSE_SECONDS:.0f} s")
+
+    def _work(self) -> None:
+        try:
+            while isinstance(record := self._queue.get(), dict):
+                self._log_record(record)
+            self._finish(record)
+        except Exception as error:  # Any fault of a tracking library: training goes on without it.
+            self._lose(f"{type(error).__name__}: {error}")
+
+    def _lose(self, reason: str) -> None:
+        if not self._lost.is_set():
+            self._lost.set()
+            log.error("%s is lost (%s); the run goes on without it, metrics.jsonl has every record", self.name, reason)
+
+
+def start_trackers(config: Config, folder: Path) -> list[Tracker]:
+    """Start the trackers that the configuration asks for.
+
+    Raises
+    ------
+    ConfigError
+        A tracker that does not start, with the remedy.
+    """
+    return [] if config.training.wandb_init_args is None else [_start_wandb(config, folder)]
+
+
+def _start_wandb(config: Config, folder: Path) -> Tracker:
+    """Start Weights & Biases: offline unless a key is set or the configuration says otherwise.
+
+    The id of the W&B run is kept in the run's folder, so that a restart continues the same curves.
+    """
+    without = "set training.wandb_init_args=null to train without it."
+    try:
+        import wandb  # imported only when tracking is on: it is slow to load
+    except ImportError as error:
+        raise ConfigError(
+            f"training.wandb_init_args: wandb cannot be imported ({error}); install it, or {without}"
+        ) from error
+
+    arguments = dict(config.training.wandb_init_args or {})
+    default_mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
+    arguments.setdefault("mode", os.environ.get("WANDB_MODE", default_mode))
+    arguments.setdefault("dir", os.environ.get("WANDB_DIR", str(folder)))
+    arguments.setdefault("config", asdict(config))
+    id_file = folder / WANDB_ID
+    if "id" not in arguments and "WANDB_RUN_ID" not in os.environ and id_file.exists():
+        arguments["id"] = id_file.read_text().strip()
+    if arguments["mode"] != "offline":  # Offline runs of one id are joined when they are synced.
+        arguments.setdefault("resume", "allow")
+    try:
+        run = wandb.init(**arguments)
+    except (TypeError, ValueError, OSError, wandb.Error) as error:
+        raise ConfigError(
+            f"training.wandb_init_args: wandb does not start with them: {error}; correct them (mode=offline needs no "
+            f"login), or {without}"
+        ) from error
+    if run.id is not None:
+        id_file.write_text(f"{run.id}\n")
+    return Tracker(
+        "W&B",
+        lambda record: run.log({k: v for k, v in record.items() if k != "step"}, step=record["step"]),
+        run.finish,
+    )

@@ -1,0 +1,1 @@
+"""From counts of genes in cells to a corpus of tokens."""

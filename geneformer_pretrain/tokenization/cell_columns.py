@@ -1,0 +1,55 @@
+"""Columns of the cells that decide which cells count, and by which total."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+
+from geneformer_pretrain.errors import DataError
+
+if TYPE_CHECKING:
+    from geneformer_pretrain.tokenization.counts import CountsFile
+
+FILTER_COLUMN = "filter_pass"
+"""Column that chooses cells if it is there and no other is named."""
+
+
+def passing_cells(counts: "CountsFile", column: str | None, first: int, last: int) -> np.ndarray:
+    """Read which of the cells `first` to `last` pass a filter, bool [cells]; those with a missing value do not.
+
+    Parameters
+    ----------
+    column
+        Boolean or numeric: cells with True or 1 pass. None: `filter_pass` if the file has it, else all cells pass.
+
+    Raises
+    ------
+    DataError
+        If the column holds something else.
+    """
+    if column is None:
+        if FILTER_COLUMN not in counts.obs_columns:
+            return np.ones(last - first, bool)
+        column = FILTER_COLUMN
+    values = _numbers(counts, column, first, last, "chooses cells; make it boolean, or 0 and 1")
+    return np.asarray(values.fill_null(0)) == 1
+
+
+def given_totals(counts: "CountsFile", column: str, first: int, last: int) -> np.ndarray:
+    """Read the totals of the cells `first` to `last` from a column, float64 [cells]; NaN where missing.
+
+    Raises
+    ------
+    DataError
+        If the column does not hold numbers.
+    """
+    return np.asarray(_numbers(counts, column, first, last, "is to give the totals of cells").fill_null(np.nan))
+
+
+def _numbers(counts: "CountsFile", column: str, first: int, last: int, purpose: str) -> pa.Array:
+    values = counts.obs([column], first, last).column(0).combine_chunks()
+    kind = values.type
+    if not (pa.types.is_boolean(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind)):
+        example = next((value for value in values.to_pylist() if value is not None), None)
+        raise DataError(f"{counts.path}: the column {column!r} holds {kind} values such as {example!r}, but {purpose}.")
+    return values.cast(pa.float64())

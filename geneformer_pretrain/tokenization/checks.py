@@ -1,0 +1,81 @@
+"""Check that a matrix holds counts, and name the fault where it does not."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from geneformer_pretrain.errors import DataError
+from geneformer_pretrain.tokenization import kernels
+from geneformer_pretrain.tokenization.matrices import CountsBlock
+
+NOISE = 1e-5
+"""Distance from a whole number, relative to the value (at least 1), that passes as float noise."""
+
+
+class Named(Protocol):
+    """A file with names for its rows and columns."""
+
+    path: Path
+    gene_ids: np.ndarray
+
+    def cell_ids(self, first: int, last: int) -> list[str]:
+        """Names of rows."""
+
+
+def check_values(block: CountsBlock, file: Named, allow_noninteger: bool, other_matrices: Sequence[str]) -> None:
+    """Raise DataError for the first value of a block that is no count.
+
+    Values that are negative or not finite are never accepted: ranks of them mean nothing.
+
+    Parameters
+    ----------
+    allow_noninteger
+        Accept values that are not whole.
+    other_matrices
+        Options that would read another matrix of the file, for the remedy.
+    """
+    if block.data.dtype.kind == "u" or kernels.all_counts(block.data):
+        return
+    values = block.data.astype(np.float64)
+    wrong = ~np.isfinite(values) | (values < 0)
+    if not allow_noninteger:
+        usual = np.where(wrong, 0, values)
+        wrong |= np.abs(usual - np.rint(usual)) > NOISE * np.maximum(usual, 1)
+    if not wrong.any():
+        return
+    at = int(np.argmax(wrong))
+    row = int(np.searchsorted(block.indptr, at, "right")) - 1
+    cell = values[block.indptr[row] : block.indptr[row + 1]]
+    row += block.first_row
+    name, gene, value = file.cell_ids(row, row + 1)[0], file.gene_ids[block.indices[at]], values[at]
+    remedy = (
+        f"Read other values of this file with {' or '.join(other_matrices)}"
+        if other_matrices
+        else ("Give a file with the raw counts")
+    )
+    if np.isfinite(value) and value >= 0:
+        remedy += ", or add --allow-noninteger to use these as they are"
+    raise DataError(f"{file.path}: row {row} (cell {name}), gene {gene}: {_fault(value, cell)}, not a count. {remedy}.")
+
+
+def _fault(value: float, cell: np.ndarray) -> str:
+    """Name the fault of a value, from the values of its cell."""
+    if not np.isfinite(value):
+        return f"{value} is not finite"
+    if value < 0:
+        return f"{value:g} is negative" + (" (a scaled matrix?)" if value != np.rint(value) else "")
+    if np.isfinite(cell).all() and (cell >= 0).all() and cell.max() < 30:
+        counts = np.expm1(cell[cell > 0])
+        if _multiples(counts):
+            return f"{value:g} is log-normalised (log(1 + x), x summing to {counts.sum():,.0f} in this cell)"
+    if np.isfinite(cell).all() and (cell >= 0).all() and _multiples(cell[cell > 0]):
+        return f"{value:g} is normalised (summing to {cell.sum():,.0f} in this cell)"
+    return f"{value:g} is not a whole number"
+
+
+def _multiples(values: np.ndarray) -> bool:
+    """Return True if all values are multiples of the least, as scaled counts are of a cell's single counts."""
+    ratio = values / values.min()
+    return bool(len(values) > 1 and np.all(np.abs(ratio - np.rint(ratio)) < 1e-3 * np.maximum(ratio, 1)))

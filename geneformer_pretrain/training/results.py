@@ -1,0 +1,142 @@
+"""Collects the results of finished steps: counters, log records, stop requests."""
+
+import logging
+import time
+from typing import Any
+
+import torch
+
+from geneformer_pretrain.checkpoint.state import Progress
+from geneformer_pretrain.config.schema import Config
+from geneformer_pretrain.console import say
+from geneformer_pretrain.distributed.world import World
+from geneformer_pretrain.errors import TrainingError
+from geneformer_pretrain.run.metrics import MetricsLog
+from geneformer_pretrain.training.step import Beat, PendingStep
+
+log = logging.getLogger(__name__)
+
+
+class StepResults:
+    """Reads the totals of each step once the device has them, while the next step runs, and reports them.
+
+    Parameters
+    ----------
+    config, world, progress
+        The run; counters of `progress` are advanced here.
+    metrics
+        On the main rank.
+    tokens_per_step
+        Room for tokens of one step's packs, over all ranks.
+    beat
+        Called with the name of each phase.
+
+    Attributes
+    ----------
+    pending
+        The step that has been launched last.
+    stop_requested, save_requested
+        Whether any rank had asked for it by the last step read.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        progress: Progress,
+        metrics: MetricsLog | None,
+        tokens_per_step: int,
+        beat: Beat,
+    ) -> None:
+        self.config, self.world, self.progress = config, world, progress
+        self.metrics, self.tokens_per_step, self.beat = metrics, tokens_per_step, beat
+        self.pending: PendingStep | None = None
+        self.stop_requested = self.save_requested = False
+        self.skipped_in_a_row = 0
+        self.warned_of_no_mask = False
+        self.is_first = True
+        self.pauses = {"save_seconds": 0.0, "validation_seconds": 0.0}
+        self.clock = time.perf_counter()
+
+    def pause(self, kind: str, seconds: float) -> None:
+        """Count time that is not part of a step: "save_seconds" or "validation_seconds"."""
+        self.pauses[kind] += seconds
+
+    def collect(self) -> None:
+        """Read the totals of the pending step, if there is one, and report them.
+
+        Called once the next step has been launched: the device is never kept waiting.
+
+        Raises
+        ------
+        TrainingError
+            One update too many in a row had gradients that are not finite.
+        """
+        pending, self.pending = self.pending, None
+        if pending is None:
+            return
+        if pending.ready is not None:
+            self.beat("waiting for the device")
+        loss_sum, masked, tokens, cells, stop, save, norm = pending.wait()
+        finished = pending.launched if pending.ready is None else time.perf_counter()
+        seconds, self.clock = finished - self.clock, finished
+        step_seconds = max(seconds - sum(self.pauses.values()), 1e-9)
+        self.stop_requested, self.save_requested = self.stop_requested or stop > 0, self.save_requested or save > 0
+        skipped = not norm < float("inf")
+        self._count(pending.step, tokens, cells, masked, skipped)
+        loss = loss_sum / masked if masked else float("nan")
+        if self.metrics is not None:
+            self.metrics.advance(pending.step, loss, pending.learning_rate, tokens / step_seconds)
+            if self._is_logged(pending):
+                record: dict[str, Any] = {
+                    "step": pending.step,
+                    "loss": loss,
+                    "learning_rate": pending.learning_rate,
+                    "grad_norm": norm,
+                    "tokens_per_second": tokens / step_seconds,
+                    "cells": int(cells),
+                    "masked_tokens": int(masked),
+                    "tokens": int(tokens),
+                    "packing_fill": tokens / self.tokens_per_step,
+                    "epoch": pending.batches[-1].epoch,
+                    "seconds": seconds,
+                    "step_seconds": step_seconds,
+                    "loader_wait_seconds": pending.loader_wait,
+                    "skipped_steps": self.progress.skipped_steps,
+                }
+                record |= {kind: pause for kind, pause in self.pauses.items() if pause}
+                if self.is_first:
+                    record["includes_start"] = True
+                if self.world.device.type == "cuda":
+                    record["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+                self.metrics.write(record | pending.validation)
+        self.pauses = dict.fromkeys(self.pauses, 0.0)
+        self.is_first = False
+        if self.skipped_in_a_row >= self.config.training.max_skipped_steps:
+            packs = [(batch.pack, batch.cells.tolist()) for batch in pending.batches]
+            raise TrainingError(
+                f"{self.skipped_in_a_row} updates in a row had gradients that are not finite (the last at step "
+                f"{pending.step}). Lower training.learning_rate, lengthen training.warmup_steps, or look at the data. "
+                f"This rank's packs of that step, each with its cells: {packs}"
+            )
+
+    def _count(self, step: int, tokens: float, cells: float, masked: float, skipped: bool) -> None:
+        progress = self.progress
+        progress.tokens += int(tokens)
+        progress.cells += int(cells)
+        progress.skipped_steps += skipped
+        if skipped and not self.skipped_in_a_row and self.world.is_main:
+            log.warning("step %d is skipped: its gradients are not finite", step)
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        if not masked and not self.warned_of_no_mask:
+            self.warned_of_no_mask = True
+            if self.world.is_main:
+                say(
+                    f"No token of step {step} is masked: there is nothing to learn from it. Tokens below "
+                    f"data.num_special_tokens={self.config.data.num_special_tokens} never are."
+                )
+
+    def _is_logged(self, pending: PendingStep) -> bool:
+        training = self.config.training
+        is_last = pending.step == training.num_train_steps
+        return is_last or pending.step % training.log_every_n_steps == 0 or bool(pending.validation)

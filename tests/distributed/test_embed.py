@@ -1,0 +1,153 @@
+"""`embed` and `perturb` on several ranks and after kills, as real processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from tests.unit.inference.worlds import make_cells, make_world, write_cells
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL_PARTS = """
+import sys
+import geneformer_pretrain.inference.embed as embed
+import geneformer_pretrain.inference.perturb as perturb
+from geneformer_pretrain.cli import main
+
+embed.PART_TOKENS, perturb.PART_TOKENS, perturb.MEASURED_SECONDS = 2000, 20_000, 0.01
+main(sys.argv[1:])
+"""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    world = make_world(folder, "v1")
+    world.cells = make_cells(600, seed=3)
+    world.path = write_cells(folder / "many.parquet", world.cells, state=["A", "B"] * 300)
+    world.program = folder / "small_parts.py"
+    world.program.write_text(SMALL_PARTS)
+    return world
+
+
+def start(world, *arguments, ranks=1):
+    launcher = [sys.executable]
+    if ranks > 1:
+        launcher += [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--local-addr=127.0.0.1",
+            f"--nproc-per-node={ranks}",
+        ]
+    environment = os.environ | {
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "PYTHONPATH": str(ROOT),
+    }
+    command = [*launcher, str(world.program), *map(str, arguments)]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(process):
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    return output
+
+
+def vectors(path):
+    return np.array(pq.read_table(path)["embedding"].to_pylist())
+
+
+def test_two_ranks_write_what_one_writes(world, tmp_path):
+    common = ("embed", world.model, world.path, "--pack-tokens", 512)
+    report = tmp_path / "report.json"
+    one, two = tmp_path / "one.parquet", tmp_path / "two.parquet"
+    finish(start(world, *common, "--output", one, "--genes", tmp_path / "one-genes.parquet"))
+    output = finish(
+        start(world, *common, "--output", two, "--genes", tmp_path / "two-genes.parquet", "--report", report, ranks=2)
+    )
+    assert output.count("tokens/s") == 1
+    assert json.loads(report.read_text())["ranks"] == 2
+    np.testing.assert_allclose(vectors(one), vectors(two), atol=1e-6)
+    assert pq.read_table(two)["cell"].to_pylist() == list(range(600))
+    genes = tmp_path / "one-genes.parquet", tmp_path / "two-genes.parquet"
+    np.testing.assert_allclose(vectors(genes[0]), vectors(genes[1]), atol=1e-6)
+
+
+def test_perturb_on_two_ranks(world, tmp_path):
+    options = ("perturb", world.model, world.path, "--mode", "delete", "--max-cells", 60, "--no-statistics")
+    options += ("--states", "state", "--start", "A", "--goal", "B", "--pack-tokens", 512)
+    finish(start(world, *options, "--output", tmp_path / "one"))
+    finish(start(world, *options, "--output", tmp_path / "two", ranks=2))
+    one, two = (pq.read_table(tmp_path / name / "scores") for name in ("one", "two"))
+    keys = ["cell", "cell_id", "perturbation", "rank"]
+    assert one.select(keys).equals(two.select(keys))
+    for name in ("gene_similarity", "cell_similarity", "shift_A", "shift_B"):
+        np.testing.assert_allclose(one[name].to_numpy(), two[name].to_numpy(), atol=2e-6)
+    assert len(list((tmp_path / "two" / "scores").glob("part-*.parquet"))) > 2
+
+
+def test_a_rank_that_fails_gives_its_reason(world, tmp_path):
+    process = start(world, "embed", world.model, tmp_path / "none.parquet", "--output", tmp_path / "o.parquet", ranks=2)
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode != 0
+    assert "none.parquet: no such file or folder" in output
+    assert "Traceback" not in output.split("torch.distributed")[0]
+
+
+@pytest.mark.parametrize("command", ["embed", "perturb"])
+def test_killed_and_started_again(world, tmp_path, command):
+    output = tmp_path / ("out.parquet" if command == "embed" else "out")
+    arguments = [command, world.model, world.path, "--output", output, "--pack-tokens", 64]
+    if command == "perturb":
+        arguments += ["--mode", "delete", "--max-cells", 100, "--no-statistics"]
+    parts = tmp_path / "out.parquet.parts" if command == "embed" else output / "scores"
+    process = start(world, *arguments)
+    while not list(parts.glob("part-*[0-9].parquet")):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    done = {path.name: path.stat().st_mtime_ns for path in parts.glob("part-*[0-9].parquet")}
+    assert done
+    report = tmp_path / "report.json"
+    # With another number of ranks, which share what is left.
+    finish(start(world, *arguments, "--report", report, ranks=2))
+    assert json.loads(report.read_text())["tokens"] > 0
+    reference = tmp_path / ("reference.parquet" if command == "embed" else "reference")
+    arguments[arguments.index("--output") + 1] = reference
+    finish(start(world, *arguments))
+    if command == "embed":
+        np.testing.assert_allclose(vectors(output), vectors(reference), atol=1e-6)
+        return
+    for name, when in done.items():
+        assert (parts / name).stat().st_mtime_ns == when
+    found, expected = pq.read_table(parts), pq.read_table(reference / "scores")
+    assert found["perturbation"].equals(expected["perturbation"])
+    np.testing.assert_allclose(found["gene_similarity"].to_numpy(), expected["gene_similarity"].to_numpy(), atol=1e-6)
+
+
+def test_two_at_once_are_refused(world, tmp_path):
+    output = tmp_path / "out"
+    arguments = ["perturb", world.model, world.path, "--output", output, "--mode", "delete", "--no-statistics"]
+    first = start(world, *arguments, "--pack-tokens", 64)
+    while not (output / "scores" / "_job.json").exists():
+        assert first.poll() is None, first.communicate()[0]
+        time.sleep(0.01)
+    second = start(world, *arguments)
+    text, _ = second.communicate(timeout=100)
+    first.kill()
+    first.communicate()
+    assert second.returncode == 1
+    assert "another process works on it" in text

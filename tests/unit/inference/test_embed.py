@@ -1,0 +1,299 @@
+"""Embeddings against stock transformers, their files, and mistakes of users."""
+
+import json
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from geneformer_pretrain.errors import ConfigError, DataError, OutputError
+from geneformer_pretrain.inference import runner as runner_module
+from geneformer_pretrain.inference.embed import EmbedOptions, embed
+from geneformer_pretrain.inference.model import load_model
+from geneformer_pretrain.inference.runner import Runner
+from tests.unit.inference.worlds import Stock, gene_set, make_cells, make_world, write_cells, write_model
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def v1(tmp_path_factory):
+    types = [f"type {number % 3}" for number in range(24)]
+    return make_world(tmp_path_factory.mktemp("v1"), "v1", cell_type=types, score=list(range(24)))
+
+
+@pytest.fixture(scope="module")
+def v2(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("v2"), "v2")
+
+
+def run(world, tmp_path, **options):
+    output = options.pop("output", tmp_path / "out.parquet")
+    summary = embed(EmbedOptions(world.model, [str(world.path)], output, **options))
+    return output, summary
+
+
+def vectors(path):
+    return np.array(pq.read_table(path)["embedding"].to_pylist())
+
+
+@pytest.mark.parametrize("layer", [-1, -2, 0, 1])
+def test_mean_over_genes_as_stock_cell_by_cell(v1, tmp_path, layer):
+    output, summary = run(v1, tmp_path, layer=layer, tokens=128)
+    stock = Stock(v1.model, layer)
+    np.testing.assert_allclose(vectors(output), [stock(cell).mean(0) for cell in v1.cells], atol=1e-5)
+    assert summary.values["cells"] == 24
+    assert summary.values["tokens"] == sum(map(len, v1.cells))
+
+
+def test_special_tokens_are_no_genes(v2, tmp_path):
+    output, _ = run(v2, tmp_path)
+    stock = Stock(v2.model)
+    np.testing.assert_allclose(vectors(output), [stock(cell)[1:-1].mean(0) for cell in v2.cells], atol=1e-5)
+
+
+def test_cls(v2, tmp_path):
+    output, _ = run(v2, tmp_path, pooling="cls")
+    stock = Stock(v2.model)
+    np.testing.assert_allclose(vectors(output), [stock(cell)[0] for cell in v2.cells], atol=1e-5)
+
+
+def test_company_in_a_pack_changes_nothing(v1, tmp_path):
+    many, _ = run(v1, tmp_path, tokens=4096)
+    few, _ = run(v1, tmp_path, tokens=48, output=tmp_path / "few.parquet")
+    alone = []
+    for number, cell in enumerate(v1.cells[:5]):
+        path = write_cells(tmp_path / f"{number}.parquet", [cell])
+        embed(EmbedOptions(v1.model, [str(path)], tmp_path / f"alone-{number}.parquet"))
+        alone.append(vectors(tmp_path / f"alone-{number}.parquet")[0])
+    np.testing.assert_allclose(vectors(many), vectors(few), atol=1e-6)
+    np.testing.assert_allclose(vectors(many)[:5], alone, atol=1e-6)
+
+
+def test_columns_in_the_order_of_the_cells(v1, tmp_path):
+    output, _ = run(v1, tmp_path)
+    table = pq.read_table(output)
+    assert table.column_names == ["cell", "cell_id", "cell_type", "score", "embedding"]
+    assert table["cell"].to_pylist() == table["score"].to_pylist() == list(range(24))
+    assert table["cell_id"].to_pylist() == [f"cell-{number}" for number in range(24)]
+    assert table.schema.field("embedding").type == pa.list_(pa.float32(), 32)
+    assert not (tmp_path / "out.parquet.parts").exists()
+
+
+def test_h5ad(v1, tmp_path):
+    output, _ = run(v1, tmp_path, output=tmp_path / "out.h5ad")
+    expected, _ = run(v1, tmp_path)
+    data = anndata.read_h5ad(output)
+    np.testing.assert_array_equal(data.obsm["X_geneformer"], vectors(expected).astype(np.float32))
+    assert list(data.obs_names[:2]) == ["cell-0", "cell-1"]
+    assert list(data.obs["cell_type"][:2]) == ["type 0", "type 1"]
+
+
+@pytest.mark.parametrize("group_by", [None, "cell_type"])
+@pytest.mark.parametrize("part_tokens", [150, 2**27])
+def test_genes(v1, tmp_path, monkeypatch, group_by, part_tokens):
+    monkeypatch.setattr("geneformer_pretrain.inference.embed.PART_TOKENS", part_tokens)
+    run(v1, tmp_path, genes=tmp_path / "genes.parquet", group_by=group_by, tokens=128)
+    stock = Stock(v1.model)
+    expected: dict[tuple, list[np.ndarray]] = {}
+    for number, cell in enumerate(v1.cells):
+        group = (f"type {number % 3}",) if group_by else ()
+        for token, vector in zip(cell, stock(cell), strict=True):
+            expected.setdefault((*group, v1.genes.tokens[token]), []).append(vector)
+    rows = pq.read_table(tmp_path / "genes.parquet").to_pylist()
+    keys = [(*([row["cell_type"]] if group_by else []), row["gene_id"]) for row in rows]
+    assert sorted(keys) == sorted(expected)
+    for key, row in zip(keys, rows, strict=True):
+        assert row["cells"] == len(expected[key])
+        np.testing.assert_allclose(row["embedding"], np.mean(expected[key], axis=0), atol=1e-5)
+        assert row["symbol"] == f"S{int(row['gene_id'][4:])}"
+
+
+def test_saved_folder(v1, tmp_path):
+    import datasets
+
+    datasets.Dataset.from_dict({"input_ids": v1.cells, "tissue": ["lung"] * 24}).save_to_disk(tmp_path / "saved")
+    embed(EmbedOptions(v1.model, [str(tmp_path / "saved")], tmp_path / "saved.parquet"))
+    expected, _ = run(v1, tmp_path)
+    table = pq.read_table(tmp_path / "saved.parquet")
+    np.testing.assert_array_equal(vectors(tmp_path / "saved.parquet"), vectors(expected))
+    assert table["cell_id"].to_pylist() == list(map(str, range(24)))
+    assert table["tissue"].to_pylist() == ["lung"] * 24
+
+
+def test_bfloat16_is_near(v1, tmp_path):
+    output, _ = run(v1, tmp_path, dtype="bfloat16")
+    expected, _ = run(v1, tmp_path, output=tmp_path / "fp32.parquet")
+    found, reference = vectors(output), vectors(expected)
+    cosines = (found * reference).sum(1) / np.linalg.norm(found, axis=1) / np.linalg.norm(reference, axis=1)
+    assert cosines.min() > 0.999
+    assert np.abs(found - reference).max() > 1e-6
+
+
+def test_out_of_memory_halves_the_packs(v1, tmp_path, monkeypatch, capsys):
+    plain = Runner.hidden
+
+    def hidden(self, parts):
+        if len(parts.input_ids) > 200:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return plain(self, parts)
+
+    monkeypatch.setattr(Runner, "hidden", hidden)
+    output, summary = run(v1, tmp_path, tokens=1024)
+    monkeypatch.undo()
+    expected, _ = run(v1, tmp_path, output=tmp_path / "expected.parquet")
+    np.testing.assert_allclose(vectors(output), vectors(expected), atol=1e-6)
+    assert summary.values["pack_tokens"] == 256
+    assert "Out of memory with packs of" in capsys.readouterr().err
+
+
+def test_out_of_memory_with_the_smallest_packs(v1, tmp_path, monkeypatch):
+    def hidden(self, parts):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(Runner, "hidden", hidden)
+    with pytest.raises(torch.OutOfMemoryError):
+        run(v1, tmp_path)
+
+
+def test_goes_on_where_it_stopped(v1, tmp_path, monkeypatch):
+    monkeypatch.setattr("geneformer_pretrain.inference.embed.PART_TOKENS", 100)
+    plain, done = Runner.hidden, []
+
+    def hidden(self, parts):
+        if len(done) == 4:
+            raise KeyboardInterrupt
+        done.append(len(parts.input_ids))
+        return plain(self, parts)
+
+    monkeypatch.setattr(Runner, "hidden", hidden)
+    with pytest.raises(KeyboardInterrupt):
+        run(v1, tmp_path, tokens=64)
+    assert list((tmp_path / "out.parquet.parts").glob("part-*.parquet"))
+    with pytest.raises(OutputError, match=r"other settings \(layer was 2, is 3\)"):
+        run(v1, tmp_path, layer=-1, tokens=64)
+    monkeypatch.setattr(Runner, "hidden", plain)
+    output, summary = run(v1, tmp_path, tokens=64)
+    assert summary.values["tokens"] < sum(map(len, v1.cells))
+    monkeypatch.undo()
+    expected, _ = run(v1, tmp_path, output=tmp_path / "expected.parquet")
+    np.testing.assert_allclose(vectors(output), vectors(expected), atol=1e-6)
+
+
+def test_memory_is_bounded(v1, tmp_path, monkeypatch):
+    """The builder is never more than a few packs ahead of the device."""
+    built, ahead = [], []
+    plain_start, plain_pack = Runner._start, Runner.pack_of
+
+    def pack_of(self, *args, **kwargs):
+        built.append(1)
+        return plain_pack(self, *args, **kwargs)
+
+    def start(self, pack):
+        built.pop()
+        ahead.append(len(built))
+        return plain_start(self, pack)
+
+    monkeypatch.setattr(Runner, "pack_of", pack_of)
+    monkeypatch.setattr(Runner, "_start", start)
+    run(v1, tmp_path, tokens=48)
+    assert len(ahead) > 10
+    assert max(ahead) <= runner_module.AHEAD + 3
+
+
+def test_existing_output(v1, tmp_path):
+    run(v1, tmp_path)
+    with pytest.raises(OutputError, match="exists already"):
+        run(v1, tmp_path)
+    run(v1, tmp_path, overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layer": 4}, "has 3 layers"),
+        ({"layer": -5}, "has 3 layers"),
+        ({"pooling": "cls"}, "no token <cls>"),
+        ({"group_by": "cell_type"}, "add --genes"),
+        ({"genes": Path("genes.parquet"), "group_by": "donor"}, "no column 'donor'"),
+    ],
+)
+def test_options_that_cannot_work(v1, tmp_path, options, message):
+    if "genes" in options:
+        options["genes"] = tmp_path / options["genes"]
+    with pytest.raises((ConfigError, DataError), match=message):
+        run(v1, tmp_path, **options)
+
+
+def test_model_without_genes(v1, tmp_path):
+    write_model(tmp_path / "bare", with_genes=False)
+    with pytest.raises(DataError, match="add --gene-set"):
+        load_model(tmp_path / "bare")
+    gene_set().save(tmp_path / "genes")
+    assert load_model(tmp_path / "bare", gene_set=tmp_path / "genes").max_tokens == 48
+    gene_set("v2").save(tmp_path / "others")
+    with pytest.raises(DataError, match=r"82 tokens, the gene set 'toy' 84"):
+        load_model(tmp_path / "bare", gene_set=tmp_path / "others")
+    with pytest.raises(DataError, match="trained with another one"):
+        load_model(v1.model, gene_set=tmp_path / "others")
+
+
+def test_weights_that_are_not_finite(tmp_path):
+    import transformers
+
+    model = transformers.BertForMaskedLM.from_pretrained(write_model(tmp_path / "model"))
+    model.bert.encoder.layer[1].output.dense.weight.data[3, 4] = float("nan")
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(DataError, match=r"encoder\.layer\.1\.output\.dense\.weight holds NaN"):
+        load_model(tmp_path / "model")
+
+
+def test_what_is_no_model(tmp_path):
+    with pytest.raises(DataError, match=r"no config\.json"):
+        load_model(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(DataError, match="'gpt2'"):
+        load_model(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(DataError, match="no weights"):
+        load_model(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"broken")
+    gene_set().write(tmp_path)
+    with pytest.raises(DataError, match="cannot be loaded"):
+        load_model(tmp_path)
+
+
+def test_corpus_of_another_gene_set(v1, tmp_path):
+    facts = gene_set("v2", "other").describe()
+    write_cells(tmp_path / "part-0.parquet", v1.cells)
+    (tmp_path / "corpus.json").write_text(json.dumps({"gene_set": facts}))
+    with pytest.raises(DataError, match=r"gene set 'other', .* \(vocab_size 84 there, 82 here\)"):
+        embed(EmbedOptions(v1.model, [str(tmp_path)], tmp_path / "out.parquet"))
+    (tmp_path / "corpus.json").write_text(json.dumps({"gene_set": gene_set().describe()}))
+    embed(EmbedOptions(v1.model, [str(tmp_path)], tmp_path / "out.parquet"))
+
+
+def test_cells_that_are_too_long(v1, tmp_path):
+    path = write_cells(tmp_path / "cells.parquet", [*v1.cells[:3], list(range(2, 60))])
+    with pytest.raises(DataError, match=r"cells\.parquet, row 3: 58 tokens"):
+        embed(EmbedOptions(v1.model, [str(path)], tmp_path / "out.parquet"))
+
+
+@pytest.mark.parametrize(("token", "message"), [(0, "is padding"), (82, "outside of the model's 82")])
+def test_tokens_that_are_no_genes(v1, tmp_path, token, message):
+    import datasets
+
+    cells = [*make_cells(10), [5, 6, token]]
+    datasets.Dataset.from_dict({"input_ids": cells}).save_to_disk(tmp_path / "saved")
+    with pytest.raises(DataError, match=rf"row 10: token {token} at position 2 .*{message}"):
+        embed(EmbedOptions(v1.model, [str(tmp_path / "saved")], tmp_path / "out.parquet"))

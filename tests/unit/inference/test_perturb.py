@@ -1,0 +1,297 @@
+"""Scores of perturbations against stock transformers, copy by copy, and mistakes of users."""
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from geneformer_pretrain.errors import ConfigError, DataError, OutputError
+from geneformer_pretrain.inference.edits import Mode
+from geneformer_pretrain.inference.perturb import PerturbOptions, perturb
+from geneformer_pretrain.inference.runner import Runner
+from tests.unit.inference.test_edits import edited
+from tests.unit.inference.worlds import MAX_TOKENS, Stock, make_world
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setattr("geneformer_pretrain.inference.perturb.MEASURED_SECONDS", 0.001)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module", params=["v1", "v2"])
+def world(request, tmp_path_factory):
+    states = [["ill", "well", "other"][number % 3] for number in range(10)]
+    donors = [f"donor {number % 4}" for number in range(10)]
+    return make_world(tmp_path_factory.mktemp(request.param), request.param, 10, state=states, donor=donors)
+
+
+@pytest.fixture(scope="module")
+def v1(tmp_path_factory):
+    states = [["ill", "well", "other"][number % 3] for number in range(10)]
+    return make_world(tmp_path_factory.mktemp("one"), "v1", 10, state=states, donor=["A"] * 10)
+
+
+def run(world, tmp_path, **options):
+    output = options.pop("output", tmp_path / "out")
+    options = {"mode": "delete", "statistics": False, "tokens": 512} | options
+    summary = perturb(PerturbOptions(world.model, [str(world.path)], output, **options))
+    return rows_of(output), summary
+
+
+def rows_of(output):
+    files = sorted((output / "scores").glob("part-*.parquet"))
+    return [row for file in files for row in pq.read_table(file).to_pylist()]
+
+
+def cosine(a, b):
+    return float((a * b).sum() / np.linalg.norm(a) / np.linalg.norm(b))
+
+
+class Reference:
+    """Scores by one stock forward of the copy and one of the original."""
+
+    def __init__(self, world, mode, fraction=0.0, states=()):
+        self.stock = Stock(world.model)
+        self.added = int("cls" in world.genes.special_tokens)
+        self.cells = [cell[1:-1] if self.added else cell for cell in world.cells]
+        self.mode, self.fraction = mode, fraction
+        self.states = {
+            name: np.mean([self.vectors(self.cells[i]).mean(0) for i in members], axis=0)
+            for name, members in dict(states).items()
+        }
+
+    def all_vectors(self, genes):
+        return self.stock([2, *genes, 3] if self.added else genes)
+
+    def vectors(self, genes):
+        found = self.all_vectors(genes)
+        return found[1:-1] if self.added else found
+
+    def scores(self, cell, perturbed):
+        genes = self.cells[cell]
+        copy, original = edited(self.mode, genes, perturbed, self.fraction, MAX_TOKENS - 2 * self.added)
+        if not copy:
+            return None
+        after, before = self.vectors(copy), self.vectors(original)
+        kept = [gene for gene in copy if gene not in perturbed and gene in original]
+        a = np.array([after[copy.index(gene)] for gene in kept])
+        b = np.array([before[original.index(gene)] for gene in kept])
+        found = {
+            "gene_similarity": np.mean([cosine(x, y) for x, y in zip(a, b, strict=True)]),
+            "cell_similarity": cosine(a.mean(0), b.mean(0)),
+        }
+        if self.added:
+            found["cls_similarity"] = cosine(self.all_vectors(copy)[0], self.all_vectors(original)[0])
+        for name, state in self.states.items():
+            found[f"shift_{name}"] = cosine(after.mean(0), state) - cosine(before.mean(0), state)
+        return found
+
+
+def check(world, rows, reference):
+    assert rows
+    for row in rows:
+        perturbed = [world.genes.tokens.index(gene) for gene in row["perturbation"].split("+")]
+        expected = reference.scores(row["cell"], perturbed)
+        scores = {name: value for name, value in row.items() if "_similarity" in name or name.startswith("shift_")}
+        if expected is None:
+            assert set(scores.values()) == {None}
+            continue
+        assert set(scores) == set(expected)
+        for name, value in scores.items():
+            assert value == pytest.approx(expected[name], abs=1e-5), (row, name)
+        assert row["cell_id"] == f"cell-{row['cell']}"
+
+
+def ids(world, *places):
+    """Genes of the first cell, by their places."""
+    cell = [token for token in world.cells[0] if token >= len(world.genes.special_tokens)]
+    return [world.genes.tokens[cell[place]] for place in places]
+
+
+@pytest.mark.parametrize("mode", ["delete", "overexpress"])
+def test_each_gene(world, tmp_path, mode):
+    rows, summary = run(world, tmp_path, mode=mode, max_cells=4, seed=1)
+    check(world, rows[::7], Reference(world, Mode[mode]))
+    chosen = {row["cell"] for row in rows}
+    assert len(chosen) == 4
+    sizes = [len(world.cells[cell]) - 2 * ("cls" in world.genes.special_tokens) for cell in chosen]
+    assert len(rows) == sum(sizes) - (4 if mode == "overexpress" else 0)
+    assert summary.values["perturbations"] == len(rows)
+    assert [row["rank"] for row in rows if row["cell"] == min(chosen)][:2] == ([0, 1] if mode == "delete" else [1, 2])
+
+
+@pytest.mark.parametrize("fraction", [0.25, -0.4, 1.0])
+def test_shift(world, tmp_path, fraction):
+    rows, _ = run(world, tmp_path, mode="shift", fraction=fraction, max_cells=2)
+    check(world, rows[::5], Reference(world, Mode.shift, fraction))
+
+
+@pytest.mark.parametrize("mode", ["delete", "overexpress", "shift"])
+def test_genes_one_at_a_time(world, tmp_path, mode):
+    genes = ids(world, 0, 3, -1)
+    fraction = 0.3 if mode == "shift" else None
+    rows, _ = run(world, tmp_path, mode=mode, genes=",".join(genes), fraction=fraction)
+    check(world, rows, Reference(world, Mode[mode], fraction or 0.0))
+    lacking = [row for row in rows if row["rank"] is None]
+    assert bool(lacking) == (mode == "overexpress")
+
+
+@pytest.mark.parametrize("mode", ["delete", "overexpress", "shift"])
+def test_genes_together(world, tmp_path, mode):
+    genes = ids(world, 4, 1, -1)
+    fraction = -0.2 if mode == "shift" else None
+    listed = tmp_path / "genes.txt"
+    listed.write_text("\n".join(genes) + "\n")
+    rows, _ = run(world, tmp_path, mode=mode, genes=str(listed), together=True, fraction=fraction)
+    assert {row["perturbation"] for row in rows} == {"+".join(genes)}
+    check(world, rows, Reference(world, Mode[mode], fraction or 0.0))
+
+
+@pytest.mark.parametrize("mode", ["delete", "overexpress"])
+def test_anchor(world, tmp_path, mode):
+    (anchor,) = ids(world, 2)
+    rows, _ = run(world, tmp_path, mode=mode, anchor=anchor, max_cells=6)
+    assert all(row["perturbation"].startswith(f"{anchor}+") for row in rows)
+    check(world, rows[::9], Reference(world, Mode[mode]))
+    some, _ = run(world, tmp_path, mode=mode, anchor=anchor, genes=",".join(ids(world, 5)), output=tmp_path / "some")
+    check(world, some, Reference(world, Mode[mode]))
+
+
+@pytest.mark.parametrize("mode", ["delete", "overexpress"])
+def test_states(world, tmp_path, mode):
+    members = {name: range(place, 10, 3) for place, name in enumerate(["ill", "well", "other"])}
+    options = {"states": "state", "start": "ill", "goal": "well", "alternatives": ["other"]}
+    rows, _ = run(world, tmp_path, mode=mode, genes=",".join(ids(world, 0, 6)), **options)
+    order = ["well", "ill", "other"]
+    assert [name for name in rows[0] if name.startswith("shift_")] == [f"shift_{name}" for name in order]
+    reference = Reference(world, Mode[mode], states={name: members[name] for name in order})
+    check(world, rows, reference)
+    assert {row["cell"] for row in rows} <= set(members["ill"])
+    kept = pq.read_table(tmp_path / "out" / "states.parquet").to_pylist()
+    for row in kept:
+        assert row["cells"] == len(members[row["state"]])
+        np.testing.assert_allclose(row["embedding"], reference.states[row["state"]], atol=1e-5)
+
+
+def test_what_changes_nothing_scores_exactly_one(world, tmp_path):
+    (top,) = ids(world, 0)
+    options = {"states": "state", "start": "ill", "goal": "well"}
+    rows, _ = run(world, tmp_path, mode="overexpress", genes=top, **options)
+    row = next(row for row in rows if row["cell"] == 0)
+    assert row["rank"] == 0
+    similarities = {name: value for name, value in row.items() if name.endswith("_similarity")}
+    assert set(similarities.values()) == {1.0}
+    assert row["shift_well"] == row["shift_ill"] == 0.0
+    still, _ = run(world, tmp_path, mode="shift", fraction=0.0, output=tmp_path / "still", max_cells=3)
+    assert {row["gene_similarity"] for row in still} == {1.0}
+
+
+def test_parts_and_packs_change_nothing(v1, tmp_path, monkeypatch):
+    whole, _ = run(v1, tmp_path, tokens=4096)
+    monkeypatch.setattr("geneformer_pretrain.inference.perturb.PART_TOKENS", 2000)
+    many, _ = run(v1, tmp_path, tokens=64, output=tmp_path / "many")
+    assert len(list((tmp_path / "many" / "scores").glob("part-*.parquet"))) > 3
+    keys = [(row["cell"], row["perturbation"], row["rank"]) for row in whole]
+    assert keys == [(row["cell"], row["perturbation"], row["rank"]) for row in many]
+    for name in ("gene_similarity", "cell_similarity"):
+        np.testing.assert_allclose([row[name] for row in whole], [row[name] for row in many], atol=1e-6)
+
+
+def test_replicates_are_in_the_scores(world, tmp_path):
+    rows, _ = run(world, tmp_path, genes=",".join(ids(world, 0)), replicates="donor")
+    assert all(row["donor"] == f"donor {row['cell'] % 4}" for row in rows)
+
+
+def test_out_of_memory_halves_the_packs(v1, tmp_path, monkeypatch, capsys):
+    expected, _ = run(v1, tmp_path, max_cells=3)
+    plain = Runner.hidden
+
+    def hidden(self, parts):
+        if len(parts.input_ids) > 200:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return plain(self, parts)
+
+    monkeypatch.setattr(Runner, "hidden", hidden)
+    found, _ = run(v1, tmp_path, max_cells=3, output=tmp_path / "small", tokens=1024)
+    np.testing.assert_allclose(
+        [row["gene_similarity"] for row in found], [row["gene_similarity"] for row in expected], atol=1e-6
+    )
+    assert "going on with" in capsys.readouterr().err
+
+
+def test_goes_on_where_it_stopped(v1, tmp_path, monkeypatch):
+    monkeypatch.setattr("geneformer_pretrain.inference.perturb.PART_TOKENS", 2000)
+    plain, done = Runner.hidden, []
+
+    def hidden(self, parts):
+        if len(done) == 60:
+            raise KeyboardInterrupt
+        done.append(1)
+        return plain(self, parts)
+
+    monkeypatch.setattr(Runner, "hidden", hidden)
+    with pytest.raises(KeyboardInterrupt):
+        run(v1, tmp_path, tokens=128)
+    written = rows_of(tmp_path / "out")
+    assert written
+    monkeypatch.setattr(Runner, "hidden", plain)
+    with pytest.raises(OutputError, match=r"other settings \(.*genes"):
+        run(v1, tmp_path, tokens=128, genes=",".join(ids(v1, 0)))
+    rows, summary = run(v1, tmp_path, tokens=128)
+    assert rows[: len(written)] == written
+    assert summary.values["perturbations"] == len(rows) - len(written)
+    assert len(rows) == sum(map(len, v1.cells))
+
+
+def test_estimate_comes_first(v1, tmp_path, capsys):
+    _, summary = run(v1, tmp_path, genes=",".join(ids(v1, 0, 1)))
+    line = next(line for line in capsys.readouterr().out.splitlines() if "min at" in line)
+    assert line.startswith(f"{summary.values['perturbations']:,} perturbations of 10 cells, ")
+    assert f"{summary.values['tokens']:,} tokens" in line
+
+
+def test_genes_that_some_cells_lack_all(v1, tmp_path, capsys):
+    everywhere = {gene for cell in v1.cells for gene in cell}
+    absent = [v1.genes.tokens[token] for token in range(2, 82) if token not in everywhere]
+    if not absent:
+        pytest.skip("every gene occurs")
+    run(v1, tmp_path, genes=",".join([absent[0], *ids(v1, 0)]))
+    assert f"No cell has {absent[0]}" in capsys.readouterr().err
+    with pytest.raises(DataError, match="No cell has the genes to perturb"):
+        run(v1, tmp_path, genes=absent[0], output=tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mode": "shift"}, "go together"),
+        ({"fraction": 0.2}, "go together"),
+        ({"mode": "shift", "fraction": 1.5}, "from -1 to 1"),
+        ({"together": True}, "needs a list"),
+        ({"genes": "S1,S2", "together": True, "anchor": "S3"}, "leave out --together"),
+        ({"states": "state", "start": "ill"}, "go together"),
+        ({"alternatives": ["other"]}, "needs --states"),
+        ({"states": "state", "start": "ill", "goal": "ill"}, "named twice"),
+        ({"states": "state", "start": "ill", "goal": "dead"}, "no cell has the value 'dead'; there are 'ill', "),
+        ({"states": "donor", "start": "A", "goal": "B"}, "all cells have the value 'A'"),
+        ({"states": "nothing", "start": "A", "goal": "B"}, "no column 'nothing'"),
+        ({"replicates": "nothing"}, r"no column 'nothing' \(--replicates\)"),
+        ({"genes": "ENSG404"}, "has no gene ENSG404"),
+        ({"genes": "S1,S1"}, "S1 is named twice"),
+        ({"max_cells": 0}, "must be above 0"),
+    ],
+)
+def test_options_that_cannot_work(v1, tmp_path, options, message):
+    with pytest.raises((ConfigError, DataError), match=message):
+        run(v1, tmp_path, **options)
+
+
+def test_folder_of_something_else(v1, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("years")
+    with pytest.raises(OutputError, match="something else"):
+        run(v1, tmp_path)
