@@ -9,10 +9,13 @@ import torch
 import transformers
 from torch import Tensor
 
-from geneformer_pretrain.config.schema import load_config
-from geneformer_pretrain.distributed.engines import architecture, build_engine
+from geneformer_pretrain.config.compose import load_config
+from geneformer_pretrain.distributed.agreement import Ranks
+from geneformer_pretrain.distributed.engines import make_engine, sharding
 from geneformer_pretrain.distributed.world import World
+from geneformer_pretrain.model.build import build_model
 from geneformer_pretrain.model.init_from import BIAS, WORDS, load_published
+from geneformer_pretrain.model.resolve import resolve_on_all_ranks
 from tests.tiny import RunWorkers, overrides
 
 ENGINES = {
@@ -42,18 +45,21 @@ def losses(world: World, engines: list[str], given: list[str], published: Path) 
     batch = {name: tensor.to(world.device) for name, tensor in cells().items()}
     for name in engines:
         config = load_config(overrides=[*given, ENGINES[name]])
-        engine = build_engine(config, world, torch.float32, False)
-        tensors = dict(engine.model.canonical_parameters())
-        engine.describe_shards(tensors)
-        load_published(tensors, architecture(config.model), published, seed=0)
+        resolved = resolve_on_all_ranks(config, world, Ranks())
+        shard = sharding(config, world, resolved, torch.float32)
+        model = build_model(config, resolved, world.device, torch.float32, shard)
+        engine = make_engine(model, shard, config, world, resolved)
+        tensors = {key: parameter.detach() for key, parameter in model.canonical_parameters()}
+        engine.prepare_for_checkpoint(tensors)
+        load_published(tensors, config.model.architecture(), published, seed=0)
         engine.model.eval()
         with torch.no_grad():
-            found[name] = float(engine.module(**batch).loss)
-        engine.end_evaluation()
+            found[name] = float(engine.forward_module(**batch).loss)
+        engine.reshard()
         rows = np.where(np.arange(101) % 3 == 0, -1, np.arange(101)[::-1])
-        load_published(tensors, architecture(config.model), published, rows=rows, seed=0)
+        load_published(tensors, config.model.architecture(), published, rows=rows, seed=0)
         for key in (WORDS, BIAS):
-            found[f"{key} {name}"] = engine.gather(tensors[key].detach()).cpu().numpy().tobytes()
+            found[f"{key} {name}"] = engine.gather_full(tensors[key]).cpu().numpy().tobytes()
     return found
 
 
@@ -68,7 +74,7 @@ def save_stock_model(folder: Path, given: list[str]) -> float:
     """Save a stock model, none of whose parameters has its initial value; return its loss on the cells."""
     config = load_config(overrides=given)
     torch.manual_seed(1)
-    stock = transformers.BertForMaskedLM(transformers.BertConfig(**architecture(config.model))).eval()
+    stock = transformers.BertForMaskedLM(transformers.BertConfig(**config.model.architecture())).eval()
     with torch.no_grad():
         for parameter in stock.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.3)
