@@ -6,7 +6,7 @@ from math import gcd
 from geneformer_pretrain.config.schema import Config
 from geneformer_pretrain.errors import require
 from geneformer_pretrain.model.memory import PeakMemory, peak_memory
-from geneformer_pretrain.model.resolve import KEEP_GATHERED_BELOW, MAX_GRAPH_WIDTH
+from geneformer_pretrain.model.resolve import KEEP_GATHERED_BELOW
 from geneformer_pretrain.planner.arithmetic import count_parameters, flops_per_token
 from geneformer_pretrain.planner.lengths import CellLengths
 from geneformer_pretrain.planner.saving import CHECKPOINT_BYTES, MODEL_BYTES, Saving, kept_checkpoints, saving

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 from geneformer_pretrain.config.schema import Config
 from geneformer_pretrain.errors import ConfigError, require
+from geneformer_pretrain.model.resolve import MAX_GRAPH_WIDTH
 from geneformer_pretrain.planner.arithmetic import attention_flops, head_flops, layer_flops, sharding_traffic
 from geneformer_pretrain.planner.lengths import genecorpus, lognormal
 from geneformer_pretrain.planner.measured import Card, Measurement, measured_like
-from geneformer_pretrain.model.resolve import MAX_GRAPH_WIDTH
 
 MATRIX_BF16, MATRIX_FP8 = 0.69, 0.70
 """Shares of the peak that matrix products with weights reach."""
