@@ -137,8 +137,6 @@ def test_counts_are_tokenized_on_the_way(v1, tmp_path):
     table = pq.read_table(tmp_path / "out.parquet")
     expected = [stock(cell.tolist()).mean(0) for cell in ranked]
     np.testing.assert_allclose(vectors(tmp_path / "out.parquet"), expected, atol=1e-5)
-        vectors(tmp_path / "out.parquet"), [stock(c.tolist()).mean(0) for c in ranked], atol=1e-5
-    )
     assert table["tissue"].to_pylist() == ["lung", "liver", "lung"] * 3
     assert table["cell_id"].to_pylist() == list(adata.obs_names)
     with pytest.raises(DataError, match="name one corpus, or counts only"):
