@@ -34,7 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shift", type=float, metavar="FRACTION", help="share of a cell's genes to move by, positive to the front"
     )
     parser.add_argument("--states", metavar="COLUMN", help="column of the cells with their states")
-    parser.add_argument("--start", metavar="STATE", help="state of the cells to perturb")
+    parser.add_argument(  # torchrun takes --start for an option of its own
+        "--start", "--start-state", metavar="STATE", help="state of the cells to perturb"
+    )
     parser.add_argument("--goal", metavar="STATE", help="state that shifts lead to if they are positive")
     parser.add_argument("--alternatives", default="", metavar="STATE,STATE", help="further states to measure shifts to")
     parser.add_argument(
@@ -48,7 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> Summary:
     """Perturb cells."""
-    from geneformer_pretrain.inference.perturb import PerturbOptions, perturb
+    from geneformer_pretrain.inference.perturb import perturb
+    from geneformer_pretrain.inference.perturbations import PerturbOptions
 
     return perturb(
         PerturbOptions(

@@ -1,18 +1,17 @@
 """Embeddings of cells, and mean contextual embeddings of genes."""
 
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
@@ -21,6 +20,7 @@ from geneformer_pretrain.distributed.agreement import Ranks
 from geneformer_pretrain.errors import ConfigError, require
 from geneformer_pretrain.files import replacing, require_new
 from geneformer_pretrain.inference.cells import Cells, CountsOptions, open_cells
+from geneformer_pretrain.inference.merging import Groups, genes_path, merge, merge_genes
 from geneformer_pretrain.inference.model import Model, load_model
 from geneformer_pretrain.inference.packs import Pack, Parts
 from geneformer_pretrain.inference.parts import (
@@ -32,7 +32,6 @@ from geneformer_pretrain.inference.parts import (
     in_turn,
     join_ranks,
     local_device,
-    open_writer,
     remove,
     share,
     write_table,
@@ -106,8 +105,7 @@ def _prepare(options: EmbedOptions, work: Path, *, is_main: bool) -> AbstractCon
 
 def _embed(options: EmbedOptions, work: Path, ranks: Ranks, began: float) -> Summary:
     model = load_model(options.model, gene_set=options.gene_set, dtype=options.dtype, device=local_device())
-    if options.pooling == CLS and model.cls_token is None:
-        raise ConfigError(f"--pooling cls: gene set {model.gene_set.name!r} has no token <cls>; use --pooling mean.")
+    _require_cls(model, options.pooling)
     opening = perf_counter()
     cells, job, groups = _open(options, model, work, ranks)
     opening = perf_counter() - opening
@@ -131,9 +129,9 @@ def _embed(options: EmbedOptions, work: Path, ranks: Ranks, began: float) -> Sum
     _run(runner, head, cells, job, mine, groups)
     ranks.gather(None)
     if ranks.rank == 0:
-        _merge(job, options.output)
+        merge(job, options.output)
         if options.genes is not None:
-            _merge_genes(job, model, options, groups)
+            merge_genes(job, model, options.group_by, groups, options.genes)
         remove(work)
     seconds = opening + perf_counter() - started
     start = started - began - opening
@@ -159,18 +157,15 @@ def _embed(options: EmbedOptions, work: Path, ranks: Ranks, began: float) -> Sum
     )
 
 
-@dataclass(frozen=True, eq=False)
-class _Groups:
-    """Values of the column to group by, and each cell's place among them, int32."""
-
-    names: list[str | None]
-    of_cell: np.ndarray
+def _require_cls(model: Model, pooling: str) -> None:
+    if pooling == CLS and model.cls_token is None:
+        raise ConfigError(f"--pooling cls: gene set {model.gene_set.name!r} has no token <cls>; use --pooling mean.")
 
 
-def _open(options: EmbedOptions, model: Model, work: Path, ranks: Ranks) -> tuple[Cells, Job, _Groups | None]:
+def _open(options: EmbedOptions, model: Model, work: Path, ranks: Ranks) -> tuple[Cells, Job, Groups | None]:
     """Open cells and job, on the first rank before the others: it may have to tokenize."""
 
-    def open_all() -> tuple[Cells, Job, _Groups | None]:
+    def open_all() -> tuple[Cells, Job, Groups | None]:
         cells = open_cells(options.cells, model, work, options.counts, show_progress=ranks.rank == 0)
         groups = None
         if options.group_by is not None:
@@ -193,12 +188,12 @@ def _open(options: EmbedOptions, model: Model, work: Path, ranks: Ranks) -> tupl
     return in_turn(ranks, open_all)
 
 
-def _group(cells: Cells, column: str) -> _Groups:
+def _group(cells: Cells, column: str) -> Groups:
     cells.require_columns([column], "--group-by")
     values = cells.table([column], np.arange(cells.num_cells))[column].cast(pa.string()).combine_chunks()
     encoded = pc.dictionary_encode(values, null_encoding="encode")
     names = encoded.dictionary.to_pylist()
-    return _Groups(names, encoded.indices.to_numpy(zero_copy_only=False).astype(np.int32))
+    return Groups(names, encoded.indices.to_numpy(zero_copy_only=False).astype(np.int32))
 
 
 @dataclass(eq=False)
@@ -215,7 +210,7 @@ class _Results:
 class _Head:
     """Pools cells; adds up the vectors of genes, if they are wanted, until a part is complete."""
 
-    def __init__(self, model: Model, pooling: str, groups: _Groups | None, *, with_genes: bool) -> None:
+    def __init__(self, model: Model, pooling: str, groups: Groups | None, *, with_genes: bool) -> None:
         self.pooling = pooling
         self.vocab_size = model.vocab_size
         self.sums: Tensor | None = None
@@ -254,7 +249,7 @@ class _Head:
         return taken  # type: ignore[return-value]
 
 
-def _run(runner: Runner, head: _Head, cells: Cells, job: Job, mine: list[Part], groups: _Groups | None) -> None:
+def _run(runner: Runner, head: _Head, cells: Cells, job: Job, mine: list[Part], groups: Groups | None) -> None:
     """Embed the parts of this rank and write each once it is complete."""
     total = sum(part.last - part.first for part in mine)
     packs = _packs(runner, head, cells, mine, groups)
@@ -268,7 +263,7 @@ def _run(runner: Runner, head: _Head, cells: Cells, job: Job, mine: list[Part], 
                 writer.write(partial(_commit, job, cells, results))
 
 
-def _packs(runner: Runner, head: _Head, cells: Cells, mine: list[Part], groups: _Groups | None) -> Iterator[Pack]:
+def _packs(runner: Runner, head: _Head, cells: Cells, mine: list[Part], groups: Groups | None) -> Iterator[Pack]:
     for part in mine:
         results = _Results(part, np.empty((part.last - part.first, runner.model.hidden_size), np.float32))
         for window in windows(cells.lengths[part.first : part.last], runner.window):
@@ -287,75 +282,77 @@ def _commit(job: Job, cells: Cells, results: _Results) -> None:
     """Write the sums of genes, then the embeddings, whose file says that the part is complete."""
     part, path = results.part, job.path(results.part)
     if results.genes is not None:
-        with replacing(_genes_path(path)) as temporary, temporary.open("wb") as file:
+        with replacing(genes_path(path)) as temporary, temporary.open("wb") as file:
             np.savez(file, *results.genes)
-    numbers = np.arange(part.first, part.last)
+    table = columns_of(cells, np.arange(part.first, part.last))
+    write_table(table.append_column("embedding", fixed_size_list(results.embeddings)), path)
+
+
+def columns_of(cells: Cells, numbers: np.ndarray) -> pa.Table:
+    """Number, id and all other columns of some cells."""
     columns = {"cell": pa.array(numbers), "cell_id": cells.ids(numbers)}
     others = [name for name in cells.column_names if name not in (*columns, "embedding")]
     if others:
         table = cells.table(others, numbers)
         columns |= {name: table[name] for name in others}
-    columns["embedding"] = fixed_size_list(results.embeddings)
-    write_table(pa.table(columns), path)
+    return pa.table(columns)
 
 
-def _genes_path(path: Path) -> Path:
-    return path.with_suffix(".genes.npz")
+@dataclass(frozen=True, eq=False)
+class Embedded:
+    """Embeddings in memory.
+
+    Attributes
+    ----------
+    embeddings
+        float32 [n, H].
+    table
+        `cell`, `cell_id` and the other columns of the cells, n rows.
+    tokens, offsets
+        Cell i is `tokens[offsets[i] : offsets[i + 1]]`.
+    """
+
+    embeddings: np.ndarray
+    table: pa.Table
+    tokens: np.ndarray
+    offsets: np.ndarray
 
 
-def _merge(job: Job, output: Path) -> None:
-    """Join the parts in one file."""
-    paths = [job.path(part) for part in job.parts]
-    if output.suffix == ".h5ad":
-        _write_h5ad(paths, output)
-        return
-    schema = pa.unify_schemas([pq.read_schema(path) for path in paths], promote_options="permissive")
-    with replacing(output) as temporary:
-        if len(paths) == 1:
-            paths[0].rename(temporary)
-            return
-        with open_writer(temporary, schema) as writer:
-            for path in paths:
-                with pq.ParquetFile(path) as file:
-                    for group in range(file.num_row_groups):
-                        writer.write_table(file.read_row_group(group).cast(schema))
+def embed_cells(
+    model: str | Path,
+    cells: list[str],
+    *,
+    layer: int = -2,
+    pooling: str = MEAN,
+    gene_set: str | Path | None = None,
+    random_weights: bool = False,
+    seed: int = 0,
+) -> Embedded:
+    """Embed cells that fit into memory, in this process alone.
 
+    Parameters
+    ----------
+    model, cells, layer, pooling, gene_set
+        See `EmbedOptions`.
+    random_weights
+        Give the model new weights, drawn with `seed`: what its architecture is worth without training.
 
-def _write_h5ad(paths: list[Path], output: Path) -> None:
-    """Write `obs` and `obsm["X_geneformer"]`; the embeddings of all cells have to fit into memory."""
-    import anndata
-    import pandas as pd
-    from scipy.sparse import csr_matrix
-
-    table = pa.concat_tables([pq.read_table(path) for path in paths], promote_options="permissive")
-    width = table.schema.field("embedding").type.list_size
-    vectors = table["embedding"].combine_chunks().flatten().to_numpy().reshape(-1, width)
-    obs: pd.DataFrame = table.drop_columns(["embedding", "cell_id"]).to_pandas()
-    obs.index = pd.Index(table["cell_id"].to_pylist(), dtype=object)
-    data = anndata.AnnData(csr_matrix((len(obs), 0), dtype=np.float32), obs=obs, obsm={"X_geneformer": vectors})
-    with replacing(output) as temporary:
-        data.write_h5ad(temporary)
-
-
-def _merge_genes(job: Job, model: Model, options: EmbedOptions, groups: _Groups | None) -> None:
-    """Average the vectors of each gene over all cells, or over those of each group."""
-    names: list[str | None] = [None] if groups is None else groups.names
-    vocab_size = model.vocab_size
-    sums = np.zeros((len(names) * vocab_size, model.hidden_size))
-    counts = np.zeros(len(sums), np.int64)
-    for part in job.parts:
-        with np.load(_genes_path(job.path(part))) as saved:
-            rows, number, total = (saved[name] for name in saved.files)
-        counts[rows] += number
-        sums[rows] += total
-    rows = np.flatnonzero(counts)
-    tokens = rows % vocab_size
-    columns: dict[str, Any] = {}
-    if options.group_by is not None:
-        columns[options.group_by] = pa.array([names[group] for group in (rows // vocab_size).tolist()], pa.string())
-    columns["gene_id"] = [model.gene_set.tokens[token] for token in tokens]
-    columns["symbol"] = pa.array([model.gene_set.symbols[token] for token in tokens], pa.string())
-    columns["cells"] = counts[rows]
-    columns["embedding"] = fixed_size_list((sums[rows] / counts[rows, None]).astype(np.float32))
-    assert options.genes is not None
-    write_table(pa.table(columns), options.genes)
+    Raises
+    ------
+    ConfigError, DataError
+        Naming the option, file or cell, and the remedy.
+    """
+    loaded = load_model(model, gene_set=gene_set, device=local_device(), random_seed=seed if random_weights else None)
+    _require_cls(loaded, pooling)
+    with tempfile.TemporaryDirectory() as folder:
+        opened = open_cells(cells, loaded, Path(folder), CountsOptions(), show_progress=True)
+        whole = Part(0, 0, opened.num_cells)
+        runner = Runner(loaded, layer, longest=int(opened.lengths.max()))
+        head = _Head(loaded, pooling, None, with_genes=False)
+        embeddings = np.empty((opened.num_cells, loaded.hidden_size), np.float32)
+        with Progress(opened.num_cells, "embed", "cell") as progress:
+            for pack, rows in runner.run(_packs(runner, head, opened, [whole], None)):
+                embeddings[pack.items] = rows
+                progress.advance(len(rows))
+        numbers = np.arange(opened.num_cells)
+        return Embedded(embeddings, columns_of(opened, numbers), *opened.tokens(numbers))

@@ -6,7 +6,7 @@ when a pack is filled and never stored, are compared with them.
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -18,10 +18,10 @@ import pyarrow.compute as pc
 
 from geneformer_pretrain.console import Progress, Summary, say
 from geneformer_pretrain.distributed.agreement import Ranks
-from geneformer_pretrain.errors import DataError, OutputError, require
-from geneformer_pretrain.inference.cells import Cells, CountsOptions, open_cells
+from geneformer_pretrain.errors import OutputError
+from geneformer_pretrain.inference.cells import Cells, open_cells
 from geneformer_pretrain.inference.comparing import Comparing, Group
-from geneformer_pretrain.inference.edits import Copies, Mode, Rule, find_copies
+from geneformer_pretrain.inference.edits import Copies, Mode, Rule
 from geneformer_pretrain.inference.model import Model, load_model
 from geneformer_pretrain.inference.packs import Pack
 from geneformer_pretrain.inference.parts import (
@@ -36,80 +36,15 @@ from geneformer_pretrain.inference.parts import (
     share,
     write_table,
 )
+from geneformer_pretrain.inference.perturbations import Census, PerturbOptions, count_copies, make_rule
 from geneformer_pretrain.inference.runner import COMPILE_FROM, Runner, windows
 from geneformer_pretrain.inference.states import find_states, state_vectors
 
 PART_TOKENS = 2**28
 """About the tokens of a part: half a minute of work on a GPU for small models, some minutes for large ones."""
 
-CENSUS_TOKENS = 2**21
-"""Tokens of the cells whose copies are counted at a time."""
-
 MEASURED_SECONDS = 1.0
 """Duration of the measurement that the estimate rests on."""
-
-LISTED = 5
-"""Genes that a message names."""
-
-
-@dataclass(frozen=True)
-class PerturbOptions:
-    """Arguments of `perturb`; see the command.
-
-    Attributes
-    ----------
-    genes
-        "all", gene ids joined by commas, or a file with one id a line.
-    fraction
-        Share of a cell's genes by which *shift* moves, positive to the front.
-    states
-        Column of the cells, of whose values `start`, `goal` and `alternatives` are some.
-    tokens
-        Token budget of a pack.
-    """
-
-    model: Path
-    cells: list[str]
-    output: Path
-    mode: str
-    genes: str = "all"
-    together: bool = False
-    anchor: str | None = None
-    fraction: float | None = None
-    layer: int = -2
-    states: str | None = None
-    start: str | None = None
-    goal: str | None = None
-    alternatives: list[str] = field(default_factory=list)
-    replicates: str | None = None
-    max_cells: int | None = None
-    seed: int = 0
-    gene_set: Path | None = None
-    dtype: str = "auto"
-    tokens: int | None = None
-    overwrite: bool = False
-    statistics: bool = True
-    counts: CountsOptions = field(default_factory=CountsOptions)
-
-    def __post_init__(self) -> None:
-        is_shift = self.mode == Mode.shift.name
-        require(is_shift == (self.fraction is not None), "--mode shift and --shift FRACTION go together.")
-        require(abs(self.fraction or 0) <= 1, f"--shift {self.fraction}: choose a share from -1 to 1.")
-        require(not (self.together and self.genes == "all"), "--together needs a list of genes, not --genes all.")
-        require(not (self.together and self.anchor), "--anchor pairs a gene with each other one; leave out --together.")
-        given = (self.states is not None, self.start is not None, self.goal is not None)
-        require(all(given) or not any(given), "--states COLUMN, --start A and --goal B go together.")
-        require(self.states is not None or not self.alternatives, "--alternatives needs --states, --start and --goal.")
-        names = self.state_names
-        require(len(set(names)) == len(names), "--start, --goal and --alternatives: a state is named twice.")
-        require(self.max_cells is None or self.max_cells > 0, f"--max-cells {self.max_cells}: must be above 0.")
-
-    @property
-    def state_names(self) -> list[str]:
-        """The states, the goal first."""
-        if self.start is None or self.goal is None:
-            return []
-        return [self.goal, self.start, *self.alternatives]
 
 
 def perturb(options: PerturbOptions) -> Summary:
@@ -148,14 +83,6 @@ def _work(options: PerturbOptions) -> Path:
 
 
 @dataclass(frozen=True, eq=False)
-class _Census:
-    """Number and tokens of the copies of each chosen cell; `tokens` counts what has to be computed."""
-
-    copies: np.ndarray
-    tokens: np.ndarray
-
-
-@dataclass(frozen=True, eq=False)
 class _Opened:
     """What is perturbed: all cells, the numbers of those chosen, and how."""
 
@@ -163,7 +90,7 @@ class _Opened:
     chosen: np.ndarray
     rule: Rule
     states: list[np.ndarray]
-    census: _Census
+    census: Census
     job: Job
 
 
@@ -174,7 +101,8 @@ def _perturb(options: PerturbOptions, ranks: Ranks, began: float) -> Summary:
     opening = perf_counter() - opening
     left = ranks.gather(opened.job.left())[0]
     mine = share(left, ranks.rank, ranks.size)
-    tokens, copies = (sum(int(x[part.first : part.last].sum()) for part in left) for x in _sizes(opened.census))
+    tokens = sum(int(opened.census.tokens[part.first : part.last].sum()) for part in left)
+    copies = sum(int(opened.census.copies[part.first : part.last].sum()) for part in left)
     cells = opened.cells
     length = tokens / max(1, copies)
     runner = Runner(
@@ -228,10 +156,6 @@ def _perturb(options: PerturbOptions, ranks: Ranks, began: float) -> Summary:
     return Summary(lines, values)
 
 
-def _sizes(census: _Census) -> tuple[np.ndarray, np.ndarray]:
-    return census.tokens, census.copies
-
-
 def _summarize(options: PerturbOptions, model: Model, names: Sequence[str]) -> None:
     from geneformer_pretrain.inference.statistics import summarize
 
@@ -260,7 +184,7 @@ def _open(options: PerturbOptions, model: Model, ranks: Ranks) -> _Opened:
     if options.max_cells is not None and options.max_cells < len(chosen):
         generator = np.random.default_rng(options.seed)
         chosen = np.sort(generator.choice(chosen, options.max_cells, replace=False))
-    census = _count(cells, chosen, rule, is_main=ranks.rank == 0)
+    census = count_copies(cells, chosen, rule, is_main=ranks.rank == 0)
     kept = ("mode", "genes", "together", "anchor", "fraction", "states", "start", "goal", "alternatives", "replicates")
     asked = asdict(options)
     settings: dict[str, Any] = {
@@ -279,104 +203,6 @@ def _open(options: PerturbOptions, model: Model, ranks: Ranks) -> _Opened:
     part_cost = PART_TOKENS * float(costs.sum()) / max(1.0, float(census.tokens.sum()))
     job = Job.open(options.output / "scores", settings, costs, part_cost, ranks.size)
     return _Opened(cells, chosen, rule, states, census, job)
-
-
-def make_rule(options: PerturbOptions, model: Model) -> Rule:
-    """Turn gene ids into tokens.
-
-    Raises
-    ------
-    DataError
-        Genes that the gene set does not have.
-    """
-    anchor = None if options.anchor is None else int(_tokens_of([options.anchor], model, "--anchor")[0])
-    sets = None
-    if options.genes != "all":
-        tokens = _tokens_of(_listed(options.genes), model, "--genes")
-        sets = tokens[None] if options.together else tokens[:, None]
-        if anchor is not None:
-            sets = sets[sets[:, 0] != anchor]
-            sets = np.concatenate([np.full_like(sets, anchor), sets], axis=1)
-    return Rule(
-        mode=Mode[options.mode],
-        sets=sets,
-        anchor=anchor,
-        fraction=options.fraction or 0.0,
-        limit=model.max_tokens,
-        added=int(model.cls_token is not None),
-        vocab_size=model.vocab_size,
-    )
-
-
-def _listed(text: str) -> list[str]:
-    """Gene ids of a file, one a line, or of a list with commas."""
-    path = Path(text)
-    ids = path.read_text().split() if path.is_file() else text.split(",")
-    ids = [gene.strip() for gene in ids if gene.strip()]
-    if not ids:
-        raise DataError(f"--genes {text}: names no gene.")
-    return ids
-
-
-def _tokens_of(ids: Sequence[str], model: Model, option: str) -> np.ndarray:
-    tokens = np.asarray(model.gene_set.match(list(ids)).token_of_column, np.int32)
-    unknown = [gene for gene, token in zip(ids, tokens, strict=True) if token < 0]
-    if unknown:
-        more = f" and {len(unknown) - LISTED} more" if len(unknown) > LISTED else ""
-        raise DataError(
-            f"{option}: the gene set {model.gene_set.name!r} has no gene {', '.join(unknown[:LISTED])}{more}; correct "
-            "the ids (`gene-set show` lists them)."
-        )
-    repeated = [gene for place, gene in enumerate(ids) if tokens[place] in tokens[:place]]
-    if repeated:
-        raise DataError(f"{option}: {repeated[0]} is named twice.")
-    return tokens
-
-
-def _count(cells: Cells, chosen: np.ndarray, rule: Rule, *, is_main: bool) -> _Census:
-    """Count the copies of each cell, and the tokens of their forward passes.
-
-    Raises
-    ------
-    DataError
-        No cell has any of the genes.
-    """
-    copies, tokens = np.zeros(len(chosen), np.int64), np.zeros(len(chosen), np.int64)
-    cells_with = np.zeros(rule.vocab_size, np.int64)
-    for part in windows(cells.lengths[chosen], CENSUS_TOKENS):
-        some, offsets = cells.tokens(chosen[part])
-        _require_added(cells, chosen[part], some, offsets, rule)
-        found = find_copies(rule, some, offsets)
-        n = len(offsets) - 1
-        computed = np.where(found.unchanged | found.empty, 0, found.lengths)
-        copies[part] = np.bincount(found.cell, minlength=n)
-        tokens[part] = np.bincount(found.cell, computed, n).astype(np.int64) + np.diff(offsets)
-        cells_with += np.bincount(some, minlength=rule.vocab_size)
-    tokens[copies == 0] = 0
-    if rule.mode is not Mode.overexpress:
-        wanted = [] if rule.sets is None else np.unique(rule.sets).tolist()
-        wanted += [] if rule.anchor is None or rule.anchor in wanted else [rule.anchor]
-        _report_absent([cells.model.gene_set.tokens[token] for token in wanted if not cells_with[token]], is_main)
-    if not copies.sum():
-        raise DataError("No cell has the genes to perturb (together, if --together or --anchor): name others.")
-    return _Census(copies, tokens)
-
-
-def _report_absent(absent: Sequence[str], is_main: bool) -> None:
-    if absent and is_main:
-        more = f" and {len(absent) - LISTED} more" if len(absent) > LISTED else ""
-        say(f"No cell has {', '.join(absent[:LISTED])}{more}; there are no scores for these genes.", error=True)
-
-
-def _require_added(cells: Cells, numbers: np.ndarray, tokens: np.ndarray, offsets: np.ndarray, rule: Rule) -> None:
-    """Raise DataError, naming the cell, where <cls> or <eos> is missing."""
-    if not rule.added:
-        return
-    special = cells.model.gene_set.special_tokens
-    bad = (tokens[offsets[:-1]] != special["cls"]) | (tokens[offsets[1:] - 1] != special["eos"])
-    if bad.any():
-        where = cells.corpus.describe_cell(int(numbers[bad.argmax()]))
-        raise DataError(f"{where}: the cell is not between <cls> and <eos>; tokenize it with the model's gene set.")
 
 
 @dataclass(eq=False)

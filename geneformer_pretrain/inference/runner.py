@@ -46,7 +46,7 @@ SHAPES = (1, 4, 16)
 IN_FLIGHT = 2
 """Packs that the device works on while the host waits for an earlier one."""
 
-AHEAD = 4
+AHEAD = 8
 """Packs that are built ahead."""
 
 WINDOW_PACKS = 64
@@ -97,7 +97,9 @@ class Runner:
         self.compiled_tokens = self.tokens if compiled and self.on_gpu else 0
         self._layers = [cast(BertLayer, layer) for layer in model.bert.encoder["layer"].children()][: self.num_layers]
         self._eager = [layer.compute for layer in self._layers]
-        self._compiled = [torch.compile(layer.compute, dynamic=False) for layer in self._layers]
+        self._compiled = self._eager
+        if self.compiled_tokens:
+            self._compiled = [torch.compile(layer.compute, dynamic=False) for layer in self._layers]
         self._copies = torch.cuda.Stream(self.device) if self.on_gpu else None
         self.tokens_done = 0
 

@@ -12,6 +12,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from geneformer_pretrain.inference.embed import EmbedOptions, embed
+from geneformer_pretrain.inference.perturb import perturb
+from geneformer_pretrain.inference.perturbations import PerturbOptions
 from tests.unit.inference.worlds import make_cells, make_world, write_cells
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,8 +33,8 @@ main(sys.argv[1:])
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     world = make_world(folder, "v1")
-    world.cells = make_cells(600, seed=3)
-    world.path = write_cells(folder / "many.parquet", world.cells, state=["A", "B"] * 300)
+    world.cells = make_cells(240, seed=3)
+    world.path = write_cells(folder / "many.parquet", world.cells, state=["A", "B"] * 120)
     world.program = folder / "small_parts.py"
     world.program.write_text(SMALL_PARTS)
     return world
@@ -70,32 +73,32 @@ def vectors(path):
 
 
 def test_two_ranks_write_what_one_writes(world, tmp_path):
-    common = ("embed", world.model, world.path, "--pack-tokens", 512)
     report = tmp_path / "report.json"
     one, two = tmp_path / "one.parquet", tmp_path / "two.parquet"
-    finish(start(world, *common, "--output", one, "--genes", tmp_path / "one-genes.parquet"))
-    output = finish(
-        start(world, *common, "--output", two, "--genes", tmp_path / "two-genes.parquet", "--report", report, ranks=2)
-    )
+    genes = tmp_path / "one-genes.parquet", tmp_path / "two-genes.parquet"
+    embed(EmbedOptions(world.model, [str(world.path)], one, genes=genes[0]))
+    options = ("--genes", genes[1], "--report", report, "--pack-tokens", 512)
+    output = finish(start(world, "embed", world.model, world.path, "--output", two, *options, ranks=2))
     assert output.count("tokens/s") == 1
     assert json.loads(report.read_text())["ranks"] == 2
     np.testing.assert_allclose(vectors(one), vectors(two), atol=1e-6)
-    assert pq.read_table(two)["cell"].to_pylist() == list(range(600))
-    genes = tmp_path / "one-genes.parquet", tmp_path / "two-genes.parquet"
+    assert pq.read_table(two)["cell"].to_pylist() == list(range(240))
     np.testing.assert_allclose(vectors(genes[0]), vectors(genes[1]), atol=1e-6)
 
 
 def test_perturb_on_two_ranks(world, tmp_path):
-    options = ("perturb", world.model, world.path, "--mode", "delete", "--max-cells", 60, "--no-statistics")
-    options += ("--states", "state", "--start", "A", "--goal", "B", "--pack-tokens", 512)
-    finish(start(world, *options, "--output", tmp_path / "one"))
-    finish(start(world, *options, "--output", tmp_path / "two", ranks=2))
+    options = {"mode": "delete", "max_cells": 60, "statistics": False, "states": "state", "start": "A", "goal": "B"}
+    perturb(PerturbOptions(world.model, [str(world.path)], tmp_path / "one", **options))
+    arguments = ["--mode", "delete", "--max-cells", 60, "--no-statistics", "--pack-tokens", 512]
+    # Not --start, which torchrun takes for an option of its own under Python 3.11.
+    arguments += ["--states", "state", "--start-state", "A", "--goal", "B", "--output", tmp_path / "two"]
+    finish(start(world, "perturb", world.model, world.path, *arguments, ranks=2))
     one, two = (pq.read_table(tmp_path / name / "scores") for name in ("one", "two"))
     keys = ["cell", "cell_id", "perturbation", "rank"]
     assert one.select(keys).equals(two.select(keys))
     for name in ("gene_similarity", "cell_similarity", "shift_A", "shift_B"):
         np.testing.assert_allclose(one[name].to_numpy(), two[name].to_numpy(), atol=2e-6)
-    assert len(list((tmp_path / "two" / "scores").glob("part-*.parquet"))) > 2
+    assert len(list((tmp_path / "two" / "scores").glob("part-*.parquet"))) > 1
 
 
 def test_a_rank_that_fails_gives_its_reason(world, tmp_path):
@@ -103,7 +106,7 @@ def test_a_rank_that_fails_gives_its_reason(world, tmp_path):
     output, _ = process.communicate(timeout=200)
     assert process.returncode != 0
     assert "none.parquet: no such file or folder" in output
-    assert "Traceback" not in output.split("torch.distributed")[0]
+    assert f'File "{ROOT}' not in output
 
 
 @pytest.mark.parametrize("command", ["embed", "perturb"])
@@ -126,13 +129,14 @@ def test_killed_and_started_again(world, tmp_path, command):
     finish(start(world, *arguments, "--report", report, ranks=2))
     assert json.loads(report.read_text())["tokens"] > 0
     reference = tmp_path / ("reference.parquet" if command == "embed" else "reference")
-    arguments[arguments.index("--output") + 1] = reference
-    finish(start(world, *arguments))
     if command == "embed":
+        embed(EmbedOptions(world.model, [str(world.path)], reference))
         np.testing.assert_allclose(vectors(output), vectors(reference), atol=1e-6)
         return
     for name, when in done.items():
         assert (parts / name).stat().st_mtime_ns == when
+    options = {"mode": "delete", "max_cells": 100, "statistics": False}
+    perturb(PerturbOptions(world.model, [str(world.path)], reference, **options))
     found, expected = pq.read_table(parts), pq.read_table(reference / "scores")
     assert found["perturbation"].equals(expected["perturbation"])
     np.testing.assert_allclose(found["gene_similarity"].to_numpy(), expected["gene_similarity"].to_numpy(), atol=1e-6)

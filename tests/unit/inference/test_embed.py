@@ -1,18 +1,21 @@
 """Embeddings against stock transformers, their files, and mistakes of users."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import anndata
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from scipy.sparse import csr_matrix
 
 from geneformer_pretrain.errors import ConfigError, DataError, OutputError
 from geneformer_pretrain.inference import runner as runner_module
-from geneformer_pretrain.inference.embed import EmbedOptions, embed
+from geneformer_pretrain.inference.embed import EmbedOptions, embed, embed_cells
 from geneformer_pretrain.inference.model import load_model
 from geneformer_pretrain.inference.runner import Runner
 from tests.unit.inference.worlds import Stock, gene_set, make_cells, make_world, write_cells, write_model
@@ -117,6 +120,37 @@ def test_genes(v1, tmp_path, monkeypatch, group_by, part_tokens):
         assert row["cells"] == len(expected[key])
         np.testing.assert_allclose(row["embedding"], np.mean(expected[key], axis=0), atol=1e-5)
         assert row["symbol"] == f"S{int(row['gene_id'][4:])}"
+
+
+def test_counts_are_tokenized_on_the_way(v1, tmp_path):
+    rng = np.random.default_rng(0)
+    counts = rng.poisson(0.4, (9, 80)).astype(np.float32)
+    counts[:, 0] = rng.integers(1, 4, 9)  # no cell is empty
+    adata = anndata.AnnData(csr_matrix(counts))
+    adata.var["ensembl_id"] = v1.genes.tokens[2:]
+    adata.obs["tissue"] = pd.Categorical(["lung", "liver", "lung"] * 3)
+    adata.write_h5ad(tmp_path / "counts.h5ad")
+    embed(EmbedOptions(v1.model, [str(tmp_path / "counts.h5ad")], tmp_path / "out.parquet"))
+    values = counts.astype(np.float64) / counts.sum(1, keepdims=True) * 10_000 / v1.genes.medians[2:]
+    ranked = [2 + np.argsort(-row, kind="stable")[: min(48, (row > 0).sum())] for row in values]
+    stock = Stock(v1.model)
+    table = pq.read_table(tmp_path / "out.parquet")
+    expected = [stock(cell.tolist()).mean(0) for cell in ranked]
+    np.testing.assert_allclose(vectors(tmp_path / "out.parquet"), expected, atol=1e-5)
+    assert table["tissue"].to_pylist() == ["lung", "liver", "lung"] * 3
+    assert table["cell_id"].to_pylist() == list(adata.obs_names)
+    with pytest.raises(DataError, match="name one corpus, or counts only"):
+        embed(EmbedOptions(v1.model, [str(v1.path), str(tmp_path / "counts.h5ad")], tmp_path / "two.parquet"))
+
+
+def test_in_memory(v1, tmp_path):
+    output, _ = run(v1, tmp_path)
+    found = embed_cells(v1.model, [str(v1.path)])
+    np.testing.assert_allclose(found.embeddings, vectors(output), atol=1e-6)
+    assert found.table.equals(pq.read_table(output).drop_columns("embedding"))
+    assert [found.tokens[a:b].tolist() for a, b in pairwise(found.offsets)] == v1.cells
+    untrained = embed_cells(v1.model, [str(v1.path)], random_weights=True)
+    assert np.abs(untrained.embeddings - found.embeddings).max() > 0.1
 
 
 def test_saved_folder(v1, tmp_path):

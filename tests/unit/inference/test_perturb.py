@@ -7,7 +7,8 @@ import torch
 
 from geneformer_pretrain.errors import ConfigError, DataError, OutputError
 from geneformer_pretrain.inference.edits import Mode
-from geneformer_pretrain.inference.perturb import PerturbOptions, perturb
+from geneformer_pretrain.inference.perturb import perturb
+from geneformer_pretrain.inference.perturbations import PerturbOptions
 from geneformer_pretrain.inference.runner import Runner
 from tests.unit.inference.test_edits import edited
 from tests.unit.inference.worlds import MAX_TOKENS, Stock, make_world
@@ -204,6 +205,15 @@ def test_parts_and_packs_change_nothing(v1, tmp_path, monkeypatch):
 def test_replicates_are_in_the_scores(world, tmp_path):
     rows, _ = run(world, tmp_path, genes=",".join(ids(world, 0)), replicates="donor")
     assert all(row["donor"] == f"donor {row['cell'] % 4}" for row in rows)
+
+
+def test_statistics_follow(v1, tmp_path):
+    states = {"states": "state", "start": "ill", "goal": "well"}
+    rows, _ = run(v1, tmp_path, statistics=True, **states)
+    genes = pq.read_table(tmp_path / "out" / "genes.parquet")
+    assert set(genes["perturbation"].to_pylist()) == {row["perturbation"] for row in rows}
+    with pytest.raises(OutputError, match="complete"):
+        run(v1, tmp_path, statistics=True, **states)
 
 
 def test_out_of_memory_halves_the_packs(v1, tmp_path, monkeypatch, capsys):
