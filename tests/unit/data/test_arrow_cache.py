@@ -20,6 +20,7 @@ from geneformer_pretrain.data import arrow_cache
 from geneformer_pretrain.data.corpus import open_corpus
 from geneformer_pretrain.errors import DataError, OutputError
 from tests.corpora import (
+    Cells,
     assert_holds,
     cache_folder,  # noqa: F401 - the fixture `cache`
     random_cells,
@@ -260,6 +261,15 @@ def test_files_without_rows_are_left_out_and_counted(tmp_path: Path, cache: Path
         open_corpus(tmp_path / "in", cache)
 
 
+def open_and_compare(path: Path, cache: Path, cells: Cells) -> None:
+    assert_holds(open_corpus(path, cache), cells)
+
+
+def fail_to_convert(path: Path, cache: Path) -> None:
+    with pytest.raises(OutputError, match=r"data\.cache_dir: cannot write to .*Permission denied"):
+        open_corpus(path, cache)
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs another user")
 def test_another_user_reads_a_complete_cache_and_writes_where_the_folder_allows_it() -> None:
     with public_folder() as shared:
@@ -267,21 +277,14 @@ def test_another_user_reads_a_complete_cache_and_writes_where_the_folder_allows_
         first, second = (write_parquet(shared / name / "cells.parquet", cells) for name in "ab")
         cache.mkdir()
         open_corpus(first, cache)
-        as_other_user(lambda: assert_holds(open_corpus(first, cache), cells))
-
-        def write() -> None:
-            assert_holds(open_corpus(second, cache), cells)
-
-        def fail_to_write() -> None:
-            with pytest.raises(OutputError, match=r"data\.cache_dir: cannot write to .*Permission denied"):
-                write()
-
-        as_other_user(fail_to_write)
+        as_other_user(open_and_compare, first, cache, cells)
+        as_other_user(fail_to_convert, second, cache)
         cache.chmod(0o777)
-        as_other_user(write)
+        as_other_user(open_and_compare, second, cache, cells)
         for manifest in cache.glob("*/manifest.json"):
             os.truncate(manifest, 5)
-        as_other_user(write, user=OTHER_USER + 1)  # what one user made, another one can make again
+        # What one user made, another one can make again.
+        as_other_user(open_and_compare, second, cache, cells, user=OTHER_USER + 1)
 
 
 @pytest.mark.parametrize("error", [errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK])

@@ -350,25 +350,25 @@ def test_a_folder_of_plans_that_cannot_be_written_to(disk, caplog):
     assert "data.cache_dir: the plan of epoch 0 cannot be kept" in caplog.text
 
 
+def use_plans_of_another_user(cache: Path, reference: list[tuple[int, list[int]]], new_epoch: int, may: bool) -> None:
+    streaming.MIN_CELLS_FOR_PLAN_FILES = 0
+    stream = stream_of(np.full(100, 30, np.int32), plan_dir=cache / "plans")
+    assert located(stream, range(12)) == reference
+    assert isinstance(stream.plan(0).cells, np.memmap)
+    # A new plan is kept for all where the folder's permissions allow it.
+    assert isinstance(stream.plan(new_epoch).cells, np.memmap) == may
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs another user")
 @pytest.mark.parametrize("mode", [0o755, 0o777])
 def test_two_users_share_a_folder_of_plans(disk, mode):
-    lengths = np.full(100, 30, np.int32)
     with public_folder() as cache:
         cache.chmod(mode)
-        first = stream_of(lengths, plan_dir=cache / "plans")
-        reference = located(first, range(12))
-        last = reference[-1][0]
-
-        def other_user() -> None:
-            stream = stream_of(lengths, plan_dir=cache / "plans")
-            assert located(stream, range(12)) == reference
-            assert isinstance(stream.plan(0).cells, np.memmap)
-            # A new plan is kept for all where the folder's permissions allow it.
-            assert isinstance(stream.plan(last + 5).cells, np.memmap) == (mode == 0o777)
-
-        as_other_user(other_user)
-        assert isinstance(first.plan(last + 5).cells, np.memmap)
+        stream = stream_of(np.full(100, 30, np.int32), plan_dir=cache / "plans")
+        reference = located(stream, range(12))
+        new_epoch = reference[-1][0] + 5
+        as_other_user(use_plans_of_another_user, cache, reference, new_epoch, mode == 0o777)
+        assert isinstance(stream.plan(new_epoch).cells, np.memmap)
 
 
 def test_digest_of_the_first_packs():
