@@ -22,7 +22,7 @@ import transformers
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from geneformer_pretrain.tokenization.gene_set import GeneSet# noqa: E402
+from geneformer_pretrain.tokenization.gene_set import GeneSet  # noqa: E402
 
 VOCAB_SIZE = 25_426
 MODELS = {"10m": (6, 256, 512, 4), "106m": (12, 768, 3072, 12)}

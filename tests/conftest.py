@@ -34,7 +34,7 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import torch.multiprocessing as mp  # noqa: E402
 
-from geneformer_pretrain.run.signals import exit_without_teardown# noqa: E402
+from geneformer_pretrain.run.signals import exit_without_teardown  # noqa: E402
 
 # A shared machine stalls at times: a slow example is no failure. CI tries the same examples every time.
 hypothesis.settings.register_profile("house", deadline=None, derandomize="CI" in os.environ)

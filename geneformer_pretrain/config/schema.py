@@ -14,6 +14,7 @@ from geneformer_pretrain.errors import require
 PATH_KEYS = (
     "training.checkpoint_dir",
     "training.init_from",
+    "training.init_gene_mapping",
     "data.path",
     "data.validation_path",
     "data.cache_dir",

@@ -10,7 +10,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from geneformer_pretrain.data.jit import compiled
+from geneformer_pretrain.jit import compiled
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MULTIPLIER_1 = np.uint64(0xBF58476D1CE4E5B9)

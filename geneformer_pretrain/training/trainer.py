@@ -36,6 +36,7 @@ from geneformer_pretrain.training.report import StartFacts, describe_end, descri
 from geneformer_pretrain.training.results import StepResults
 from geneformer_pretrain.training.resume import FP8_PREFIX, resume
 from geneformer_pretrain.training.saving import Saver
+from geneformer_pretrain.training.start import start_from_published
 from geneformer_pretrain.training.step import TrainStep
 
 
@@ -109,6 +110,8 @@ class Trainer:
         if path is None:
             if self.writer.write(lambda: has_results(self.folder)):
                 self._archive("{folder} had results but no checkpoint to go on from; they are in {previous} now.")
+            if self.config.training.init_from is not None:
+                start_from_published(self.config, self.engine, self.ranks, self.say)
             return Progress(packs_per_step=packs)
         return resume(path, self.store, self.tensors(), self.optimizer, self.config, self.data, packs, self.say)
 

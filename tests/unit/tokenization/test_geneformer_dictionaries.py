@@ -12,7 +12,12 @@ import pytest
 
 from geneformer_pretrain.errors import DataError
 from geneformer_pretrain.tokenization.gene_set import GeneSet
-from geneformer_pretrain.tokenization.geneformer_dictionaries import FILE_NAMES, Dictionaries, export_dictionaries, read_dictionary
+from geneformer_pretrain.tokenization.geneformer_dictionaries import (
+    FILE_NAMES,
+    Dictionaries,
+    export_dictionaries,
+    read_dictionary,
+)
 
 TOKENS = {"<pad>": 0, "<mask>": 1, "ENSG1": np.int16(2), "ENSG2": np.int16(3), "ENSG3": np.int64(4)}
 MEDIANS = {"ENSG1": np.float64(2.5), "ENSG2": np.float32(0.5), "ENSG9": 1.0}

@@ -10,7 +10,17 @@ from hypothesis import strategies as st
 
 from geneformer_pretrain.errors import DataError
 from geneformer_pretrain.tokenization import medians as module
-from geneformer_pretrain.tokenization.medians import NUM_BINS, RELATIVE_ERROR, REPRESENTATIVES, CellBlock, Columns, ExactMedians, MedianSketch, groups, sum_cells
+from geneformer_pretrain.tokenization.medians import (
+    NUM_BINS,
+    RELATIVE_ERROR,
+    REPRESENTATIVES,
+    CellBlock,
+    Columns,
+    ExactMedians,
+    MedianSketch,
+    groups,
+    sum_cells,
+)
 
 LOWEST, HIGHEST = 2.0**-14, 2.0**14
 VALUES = st.floats(LOWEST, np.nextafter(HIGHEST, 0))
