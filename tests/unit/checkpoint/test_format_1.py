@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-import train
 from geneformer_pretrain.checkpoint.manifest import find_damage
+from geneformer_pretrain.training import main as train
 from tests.checkpoints import assert_equal, read_checkpoint
 from tests.tiny import (
     RunWorkers,
