@@ -38,8 +38,8 @@ class Saver:
 
     Attributes
     ----------
-    protected
-        Steps whose checkpoints are kept, however old.
+    best
+        Step and validation loss of the best checkpoint, and of a better one that is being saved.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Saver:
     ) -> None:
         self.store, self.engine, self.optimizer, self.context = store, engine, optimizer, context
         self.config, self.data, self.say = config, data, say
-        self.protected: set[int] = set()
+        self.best: list[tuple[int, float | None]] = []
         self.failed_saves = 0
         self.unconfirmed_save = False
         self.last_save = time.monotonic()
@@ -71,20 +71,33 @@ class Saver:
         minutes = self.config.training.save_every_minutes
         return minutes > 0 and time.monotonic() - self.last_save >= 60 * minutes
 
+    def settle_best(self, progress: Progress) -> None:
+        """Keep the newest of the best steps whose checkpoint is there, in the eyes of rank 0, and protect it."""
+        known = self.best or ([] if progress.best_step is None else [(progress.best_step, progress.best_loss)])
+        there = [(step, loss) for step, loss in known if (self.store.directory / f"step_{step}").is_dir()]
+        self.best = self.store.ranks.gather(there[-1:])[0]
+        progress.best_step, progress.best_loss = self.best[0] if self.best else (None, None)
+
     def record_best(self, progress: Progress, validation: dict[str, float]) -> bool:
         """Record this step as the best one if its validation loss is the lowest so far; true if it is."""
         loss = validation.get("validation_loss", math.inf)
-        if not self.config.training.keep_best or loss >= (
-            math.inf if progress.best_loss is None else progress.best_loss
-        ):
+        lowest = math.inf if progress.best_loss is None else progress.best_loss
+        if not self.config.training.keep_best or loss >= lowest:
             return False
-        # The earlier one is kept until a later save: that of this step may fail.
-        self.protected = {step for step in (progress.best_step, progress.step) if step is not None}
+        self.best.append((progress.step, loss))  # The earlier one stays until a later save: that of this step may fail.
         progress.best_step, progress.best_loss = progress.step, loss
         return True
 
     def save(self, progress: Progress, stream: PackStream, final: bool) -> None:
         """Save a checkpoint; a failed save is survived, unless it is the last one or one too many."""
+        blocking = final or not self.config.training.async_save
+        unconfirmed, self.unconfirmed_save = self.unconfirmed_save, not blocking
+        with self._surviving(final=False):
+            self.store.wait()
+            if unconfirmed:
+                self.failed_saves = 0
+        if progress.best_step not in (None, progress.step):
+            self.settle_best(progress)
         state = state_to_save(
             progress,
             **stream.state_at(progress.next_pack),
@@ -92,14 +105,9 @@ class Saver:
             data_files=self.data.files,
             model=self.config.model.architecture(),
         )
-        blocking = final or not self.config.training.async_save
-        unconfirmed, self.unconfirmed_save = self.unconfirmed_save, not blocking
-        with self._surviving(final=False):
-            self.store.wait()
-            if unconfirmed:
-                self.failed_saves = 0
+        protected = [step for step, _ in self.best]
         with self._surviving(final):
-            self.store.save(progress.step, self.tensors(), state, blocking=blocking, protected=self.protected)
+            self.store.save(progress.step, self.tensors(), state, blocking=blocking, protected=protected)
             if blocking:
                 self.failed_saves = 0
         self.last_save = time.monotonic()

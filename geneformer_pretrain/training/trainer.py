@@ -80,7 +80,7 @@ class Trainer:
         self.store = CheckpointStore(self.folder, keep_last_n=training.keep_last_n)
         self.saver = Saver(self.store, self.engine, self.optimizer, self.context, config, self.data, self.say)
         self.progress = self._resume()
-        self.saver.protected = {step for step in [self.progress.best_step] if step is not None}
+        self.saver.settle_best(self.progress)
         self.accumulation = accumulation_steps(self.progress.packs_per_step, world.size)
         self.stream = self.data.stream(self.progress.epoch, self.progress.epoch_first_pack)
 
