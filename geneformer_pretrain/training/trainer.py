@@ -62,9 +62,9 @@ class Trainer:
             torch.use_deterministic_algorithms(True)
         self.ranks = ranks = Ranks()
         ranks.require_equal(identity_of_rank(config), ConfigError)
+        ranks.run_on_all_ranks(lambda: apply_gene_set(config), ConfigError)
         self.resolved = resolve_on_all_ranks(config, world, ranks)
         self.context = forward_context(config)
-        ranks.run_on_all_ranks(lambda: apply_gene_set(config), ConfigError)
         self.data, self.validation = open_corpora(config, world, ranks)
 
         dtype = DTYPES[self.resolved.compute_dtype]
