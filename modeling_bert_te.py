@@ -23,6 +23,7 @@ A attention heads, D head size, V vocabulary.
 
 from __future__ import annotations
 
+import copy
 import functools
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -431,8 +432,9 @@ class BertLayer(nn.Module):
         self.kinds = [type(part) for part in self.parts()]
 
     def parts(self) -> Iterator[nn.Module]:
-        """Yield all modules within the layer."""
-        return (module for child in self.children() for module in child.modules())
+        """Yield the modules within the layer, except those of Transformer Engine, which are always called."""
+        called = te_linear() if self.use_te_layers else None
+        return (module for child in self.children() for module in child.modules() if type(module) is not called)
 
     def forward(self, x: Tensor, prepared: Any) -> Tensor:
         """[T, H] -> [T, H]."""
@@ -671,6 +673,23 @@ class Decoder(nn.Module):
     def __init__(self, embeddings: BertEmbeddings, predictions: BertPredictions) -> None:
         super().__init__()
         self._owners = (embeddings, predictions)  # In a tuple, so that they are no parts of this module.
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Decoder:
+        """Copy as a part of a model.
+
+        Raises
+        ------
+        ValueError
+            Copied alone, as `modules_to_save` of PEFT does: the copy would have weights that nothing trains or saves.
+        """
+        if id(self._owners[0]) not in memo:
+            raise ValueError(
+                "The decoder cannot be copied alone, because its weight is that of the word embeddings; name "
+                "word_embeddings in its place."
+            )
+        memo[id(self)] = copied = Decoder.__new__(Decoder)
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
 
     @property
     def weight(self) -> Tensor:

@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from geneformer_pretrain.data.batch import BatchBuilder, build_batches
 from geneformer_pretrain.data.corpus import Corpus, open_corpus
 from geneformer_pretrain.data.loader import Loader
-from geneformer_pretrain.data.packing import PackShape
+from geneformer_pretrain.data.masking import MaskRule
+from geneformer_pretrain.data.packing import BatchShape
 from geneformer_pretrain.data.stream import PackStream
 
 VOCAB_SIZE = 25426
@@ -74,22 +75,26 @@ def cells_per_second_of_baseline(path: Path, num_cells: int, batch_size: int) ->
 
 def cells_per_second(corpus: Corpus, micro_batch_size: int, packing: bool, num_workers: int, seconds: float) -> float:
     """Our loader; median of five intervals, after an epoch that warms the page cache."""
-    shape = PackShape.create(
+    shape = BatchShape.create(
         corpus.lengths,
         micro_batch_size=micro_batch_size,
         seq_length=SEQ_LENGTH,
         mlm_probability=MLM_PROBABILITY,
         packing=packing,
     )
-    masking = {
-        "seed": 0, "mlm_probability": MLM_PROBABILITY, "vocab_size": VOCAB_SIZE, "num_special_tokens": 2,
-        "mask_token_id": 1, "pad_token_id": 0, "packing": packing,
-    }  # fmt: skip
+    builder = BatchBuilder(
+        corpus,
+        shape,
+        vocab_size=VOCAB_SIZE,
+        pad_token_id=0,
+        mask_rule=MaskRule(0, MLM_PROBABILITY, VOCAB_SIZE, num_special_tokens=2, mask_token_id=1),
+        packing=packing,
+    )
     stream = PackStream(corpus.lengths, corpus.fingerprint, 0, shape, packing)
-    for _ in build_batches(BatchBuilder(corpus, shape, **masking), stream, range(stream.plan(0).num_packs)):
+    for _ in build_batches(builder, stream, range(stream.plan(0).num_packs)):
         pass
     rates = []
-    with Loader(corpus, stream, shape, **masking, num_steps=10**9, num_workers=num_workers) as loader:
+    with Loader(builder, stream, range(10**9), num_workers) as loader:
         for _ in range(5):
             cells, start = 0, time.perf_counter()
             while time.perf_counter() - start < seconds / 5:
@@ -101,7 +106,7 @@ def cells_per_second(corpus: Corpus, micro_batch_size: int, packing: bool, num_w
 def time_planning(num_cells: int) -> None:
     """Print seconds and memory of one epoch's plan with packs of 16,384 tokens."""
     lengths = lognormal_lengths(num_cells)
-    shape = PackShape.create(lengths, micro_batch_size=8, seq_length=SEQ_LENGTH, mlm_probability=MLM_PROBABILITY)
+    shape = BatchShape.create(lengths, micro_batch_size=8, seq_length=SEQ_LENGTH, mlm_probability=MLM_PROBABILITY)
     PackStream(lengths[:1000], "warm-up", 0, shape).locate(0)
     with tempfile.TemporaryDirectory() as folder:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -121,7 +121,7 @@ def finetune(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
     rows = [{"input_ids": cell, "labels": int(label)} for cell, label in zip(cells, labels, strict=True)]
     torch.manual_seed(arguments.seed)
     model = load_model(arguments.model, names.tolist(), arguments.lora)
-    learning_rate = arguments.learning_rate or (1e-3 if arguments.lora else 2e-4)
+    learning_rate = arguments.learning_rate or (3e-3 if arguments.lora else 1e-3)
     trainer = Trainer(
         model,
         TrainingArguments(
@@ -163,8 +163,8 @@ def main() -> None:
     parser.add_argument("--label", default="cell_type", help="its column of types (%(default)s)")
     parser.add_argument("--output", type=Path, default=Path("finetuned"), help="folder of the result (%(default)s)")
     parser.add_argument("--lora", action="store_true", help="train low-rank adapters and the head only")
-    parser.add_argument("--epochs", type=float, default=4, help="passes over the training cells (%(default)s)")
-    parser.add_argument("--learning-rate", type=float, help="(2e-4, with --lora 1e-3)")
+    parser.add_argument("--epochs", type=float, default=8, help="passes over the training cells (%(default)s)")
+    parser.add_argument("--learning-rate", type=float, help="(1e-3, with --lora 3e-3: fit for small models)")
     parser.add_argument("--max-tokens", type=int, default=256, help="top genes of a cell that are used (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the split, the new head and the order (%(default)s)")
     arguments = parser.parse_args()

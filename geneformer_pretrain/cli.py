@@ -24,6 +24,8 @@ COMMANDS: dict[str, str] = {
     "embed": "Embed cells with a trained model.",
     "export": "a checkpoint of a run to a plain Hugging Face BERT",
     "perturb": "Delete, overexpress or shift genes in silico, and score what changes.",
+    "inspect": "Report and draw what a corpus holds: lengths, genes, groups, padding saved, steps per epoch.",
+    "split": "Split a corpus into a training and a held-out part, by cell or by whole groups.",
 }
 """Names of the commands, each with what it does; the module's name has underscores for dashes."""
 

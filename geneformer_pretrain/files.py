@@ -5,6 +5,7 @@ import fcntl
 import logging
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -48,6 +49,25 @@ def delete_folder(folder: Path) -> None:
         shutil.rmtree(folder)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(folder)) from error
+
+
+def share_with_folder(path: Path) -> None:
+    """Let those read and write a new file or folder who may do so with the folder it lies in, whatever the umask."""
+    parent = os.stat(path.parent).st_mode
+    if parent & stat.S_ISVTX:  # such as /tmp, where each user's files are their own
+        return
+    own = 0o700 if path.is_dir() else 0o600
+    with suppress(PermissionError):  # another user made it a moment ago
+        path.chmod(own | (parent & (0o2077 if path.is_dir() else 0o066)))
+
+
+def make_shared_folder(folder: Path, base: Path) -> None:
+    """Make a folder below `base`; what is new between them is open to those who may use `base`."""
+    base.mkdir(parents=True, exist_ok=True)
+    missing = [path for path in (folder, *folder.parents) if path.is_relative_to(base) and not path.is_dir()]
+    for path in reversed(missing):
+        path.mkdir(exist_ok=True)
+        share_with_folder(path)
 
 
 @contextmanager
@@ -169,8 +189,7 @@ def _open_shared(path: Path) -> int:
     except FileNotFoundError:
         pass
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    with suppress(PermissionError):  # another user made it a moment ago
-        os.fchmod(descriptor, 0o600 | (os.stat(path.parent).st_mode & 0o066))
+    share_with_folder(path)
     return descriptor
 
 

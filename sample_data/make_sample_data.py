@@ -19,9 +19,10 @@ Reproducible: random numbers are raw bits of numpy's Philox, a fixed algorithm, 
 here, because the streams of numpy's distributions may change with its version. The parquet writer's options
 are fixed; the file also holds pyarrow's version, so its bytes are the same for the same pyarrow.
 
-Cells 0 to 499 are the committed sample. Any later ones are held out, from the same world:
+Cells 0 to 499 are the committed sample, as tokens and as counts. Any later ones are held out, from the same world:
 
     python sample_data/make_sample_data.py --out sample_data/cells.parquet --vocab sample_data/vocab.txt
+    python sample_data/make_sample_data.py --counts sample_data/counts.h5ad
     python sample_data/make_sample_data.py --first-cell 500 --cells 20000 --out held_out.parquet
     python sample_data/make_sample_data.py --cell-types --out labelled.parquet
     python sample_data/make_sample_data.py --describe
@@ -55,6 +56,7 @@ LOG_DEPTH_MEAN, LOG_DEPTH_SIGMA, MIN_DEPTH, MAX_DEPTH = 5.7, 2.4, 40, 60_000
 WORLD_STREAM, CELL_STREAM, MASK_STREAM = 0, 1, 2
 REFERENCE_CELLS, FIRST_REFERENCE_CELL = 3_000, 1 << 40  # numbered far above any cell that is written
 ROW_GROUP_CELLS = 10_000
+N_DONORS = 5
 SCHEMA = pa.schema([("input_ids", pa.list_(pa.int16())), ("length", pa.int32())])
 
 FloatArray = NDArray[np.float64]
@@ -176,6 +178,34 @@ def write_cells(
     partial.replace(path)
 
 
+def write_counts(path: Path, world: World, first_cell: int, cells: int) -> None:
+    """Write the counts of cells as AnnData (h5ad): CSR, gene ids in `var`, cell type and a donor in `obs`.
+
+    Donors take turns, `donor_0` to `donor_4`, and differ in nothing: something to split by.
+    """
+    import anndata
+    import pandas as pd
+    import scipy.sparse as sp
+
+    simulated = [simulate_counts(world, cell) for cell in range(first_cell, first_cell + cells)]
+    counts = sp.vstack([sp.csr_matrix(counts.astype(np.uint16)) for counts, _ in simulated], format="csr")
+    numbers = range(first_cell, first_cell + cells)
+    obs = {
+        "cell_type": pd.Categorical([f"type_{cell_type}" for _, cell_type in simulated]),
+        "donor": pd.Categorical([f"donor_{number % N_DONORS}" for number in numbers]),
+        "n_counts": np.asarray(counts.sum(axis=1)).ravel().astype(np.int64),
+    }
+    genes = VOCABULARY[FIRST_GENE_TOKEN:]
+    data = anndata.AnnData(
+        counts,
+        obs=pd.DataFrame(obs, index=[f"sim_cell_{number}" for number in numbers]),
+        var=pd.DataFrame({"ensembl_id": genes}, index=genes),
+    )
+    partial = path.with_name(path.name + ".partial")
+    data.write_h5ad(partial, compression="gzip", compression_opts=9)
+    partial.replace(path)
+
+
 def entropy(ids: IntArray) -> float:
     """Return the entropy of the token frequencies in nats, corrected for sample size (Miller and Madow)."""
     counts = np.bincount(ids)
@@ -252,20 +282,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Make simulated cells, tokenized as Geneformer V1 does.")
     parser.add_argument("--out", type=Path, help="parquet file to write")
     parser.add_argument("--vocab", type=Path, help="vocabulary file to write, one token per line, in id order")
+    parser.add_argument("--counts", type=Path, help="AnnData file of the cells' counts to write (h5ad)")
     parser.add_argument("--cells", type=int, default=SAMPLE_CELLS, help="number of cells (%(default)s)")
     parser.add_argument("--first-cell", type=int, default=0, help="number of the first (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the simulated world (%(default)s)")
     parser.add_argument("--cell-types", action="store_true", help="add a column cell_type")
     parser.add_argument("--describe", action="store_true", help="print statistics of this seed; takes half a minute")
     args = parser.parse_args()
-    if not (args.out or args.vocab or args.describe):
-        parser.error("nothing to do: give --out, --vocab or --describe")
+    if not (args.out or args.vocab or args.counts or args.describe):
+        parser.error("nothing to do: give --out, --vocab, --counts or --describe")
     if args.cells < 1 or args.first_cell < 0 or args.first_cell + args.cells > FIRST_REFERENCE_CELL:
         parser.error(f"--cells must be at least 1, --first-cell at least 0, their sum at most {1 << 40:,}")
     if not 0 <= args.seed < 1 << 63:
         parser.error(f"--seed {args.seed} is not in 0 .. 2**63 - 1")
     if args.vocab:
         args.vocab.write_text("".join(f"{token}\n" for token in VOCABULARY), encoding="utf-8", newline="\n")
+    if args.counts:
+        write_counts(args.counts, make_world(args.seed), args.first_cell, args.cells)
     if args.out or args.describe:
         world = make_world(args.seed)
         medians = reference_medians(world)

@@ -51,6 +51,58 @@ def write_streams(folder: Path, shards: list[list[pa.Array]], options: ipc.IpcWr
     return folder
 
 
+GENE_SET = {
+    "name": "test",
+    "fingerprint": "f00d",
+    "vocab_size": 25_426,
+    "special_tokens": {"pad": 0, "mask": 1},
+    "max_tokens": 2048,
+}
+
+
+def write_corpus_folder(
+    folder: Path,
+    parts: list[Cells],
+    columns: dict[str, list[Any]] | None = None,
+    gene_set: dict[str, Any] = GENE_SET,
+) -> Path:
+    """Write a corpus folder as `tokenize` does.
+
+    Parameters
+    ----------
+    parts
+        Cells of each part.
+    columns
+        Further columns, over all cells.
+    """
+    folder.mkdir(parents=True)
+    described, first = [], 0
+    for number, cells in enumerate(parts):
+        rows = slice(first, first + len(cells))
+        table = pa.table(
+            {
+                "input_ids": pa.array(cells, pa.list_(pa.uint16())),
+                "length": pa.array([len(cell) for cell in cells], pa.int32()),
+                "cell_id": pa.array([f"cell-{i}" for i in range(first, first + len(cells))], pa.string()),
+                **{name: values[rows] for name, values in (columns or {}).items()},
+            }
+        )
+        pq.write_table(table, folder / f"part-{number:05d}.parquet")
+        described.append({"file": f"part-{number:05d}.parquet", "cells": len(cells), "tokens": sum(map(len, cells))})
+        first += len(cells)
+    content = {
+        "format_version": 1,
+        "gene_set": gene_set,
+        "cells": first,
+        "tokens": sum(part["tokens"] for part in described),
+        "parts": described,
+        "sources": [],
+        "left_out": {},
+    }
+    (folder / "corpus.json").write_text(json.dumps(content))
+    return folder
+
+
 def view(address: int, count: int, dtype: np.dtype) -> np.ndarray:
     return np.frombuffer((ctypes.c_char * (count * dtype.itemsize)).from_address(address), dtype)
 

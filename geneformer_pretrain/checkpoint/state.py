@@ -1,75 +1,15 @@
 """Everything that a checkpoint holds: weights, optimizer, and the position in the data."""
 
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from geneformer_pretrain.data.dataset import DataFingerprint
 from geneformer_pretrain.errors import ConfigError
 from modeling_bert_te import BertForMaskedLM
-
-
-@dataclass(frozen=True)
-class DataIdentity:
-    """The values that decide which tokens are seen at which step, and how they are masked.
-
-    A run may only be resumed with the same identity; else cells would be repeated or lost unnoticed. A field that is
-    added needs a default: the value that earlier releases had in effect, and checkpoints without the field stand for.
-    """
-
-    corpus: str
-    vocabulary: str | None
-    seed: int
-    packing: bool
-    micro_batch_size: int
-    seq_length: int
-    max_cells_per_pack: int
-    shuffle_block_cells: int | None
-    mlm_probability: float
-    num_special_tokens: int
-    mask_token_id: int
-    vocab_size: int
-    planner_version: int
-
-    def is_same(self, saved: Mapping[str, Any]) -> bool:
-        """Return True if a checkpoint's identity is this one."""
-        return not self._differences(saved)
-
-    def require_same(
-        self, saved: Mapping[str, Any], where: str, files: Mapping[str, str], saved_files: Mapping[str, str]
-    ) -> None:
-        """Raise ConfigError that lists the differences from the identity saved in a checkpoint.
-
-        Parameters
-        ----------
-        saved
-            Identity in the checkpoint `where`.
-        files, saved_files
-            Display names for hashed files, now and in the checkpoint: see `DataSource.files`.
-        """
-        changes = []
-        for name, (then, now) in self._differences(saved).items():
-            shown_then, shown_now = saved_files.get(name, repr(then)), files.get(name, repr(now))
-            same = "of other content" if shown_then == shown_now else shown_now
-            changes.append(f"{name}: {shown_then} in the checkpoint, {same} now")
-        if changes:
-            raise ConfigError(
-                f"The data of this run differ from those of {where}:\n  " + "\n  ".join(changes) + "\n"
-                "Give back the earlier values, start afresh with training.resume_from_checkpoint=false, or go on "
-                "with the new data from the start of an epoch with training.accept_changed_data=true."
-            )
-
-    def _differences(self, saved: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-        """Return {field: (value in the checkpoint, value now)}; a newer release's fields count unless they are null."""
-        then = {field.name: field.default for field in fields(self) if field.default is not MISSING} | dict(saved)
-        now = asdict(self)
-        return {
-            name: (then.get(name), now.get(name))
-            for name in [*now, *(then.keys() - now.keys())]
-            if then.get(name) != now.get(name)
-        }
 
 
 def require_same_model(now: Mapping[str, Any], saved: Mapping[str, Any], where: str) -> None:
@@ -136,7 +76,7 @@ def state_to_save(
     *,
     epoch: int,
     epoch_first_pack: int,
-    data: DataIdentity,
+    data: DataFingerprint,
     data_files: Mapping[str, str],
     model: Mapping[str, Any],
 ) -> dict[str, Any]:

@@ -1,11 +1,11 @@
 """Files of named tensors: safetensors, written and read; pickles of PyTorch, only read and without running code."""
 
-import json
 import os
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,8 @@ def open_safetensors(path: Path) -> Any:
         If it is not one, or is cut off.
     """
     try:
-        return safe_open(path, "pt")
+        with _utf8_name(path) as name:
+            return safe_open(name, "pt")
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or no safetensors file ({error})") from None
 
@@ -59,12 +60,28 @@ def load_pickled(path: Path) -> dict[str, Tensor]:
         If it is damaged or holds anything but tensors.
     """
     try:
-        content = torch.load(path, weights_only=True, mmap=zipfile.is_zipfile(path), map_location="cpu")
+        with _utf8_name(path) as name:
+            content = torch.load(name, weights_only=True, mmap=zipfile.is_zipfile(name), map_location="cpu")
     except pickle.UnpicklingError as error:
         raise ValueError(refusal(path, error)) from None
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise ValueError(f"{path} is not a flat dictionary of tensors")
     return dict(content)
+
+
+@contextmanager
+def _utf8_name(path: Path) -> Iterator[str]:
+    """Give a name for a file that is UTF-8, as what maps files into memory wants it, whatever its own name is."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            yield f"/proc/self/fd/{descriptor}"
+        finally:
+            os.close(descriptor)
+    else:
+        yield os.fspath(path)
 
 
 def refusal(path: Path, error: pickle.UnpicklingError) -> str:
@@ -73,11 +90,3 @@ def refusal(path: Path, error: pickle.UnpicklingError) -> str:
     if refused is None:
         return f"{path} is damaged or no checkpoint"
     return f"{path} holds other things than tensors: refused to unpickle {refused[1]}"
-
-
-def read_json(text: str) -> dict[str, Any]:
-    """Parse a JSON object."""
-    value = json.loads(text)
-    if not isinstance(value, dict):
-        raise ValueError(f"a JSON object was expected, not a {type(value).__name__}")
-    return value

@@ -1,44 +1,36 @@
-"""`geneformer-pretrain evaluate`: the worth of a model's embeddings on labelled cells, beside baselines."""
+"""Command `evaluate`: the worth of a model's embeddings on labelled cells, beside baselines."""
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
+import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
-from geneformer_pretrain.console import Summary, say
+from geneformer_pretrain.commands.embed import add_model_and_cells, counts_options
 
 if TYPE_CHECKING:
-    import numpy as np
-    import pyarrow as pa
-
-    from geneformer_pretrain.inference.evaluate import Classes, Features
+    from geneformer_pretrain.console import Summary
+    from geneformer_pretrain.inference.evaluate_cells import ChosenCells
     from geneformer_pretrain.tokenization.gene_set import GeneSet
 
-PCA_OF_COUNTS = "PCA of log-normalised counts"
+RANDOM = "random weights"
 LOSS_CELLS = 1000
 """Cells of the masked-token loss, drawn at random if there are more."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("model", metavar="MODEL", help="folder of a model, such as a run's final_model")
-    parser.add_argument("cells", metavar="CELLS", nargs="+", help="a corpus, or counts, with the label as a column")
+    add_model_and_cells(parser)
     parser.add_argument("--label", metavar="COLUMN", required=True, help="column that names the class of each cell")
-    parser.add_argument("--output", metavar="DIR", required=True, help="folder of the report")
-    parser.add_argument(
-        "--groups", metavar="COLUMN", help="hold out whole groups, such as donors, named by this column"
-    )
+    parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="folder of the report")
+    parser.add_argument("--groups", metavar="COLUMN", help="hold out whole groups, such as donors")
     parser.add_argument(
         "--counts", metavar="COUNTS", nargs="+", help="counts of the cells of a corpus, for one more baseline"
     )
-    parser.add_argument("--gene-set", metavar="GENES", help="gene-set folder, for a model that brings none")
-    parser.add_argument("--layer", type=int, default=-2, help="hidden state: 0 embeddings, -1 last, -2 second to last")
     parser.add_argument("--pooling", choices=("mean", "cls"), default="mean", help="mean over genes, or <cls>")
-    parser.add_argument(
-        "--max-cells", metavar="N", type=int, default=20_000, help="draw so many cells if there are more"
-    )
+    parser.add_argument("--max-cells", metavar="N", type=int, default=20_000, help="draw so many if there are more")
     parser.add_argument("--seed", type=int, default=0, help="seed of folds, draws and random weights")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing report")
 
@@ -46,119 +38,104 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> Summary:
     """Embed the cells with the model and with random weights, score both and the baselines, and write the report."""
     from geneformer_pretrain.errors import require
-    from geneformer_pretrain.files import new_folder, require_new
+    from geneformer_pretrain.files import require_new
 
-    output = Path(arguments.output)
-    require_new(output, overwrite=arguments.overwrite)
+    require_new(arguments.output, overwrite=arguments.overwrite)
+    require(os.environ.get("WORLD_SIZE", "1") == "1", "evaluate runs in one process; start it without torchrun.")
     require(arguments.max_cells > 0, f"--max-cells {arguments.max_cells}: at least 1 is needed.")
+    with TemporaryDirectory(prefix="evaluate-") as work:
+        return _evaluate(arguments, Path(work))
 
-    from geneformer_pretrain.inference.cells import is_corpus
-    from geneformer_pretrain.inference.embed import embed_cells
+
+def _evaluate(arguments: argparse.Namespace, work: Path) -> Summary:
+    from geneformer_pretrain.console import Summary, say
+    from geneformer_pretrain.files import new_folder
+    from geneformer_pretrain.inference.cells import is_corpus, open_cells
     from geneformer_pretrain.inference.evaluate import (
+        Features,
+        log_normalised,
         principal_components,
         score_features,
         score_majority,
         split_folds,
         token_presence,
     )
+    from geneformer_pretrain.inference.evaluate_cells import (
+        choose_cells,
+        embed_corpus,
+        save_random_weights,
+        write_corpus,
+    )
+    from geneformer_pretrain.inference.evaluate_counts import counts_of_cells
     from geneformer_pretrain.inference.evaluate_report import MODEL, report_values, summary_lines, write_report
-    from geneformer_pretrain.tokenization.gene_set import GeneSet
+    from geneformer_pretrain.inference.model import load_model
 
-    options: dict[str, Any] = {
-        "layer": arguments.layer,
-        "pooling": arguments.pooling,
-        "gene_set": arguments.gene_set,
-    }
-    embedded = embed_cells(arguments.model, arguments.cells, **options)
-    classes = _classes(embedded.table, arguments)
-    folds = split_folds(classes, arguments.seed)
-    gene_set = GeneSet.load(Path(arguments.gene_set or arguments.model))
-    random_weights = embed_cells(arguments.model, arguments.cells, random_weights=True, **options)
-    presence = token_presence(embedded.tokens, embedded.offsets, gene_set.vocab_size)[classes.kept]
-    features: dict[str, Features] = {
-        MODEL: embedded.embeddings[classes.kept],
-        "random weights": random_weights.embeddings[classes.kept],
-        "PCA of token presence": principal_components(presence, arguments.seed),
-    }
+    seed, options = arguments.seed, counts_options(arguments)
+    model = load_model(arguments.model, gene_set=arguments.gene_set, dtype=arguments.dtype)
+    cells = open_cells(arguments.cells, model, work, options, show_progress=True)
+    chosen = choose_cells(cells, arguments.label, arguments.groups, max_cells=arguments.max_cells, seed=seed)
+    folds = split_folds(chosen.classes, seed)
+    features: dict[str, Features] = {}
     counts = arguments.counts or [path for path in arguments.cells if not is_corpus(path)]
-    if counts:
-        features[PCA_OF_COUNTS] = _components_of_counts(counts, embedded.table, classes, arguments.seed)
+    if counts:  # first, as it can fail in the shortest time
+        matrix = counts_of_cells(counts, chosen.ids, options)
+        features["PCA of log-normalised counts"] = principal_components(log_normalised(matrix), seed)
+    presence = token_presence(chosen.tokens, chosen.offsets, model.vocab_size)
+    features["PCA of token presence"] = principal_components(presence, seed)
+    corpus = write_corpus(chosen, model.gene_set, work / "corpus")
+    models = {MODEL: arguments.model, RANDOM: save_random_weights(arguments.model, work / "random", seed)}
+    for name, folder in models.items():
+        features[name] = embed_corpus(
+            folder,
+            arguments.gene_set or arguments.model,
+            corpus,
+            work / f"{folder.name}.parquet",
+            layer=arguments.layer,
+            pooling=arguments.pooling,
+            dtype=arguments.dtype,
+        )
+    features = {name: features[name] for name in (*models, *(name for name in features if name not in models))}
     scores = {}
-    for name, matrix in features.items():
+    for name, vectors in features.items():
         say(f"Scoring: {name}", error=True)
-        scores[name] = score_features(matrix, classes, folds, arguments.seed)
-    losses = _losses(arguments, embedded.tokens, embedded.offsets, classes, gene_set)
+        scores[name] = score_features(vectors, chosen.classes, folds, seed)
     values = report_values(
-        classes,
+        chosen.classes,
         scores,
-        score_majority(classes),
-        losses,
+        score_majority(chosen.classes),
+        _losses(models, chosen, model.gene_set, seed),
         label=arguments.label,
         group=arguments.groups,
         folds=folds,
-        seed=arguments.seed,
+        seed=seed,
     )
-    with new_folder(output, overwrite=arguments.overwrite) as folder:
-        write_report(folder, values, classes, features, scores[MODEL]["logistic"]["predicted"], arguments.seed)
-    return Summary(summary_lines(values, output), values)
+    with new_folder(arguments.output, overwrite=arguments.overwrite) as folder:
+        write_report(folder, values, chosen.classes, features, scores[MODEL]["logistic"]["predicted"], seed)
+    return Summary(summary_lines(values, arguments.output), values)
 
 
-def _classes(table: pa.Table, arguments: argparse.Namespace) -> Classes:
-    """Choose the cells: those with a usable label, at most `--max-cells` of them."""
+def _losses(models: dict[str, Path], chosen: ChosenCells, gene_set: GeneSet, seed: int) -> dict[str, float]:
+    """Masked-token loss of each model and of the genes' frequencies; empty if the model has no head."""
     import numpy as np
 
-    from geneformer_pretrain.errors import DataError
-    from geneformer_pretrain.inference.evaluate import select_classes
-
-    for option, column in (("--label", arguments.label), ("--groups", arguments.groups)):
-        if column is not None and column not in table.column_names:
-            raise DataError(
-                f"{option} {column}: {arguments.cells[0]} has no such column; it has {', '.join(table.column_names)}."
-            )
-    chosen = np.arange(len(table))
-    if len(chosen) > arguments.max_cells:
-        say(f"{len(chosen):,} cells: {arguments.max_cells:,} of them are drawn (--max-cells).", error=True)
-        chosen = np.sort(np.random.default_rng(arguments.seed).choice(chosen, arguments.max_cells, replace=False))
-    table = table.take(chosen)
-    groups = table[arguments.groups].to_pylist() if arguments.groups else None
-    labels = table[arguments.label].to_pylist()
-    classes = select_classes(labels, groups, label=arguments.label, group=arguments.groups or "")
-    return replace(classes, kept=chosen[classes.kept])
-
-
-def _components_of_counts(counts: list[str], table: pa.Table, classes: Classes, seed: int) -> Features:
-    """Principal components of the log-normalised counts of the chosen cells, found by their cell ids."""
-    from geneformer_pretrain.errors import DataError
-    from geneformer_pretrain.inference.evaluate import log_normalised, principal_components
-    from geneformer_pretrain.inference.evaluate_counts import counts_of_cells
-
-    if "cell_id" not in table.column_names:
-        raise DataError("--counts: the cells have no column cell_id by which counts could be found; leave it out.")
-    ids = table["cell_id"].take(classes.kept).to_pylist()
-    return principal_components(log_normalised(counts_of_cells(counts, ids)), seed)
-
-
-def _losses(
-    arguments: argparse.Namespace, tokens: np.ndarray, offsets: np.ndarray, classes: Classes, gene_set: GeneSet
-) -> dict[str, float]:
-    """Masked-token loss of the model, of random weights and of the genes' frequencies; empty without a head."""
-    import numpy as np
-
+    from geneformer_pretrain.console import say
+    from geneformer_pretrain.inference.evaluate_cells import random_subset
     from geneformer_pretrain.inference.masked_loss import load_with_head, masked_loss, unigram_loss
 
-    chosen = classes.kept
-    if len(chosen) > LOSS_CELLS:
-        chosen = np.sort(np.random.default_rng(arguments.seed).choice(chosen, LOSS_CELLS, replace=False))
-    cells = [tokens[offsets[cell] : offsets[cell + 1]] for cell in chosen]
-    flat, bounds = np.concatenate(cells), np.concatenate([[0], np.cumsum([len(cell) for cell in cells])])
-    special, mask = gene_set.num_special_tokens, gene_set.special_tokens["mask"]
+    cells = random_subset(chosen, LOSS_CELLS, seed)
+    tokens, offsets = np.concatenate(cells), np.concatenate([[0], np.cumsum([len(cell) for cell in cells])])
     losses = {}
-    for name, random_weights in (("model", False), ("random weights", True)):
-        model = load_with_head(Path(arguments.model), random_weights=random_weights, seed=arguments.seed)
+    for name, folder in models.items():
+        model = load_with_head(folder)
         if model is None:
-            say(f"{arguments.model}: has no head for masked tokens, so there is no masked-token loss.", error=True)
+            say(f"{folder}: has no head for masked tokens, so there is no masked-token loss.", error=True)
             return {}
         losses[name] = masked_loss(
-            model, flat, bounds, num_special_tokens=special, mask_token=mask, seed=arguments.seed
+            model,
+            tokens,
+            offsets,
+            num_special_tokens=gene_set.num_special_tokens,
+            mask_token=gene_set.special_tokens["mask"],
+            seed=seed,
         )
-    return losses | {"gene frequencies of these cells": unigram_loss(flat, special)}
+    return losses | {"gene frequencies of these cells": unigram_loss(tokens, gene_set.num_special_tokens)}

@@ -16,7 +16,8 @@ Medians are those of the non-zero count / n_counts * 10,000 of each gene over al
 in one pass, or exact with --exact. Memory does not depend on the number of cells: 7.8 kB a gene.
 
 On many machines: each runs `gene-set build ITS-FILES... --partial --output part-N.parquet`, all with the same choice of
-genes; then `gene-set build --merge part-*.parquet --output GENES` gives the same gene set as one machine would.
+genes; then `gene-set build --merge part-*.parquet --output GENES` gives the same gene set as one machine would. Files
+that need other options (--layer, --n-counts-column) can be partial results of their own, too.
 """
 
 READING = ("gene_id_column", "layer", "raw", "n_counts_column", "filter_column", "allow_noninteger", "allow_low_match")

@@ -15,9 +15,13 @@ class DataConfig:
     """Held-out corpus of the same kinds; null: no validation."""
     validation_packs: int
     """Packs of the held-out corpus that a validation reads at most."""
+    validation_fraction: float | None
+    """Share of the cells of data.path that are kept from training and validated on, chosen by a hash of their number:
+    the same cells and masks in every run on this corpus. null: none."""
     gene_set: str | None
-    """Gene-set folder of the corpus: sets and checks vocabulary size and special tokens, and goes into final_model;
-    null: the numbers in this configuration count."""
+    """Gene-set folder that the corpus was tokenized with. It sets model.vocab_size, model.pad_token_id,
+    data.mask_token_id and data.num_special_tokens, stands in for data.vocab_path, goes into final_model, and a corpus
+    of another gene set is refused. null: these keys hold."""
     cache_dir: str
     """Folder of converted corpora and packing plans; safe to delete between runs."""
     vocab_path: str | None
@@ -44,3 +48,16 @@ class DataConfig:
         for name in ("validation_packs", "max_cells_per_pack", "shuffle_block_cells"):
             value = getattr(self, name)
             require(value is None or value > 0, f"data.{name} is {value}; it must be positive.")
+        require(
+            self.validation_fraction is None or 0 < self.validation_fraction < 1,
+            f"data.validation_fraction is {self.validation_fraction}; it must lie between 0 and 1.",
+        )
+        require(
+            self.validation_fraction is None or self.validation_path is None,
+            "data.validation_fraction and data.validation_path are both set; choose one.",
+        )
+
+    @property
+    def has_validation(self) -> bool:
+        """True if there are held-out cells."""
+        return self.validation_path is not None or self.validation_fraction is not None

@@ -14,6 +14,7 @@ from geneformer_pretrain.errors import require
 PATH_KEYS = (
     "training.checkpoint_dir",
     "training.init_from",
+    "training.init_gene_mapping",
     "data.path",
     "data.validation_path",
     "data.cache_dir",
@@ -56,14 +57,15 @@ class Config:
             "of 128. Change one of the two.",
         )
         require(
-            not self.training.validate_every_n_steps or self.data.validation_path is not None,
+            not self.training.validate_every_n_steps or self.data.has_validation,
             f"training.validate_every_n_steps is {self.training.validate_every_n_steps}, and there is no held-out "
-            "corpus to validate on: set data.validation_path, or training.validate_every_n_steps=0.",
+            "corpus to validate on: set data.validation_path or data.validation_fraction, or "
+            "training.validate_every_n_steps=0.",
         )
         require(
-            not self.training.keep_best or self.data.validation_path is not None,
-            "training.keep_best=True needs held-out cells to compare checkpoints by: set data.validation_path and "
-            "training.validate_every_n_steps.",
+            not self.training.keep_best or self.data.has_validation,
+            "training.keep_best=True needs held-out cells to compare checkpoints by: set data.validation_path or "
+            "data.validation_fraction, and training.validate_every_n_steps.",
         )
         require(
             not self.training.use_fp8 or self.model.use_te_layers,

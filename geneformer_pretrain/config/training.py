@@ -96,6 +96,11 @@ class TrainingConfig:
     init_from: str | None
     """Published model whose weights a new run starts from: a folder or file of Hugging Face BERT weights; null: random
     weights. A run that resumes ignores it."""
+    init_gene_mapping: str | None
+    """Table of two columns, this run's gene id and the published model's (aliases, orthologs), to match their tokens by;
+    null: by gene id."""
+    init_extend_positions: bool
+    """Allow more positions than the published model has: its table is repeated."""
     save_every_minutes: float
     """Checkpoint interval in minutes, at most this much work is lost in a crash; 0: only save_every_n_steps counts. The
     last step is always saved."""
@@ -148,6 +153,10 @@ class TrainingConfig:
         ]:
             value = getattr(self, name)
             require(0 <= value < math.inf, f"training.{name} is {value}; it must be a finite number, not negative.")
+        require(
+            self.init_from is not None or (self.init_gene_mapping is None and not self.init_extend_positions),
+            "training.init_gene_mapping and training.init_extend_positions do nothing without training.init_from.",
+        )
         require(
             self.save_every_n_steps is None or self.save_every_n_steps > 0,
             f"training.save_every_n_steps is {self.save_every_n_steps}; it must be positive, or null.",

@@ -1,10 +1,10 @@
-"""Convert parquet files into a compact Arrow cache, once for every rank and every run.
+"""Convert cells into a compact Arrow cache, once for every rank, run and user.
 
 The cache of a set of files is the folder ``cache_dir/KEY``. KEY changes with the files' paths, sizes and
 modification times. The folder holds ``cells.arrow``, an Arrow stream of ``input_ids: list<uint16>`` (int32 if
 a token needs it), and ``manifest.json``, which describes it. Both are written into ``KEY.tmp``, brought to
-disk and renamed, so that a folder named KEY is always complete. A cache whose source has changed is no longer
-used and may be deleted.
+disk and renamed, so that a folder named KEY is always complete; a complete one is used without writing. A
+cache whose source has changed is no longer used and may be deleted.
 """
 
 import errno
@@ -12,38 +12,33 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.ipc as ipc
-import pyarrow.parquet as pq
 import xxhash
-from filelock import FileLock
 from tqdm import tqdm
 
-from geneformer_pretrain.console import TolerantStream
-from geneformer_pretrain.files import writing_to
+from geneformer_pretrain.console import Progress
+from geneformer_pretrain.data.parquet_cells import COLUMN, CellBatch, inspect_parquet, read_parquet, row_of
+from geneformer_pretrain.errors import DataError, OutputError, UserError
+from geneformer_pretrain.files import locked, share_with_folder, sync_file, sync_folder
 
-COLUMN = "input_ids"
 DATA_FILE = "cells.arrow"
 MANIFEST_FILE = "manifest.json"
 CACHE_VERSION = 1
-INT32_MAX = np.iinfo(np.int32).max
 
-# One batch is decoded at a time. Both limits bound its memory: the second one where long cells cluster.
-TOKENS_PER_BATCH = 512 * 1024
-MAX_ROWS_PER_BATCH = 2048
-
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A file that cells come from, and how many."""
+    """A file that cells come from, and the number of its cells."""
 
     path: str
     rows: int
@@ -51,7 +46,7 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class CacheManifest:
-    """What a finished cache holds; ``manifest.json`` has the same fields."""
+    """Description of a finished cache; ``manifest.json`` has the same fields."""
 
     sources: tuple[SourceFile, ...]
     num_cells: int
@@ -62,14 +57,42 @@ class CacheManifest:
     tokens_hash: str
     fingerprint: str
     data_bytes: int
+    empty_files: int = 0
 
 
-@dataclass(frozen=True)
-class _ParquetSource:
-    path: Path
-    rows: int
-    tokens: int
-    rows_per_batch: int
+class CellReader(Protocol):
+    """Checked cells of one corpus, to be converted."""
+
+    sources: Sequence[SourceFile]
+    num_tokens: int
+    empty_files: int
+
+    def read(self) -> Iterator[CellBatch]:
+        """Yield the cells in order."""
+
+
+class ParquetReader:
+    """Cells of parquet files; files without rows are left out and counted.
+
+    Raises
+    ------
+    DataError
+        If a file cannot be read, or none has a row.
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        found = [inspect_parquet(path) for path in paths]
+        self._files = [file for file in found if file.rows]
+        self.sources: Sequence[SourceFile] = [SourceFile(os.path.abspath(file.path), file.rows) for file in self._files]
+        self.num_tokens = sum(file.tokens for file in self._files)
+        self.empty_files = len(found) - len(self._files)
+        if not self._files:
+            others = f" (nor have {len(paths) - 1} others)" if len(paths) > 1 else ""
+            raise DataError(f"{paths[0]}: has no rows{others}; a corpus needs at least one cell")
+
+    def read(self) -> Iterator[CellBatch]:
+        """Yield the cells in order."""
+        return read_parquet(self._files)
 
 
 class _TokensNeedInt32(Exception):
@@ -81,8 +104,10 @@ def fingerprint(identity: str, lengths_hash: str) -> str:
     return xxhash.xxh3_128_hexdigest(f"{identity} {lengths_hash}".encode())
 
 
-def ensure_cache(files: Sequence[Path], cache_dir: Path, *, show_progress: bool = False) -> tuple[Path, CacheManifest]:
-    """Return the Arrow cache of some parquet files, converting them first if there is none.
+def ensure_cache(
+    files: Sequence[Path], open_reader: Callable[[], CellReader], cache_dir: Path, *, show_progress: bool = False
+) -> tuple[Path, CacheManifest]:
+    """Return the Arrow cache of some files, converting them first if there is none.
 
     Several processes may call this at once: one converts, the others wait. The memory needed is that of a few
     record batches, whatever the size of the files.
@@ -90,11 +115,13 @@ def ensure_cache(files: Sequence[Path], cache_dir: Path, *, show_progress: bool 
     Parameters
     ----------
     files
-        Parquet files, in the order in which their cells are numbered.
+        All files that decide the content.
+    open_reader
+        Opens their cells; called only where there is no cache yet.
     cache_dir
         Folder that holds the caches; created if needed.
     show_progress
-        Draw a progress bar while converting.
+        Show the progress of a conversion.
 
     Returns
     -------
@@ -103,32 +130,49 @@ def ensure_cache(files: Sequence[Path], cache_dir: Path, *, show_progress: bool 
 
     Raises
     ------
-    ValueError
-        If a file is not readable as parquet, has no usable ``input_ids`` column, or holds a cell that cannot
-        be trained on; the message names the file, the row and the value.
-    OSError
+    DataError
+        If a file or cell cannot be used, or a file changed during the conversion.
+    OutputError
         If the cache cannot be written.
-    RuntimeError
-        If a source file changed during the conversion.
     """
     key = _cache_key(files)
     folder = cache_dir / key
-    with writing_to(cache_dir, "data.cache_dir"):
+    with _writing_to_cache(cache_dir):
         manifest = _load_manifest(folder)
         if manifest is None:
             cache_dir.mkdir(parents=True, exist_ok=True)
-            with FileLock(cache_dir / f"{key}.lock"):
+            with locked(cache_dir / f"{key}.lock"):
                 manifest = _load_manifest(folder)  # another process may have finished while this one waited
                 if manifest is None:
                     if folder.exists():
-                        logger.warning("corpus cache %s is damaged: deleting it and converting again", folder)
+                        log.warning("corpus cache %s is damaged: deleting it and converting again", folder)
                         shutil.rmtree(folder)
-                    manifest = _convert(files, key, cache_dir, show_progress)
+                    manifest = _convert(files, open_reader(), key, cache_dir, show_progress)
     return folder, manifest
 
 
+@contextmanager
+def _writing_to_cache(cache_dir: Path) -> Iterator[None]:
+    """Give the system's errors at the cache its key and the remedy; errors at other places pass."""
+    try:
+        yield
+    except OSError as error:
+        # Errors of a write that is under way have no name; everything else here has one.
+        place = Path(error.filename or cache_dir).absolute()
+        folder = cache_dir.absolute()
+        if isinstance(error, UserError) or not (place.is_relative_to(folder) or folder.is_relative_to(place)):
+            raise
+        raise OutputError(
+            f"data.cache_dir: cannot write to {place} ({error.strerror or error}). data.cache_dir must be a folder "
+            "with free space that you may write to: mend that, or name another one."
+        ) from error
+
+
 def _cache_key(files: Sequence[Path]) -> str:
-    state = [(os.path.abspath(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    try:
+        state = [(os.path.abspath(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    except FileNotFoundError as error:
+        raise DataError(f"{error.filename}: the file is missing; copy the corpus again, or save it again") from error
     return xxhash.xxh3_128_hexdigest(json.dumps([CACHE_VERSION, state]).encode())
 
 
@@ -144,76 +188,40 @@ def _load_manifest(folder: Path) -> CacheManifest | None:
     return manifest if data_bytes == manifest.data_bytes else None
 
 
-def _convert(files: Sequence[Path], key: str, cache_dir: Path, show_progress: bool) -> CacheManifest:
+def _convert(
+    files: Sequence[Path], reader: CellReader, key: str, cache_dir: Path, show_progress: bool
+) -> CacheManifest:
     """Build the cache ``cache_dir/key``; the caller holds its lock."""
-    sources = [_inspect(path) for path in files]
-    _require_free_space(sources, cache_dir)
+    _require_free_space(reader, cache_dir)
     temporary = cache_dir / f"{key}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)  # left by a conversion that was killed
     try:
         temporary.mkdir()
+        share_with_folder(temporary)
         try:
-            manifest = _write(sources, temporary, np.dtype(np.uint16), show_progress)
+            manifest = _write(reader, temporary, np.dtype(np.uint16), show_progress)
         except _TokensNeedInt32:
-            manifest = _write(sources, temporary, np.dtype(np.int32), show_progress)
+            manifest = _write(reader, temporary, np.dtype(np.int32), show_progress)
         if _cache_key(files) != key:
-            raise ValueError(
+            raise DataError(
                 f"a source file changed while {cache_dir / key} was made from it: start again once "
                 f"{', '.join(map(str, files[:3]))}{', ...' if len(files) > 3 else ''} are complete"
             )
         with (temporary / MANIFEST_FILE).open("w") as file:
             json.dump(asdict(manifest), file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        _sync_folder(temporary)
+            sync_file(file)
+        for name in (DATA_FILE, MANIFEST_FILE):
+            share_with_folder(temporary / name)
+        sync_folder(temporary)
         temporary.rename(cache_dir / key)
-        _sync_folder(cache_dir)
+        sync_folder(cache_dir)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return manifest
 
 
-def _inspect(path: Path) -> _ParquetSource:
-    """Check a file's schema and size from its footer, so that hours of conversion are not begun in vain."""
-    try:
-        with pq.ParquetFile(path) as file:
-            schema, metadata = file.schema_arrow, file.metadata
-    except (pa.ArrowException, OSError) as error:
-        advice = "replace the file or take it out of the corpus"
-        if path.suffix in (".arrow", ".json"):
-            advice = "of a dataset saved with save_to_disk, give the folder"
-        raise ValueError(f"{path}: cannot be read as parquet ({error}); {advice}") from error
-    require_column(schema, path)
-    if metadata.num_rows == 0:
-        raise ValueError(f"{path}: the file has no rows; take it out of the corpus")
-    first = metadata.row_group(0)
-    column = next(i for i in range(first.num_columns) if first.column(i).path_in_schema.split(".")[0] == COLUMN)
-    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
-    tokens = [group.column(column).num_values for group in groups]
-    densest = max(count / group.num_rows for count, group in zip(tokens, groups, strict=True) if group.num_rows)
-    rows_per_batch = min(max(int(TOKENS_PER_BATCH / max(densest, 1)), 1), MAX_ROWS_PER_BATCH)
-    return _ParquetSource(path, metadata.num_rows, sum(tokens), rows_per_batch)
-
-
-def require_column(schema: pa.Schema, path: Path) -> pa.DataType:
-    """Return the type of the ``input_ids`` column, after checking that it is a list of integers."""
-    if COLUMN not in schema.names:
-        raise ValueError(
-            f"{path}: no column {COLUMN!r}, only {schema.names}; rename the column that holds the token ids"
-        )
-    if schema.names.count(COLUMN) > 1:
-        raise ValueError(f"{path}: has several columns {COLUMN!r}; keep one of them")
-    kind = schema.field(COLUMN).type
-    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-    if not is_list or not pa.types.is_integer(kind.value_type):
-        raise ValueError(
-            f"{path}: column {COLUMN!r} has type {kind}, not a list of integers; store one list of token ids a row"
-        )
-    return kind
-
-
-def _require_free_space(sources: Sequence[_ParquetSource], cache_dir: Path) -> None:
-    need = sum(2 * source.tokens + 4 * source.rows for source in sources)
+def _require_free_space(reader: CellReader, cache_dir: Path) -> None:
+    need = 2 * reader.num_tokens + 4 * sum(source.rows for source in reader.sources)
     free = shutil.disk_usage(cache_dir).free
     if need > free:
         needed, left = (tqdm.format_sizeof(size, "B") for size in (need, free))
@@ -221,42 +229,35 @@ def _require_free_space(sources: Sequence[_ParquetSource], cache_dir: Path) -> N
         raise OSError(errno.ENOSPC, reason, str(cache_dir))
 
 
-def _write(sources: Sequence[_ParquetSource], folder: Path, dtype: np.dtype, show_progress: bool) -> CacheManifest:
-    """Write the cells of all files to ``folder/cells.arrow`` and describe them."""
+def _write(reader: CellReader, folder: Path, dtype: np.dtype, show_progress: bool) -> CacheManifest:
+    """Write all cells to ``folder/cells.arrow`` and describe them."""
     schema = pa.schema([(COLUMN, pa.list_(pa.from_numpy_dtype(dtype)))])
     tokens_hash, lengths_hash = xxhash.xxh3_128(), xxhash.xxh3_128()
     num_tokens, max_token, max_token_path, max_token_row = 0, -1, "", -1
-    num_cells = sum(source.rows for source in sources)
+    num_cells = sum(source.rows for source in reader.sources)
     with (folder / DATA_FILE).open("wb") as sink:
         with (
             ipc.new_stream(sink, schema) as writer,
-            tqdm(
-                total=num_cells,
-                desc="convert corpus",
-                unit="cell",
-                disable=not show_progress,
-                file=TolerantStream(2),
-            ) as progress,
+            Progress(num_cells, "convert the corpus", "cell", enabled=show_progress) as progress,
         ):
-            for path, row, tokens, offsets in _read(sources):
+            for path, row, tokens, offsets in reader.read():
                 largest = int(tokens.max())
                 if largest > np.iinfo(dtype).max:
                     raise _TokensNeedInt32
                 if largest > max_token:
                     max_token, max_token_path = largest, os.path.abspath(path)
-                    max_token_row = row + _row_of(int(tokens.argmax()), offsets)
+                    max_token_row = row + row_of(int(tokens.argmax()), offsets)
                 tokens = np.ascontiguousarray(tokens, dtype)
                 tokens_hash.update(tokens.data)
                 lengths_hash.update(np.diff(offsets).astype(np.int32).data)
                 cells = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(tokens))
                 writer.write_batch(pa.RecordBatch.from_arrays([cells], schema=schema))
                 num_tokens += len(tokens)
-                progress.update(len(cells))
-        sink.flush()
-        os.fsync(sink.fileno())
+                progress.advance(len(cells))
+        sync_file(sink)
         data_bytes = sink.tell()
     return CacheManifest(
-        sources=tuple(SourceFile(os.path.abspath(source.path), source.rows) for source in sources),
+        sources=tuple(reader.sources),
         num_cells=num_cells,
         num_tokens=num_tokens,
         max_token=max_token,
@@ -265,60 +266,5 @@ def _write(sources: Sequence[_ParquetSource], folder: Path, dtype: np.dtype, sho
         tokens_hash=tokens_hash.hexdigest(),
         fingerprint=fingerprint(tokens_hash.hexdigest(), lengths_hash.hexdigest()),
         data_bytes=data_bytes,
+        empty_files=reader.empty_files,
     )
-
-
-def _read(sources: Sequence[_ParquetSource]) -> Iterator[tuple[Path, int, np.ndarray, np.ndarray]]:
-    """Yield batches of checked cells: their file, their first row in it, tokens and boundaries."""
-    for source in sources:
-        row = 0
-        try:
-            # A small read buffer without pre-buffering keeps Arrow from holding whole row groups.
-            with pq.ParquetFile(source.path, pre_buffer=False, buffer_size=1 << 20) as file:
-                for batch in file.iter_batches(source.rows_per_batch, columns=[COLUMN], use_threads=False):
-                    yield source.path, row, *_check_cells(batch.column(0), source.path, row)
-                    row += batch.num_rows
-        except (pa.ArrowException, OSError) as error:
-            raise ValueError(
-                f"{source.path}: damaged after row {row} ({error}); make or download the file again"
-            ) from error
-
-
-def _check_cells(column: pa.Array, path: Path, first_row: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return a batch's tokens [num_tokens] and the cells' boundaries in them, int64 [num_rows + 1]."""
-    if column.null_count:
-        row = first_row + pc.index(column.is_null(), True).as_py()
-        raise ValueError(f"{path}, row {row}: {COLUMN} is null; drop the row")
-    if pa.types.is_fixed_size_list(column.type):
-        offsets = np.arange(len(column) + 1, dtype=np.int64) * column.type.list_size
-    else:
-        offsets = column.offsets.to_numpy().astype(np.int64)
-        offsets -= offsets[0]
-    lengths = np.diff(offsets)
-    if lengths.min() == 0:
-        raise ValueError(f"{path}, row {first_row + int(lengths.argmin())}: {COLUMN} is empty; drop the row")
-    values = column.flatten()
-    if values.null_count:
-        position = pc.index(values.is_null(), True).as_py()
-        row = first_row + _row_of(position, offsets)
-        raise ValueError(f"{path}, row {row}: {COLUMN} holds a null; remove it or drop the row")
-    tokens = values.to_numpy()
-    if tokens.min() < 0 or tokens.max() > INT32_MAX:
-        position = int(np.argmax((tokens < 0) | (tokens > INT32_MAX)))
-        row = first_row + _row_of(position, offsets)
-        raise ValueError(
-            f"{path}, row {row}: token {tokens[position]} is not in [0, {INT32_MAX}]; tokenize the cell again"
-        )
-    return tokens, offsets
-
-
-def _row_of(position: int, offsets: np.ndarray) -> int:
-    return int(np.searchsorted(offsets, position, side="right")) - 1
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -6,36 +6,42 @@ into memory. Opening reads the record batches' headers and the cells' offsets, n
 paged in when a loader asks for them.
 """
 
-import glob
 import json
 import mmap
 import os
-import resource
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.ipc as ipc
 import xxhash
 
 from geneformer_pretrain.data.arrow_cache import (
-    COLUMN,
     DATA_FILE,
+    CacheManifest,
+    ParquetReader,
     SourceFile,
     ensure_cache,
     fingerprint,
-    require_column,
 )
+from geneformer_pretrain.data.arrow_stream import Stream, StreamBatch, map_stream
+from geneformer_pretrain.data.parquet_cells import COLUMN
+from geneformer_pretrain.data.saved_folder import (
+    STATE_FILE,
+    SavedFolder,
+    SelectedCells,
+    map_saved_folder,
+    read_saved_folder,
+)
+from geneformer_pretrain.data.sources import CorpusGeneSet, find_parquet, read_description
+from geneformer_pretrain.errors import DataError
 
-# Looking up batch headers is bound by the latency of the disk, so several files are looked at side by side.
-READERS = 8
-OTHER_OPEN_FILES = 256
-"""Room that a process leaves beside a corpus's files: sockets, libraries, checkpoints."""
-END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
-TOKEN_DTYPES = (np.uint16, np.int16, np.int32, np.int64)
+TOKEN_DTYPES = {np.dtype(kind): np.dtype(kind) for kind in (np.uint16, np.int16, np.int32, np.int64)} | {
+    np.dtype(np.uint32): np.dtype(np.int32),
+    np.dtype(np.uint64): np.dtype(np.int64),
+}
+"""Types that tokens are stored in, each with the one it is read as. Unsigned tokens too large for the signed type come
+out negative, and are refused where they are used."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +69,12 @@ class Corpus:
         Address of the first cell's offset, uint64 [num_batches].
     token_dtype, offset_dtype
         Types at these addresses: uint16, int16, int32 or int64; int32 or int64.
+    sources
+        Files that the cells come from, in order.
+    gene_set
+        Gene set of the tokens, if a ``corpus.json`` beside the files names it.
+    empty_files
+        Files without rows that were left out.
     """
 
     num_cells: int
@@ -74,27 +86,34 @@ class Corpus:
     batch_offsets: np.ndarray = field(repr=False)
     token_dtype: np.dtype
     offset_dtype: np.dtype
-    _batches: list["_Batch"] = field(repr=False)  # keeps the mapped files alive
-    _sources: tuple[SourceFile, ...] = field(repr=False)
+    sources: tuple[SourceFile, ...] = field(repr=False)
+    _batches: list[StreamBatch] = field(repr=False)  # keeps the mapped files alive
+    gene_set: CorpusGeneSet | None = None
+    empty_files: int = 0
 
     @property
-    def sources(self) -> tuple[SourceFile, ...]:
-        """Files in the order of the cells, with their rows."""
-        return self._sources
+    def folder(self) -> Path:
+        """Folder of the first file."""
+        return Path(self.sources[0].path).parent
 
     def cell(self, index: int) -> np.ndarray:
-        """Return a copy of the tokens of one cell, int64 [length]; the slow reference path."""
+        """Return a copy of the tokens of one cell, int64 [length]; slow."""
         self._require_cell(index)
         batch = int(np.searchsorted(self.batch_first_cell, index, side="right")) - 1
         row = index - int(self.batch_first_cell[batch])
         return self._batches[batch].column.slice(row, 1).flatten().to_numpy().astype(np.int64)
 
+    def batch(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the tokens of a record batch and its cells' boundaries in them, int64 [cells + 1]."""
+        batch = self._batches[number]
+        return batch.column.flatten().to_numpy(), (batch.offsets - batch.offsets[0]).astype(np.int64)
+
     def describe_cell(self, index: int) -> str:
         """Return where a cell comes from, such as ``data/cells.parquet, row 17``, rows counted from 0."""
         self._require_cell(index)
-        ends = np.cumsum([source.rows for source in self._sources])
+        ends = np.cumsum([source.rows for source in self.sources])
         number = int(np.searchsorted(ends, index, side="right"))
-        source = self._sources[number]
+        source = self.sources[number]
         return f"{source.path}, row {index - int(ends[number]) + source.rows}"
 
     def _require_cell(self, index: int) -> None:
@@ -105,21 +124,21 @@ class Corpus:
 def open_corpus(
     path: str | Path, cache_dir: str | Path, *, vocab_size: int | None = None, show_progress: bool = False
 ) -> Corpus:
-    """Open parquet files or a Hugging Face ``save_to_disk`` folder as a corpus.
+    """Open a corpus folder, parquet files or a Hugging Face ``save_to_disk`` folder.
 
     Parameters
     ----------
     path
-        A parquet file, a folder with ``*.parquet`` files, a glob pattern (``**`` descends into folders), or a
-        ``save_to_disk`` folder. Several parquet files are taken in the order of their names. The column
-        ``input_ids`` holds lists of integers; other columns are ignored.
+        A corpus folder (``corpus.json``), a parquet file, a folder with ``*.parquet`` files, a glob pattern (``**``
+        descends into folders), or a ``save_to_disk`` folder. Several parquet files are taken in the order of their
+        names. The column ``input_ids`` holds lists of integers; other columns are ignored.
     cache_dir
-        Folder for the Arrow cache of parquet files; not used for a saved folder.
+        Folder for the Arrow cache of parquet files; not used for a saved folder, unless it selects rows.
     vocab_size
         If given, tokens of parquet files must be smaller. The tokens of a saved folder are not read here:
         whoever uses them has to check them.
     show_progress
-        Draw a progress bar while parquet is converted.
+        Show the progress of a conversion.
 
     Returns
     -------
@@ -128,19 +147,27 @@ def open_corpus(
 
     Raises
     ------
-    FileNotFoundError
-        If nothing is found at ``path``.
-    ValueError
-        If a file cannot be used; the message names the file, the row and the value.
+    DataError
+        If nothing is found at ``path`` or a file cannot be used; the message names the file, the row and the value.
+    OutputError
+        If the cache cannot be written.
     """
     location = Path(path)
-    if (location / "state.json").is_file():
-        return _open_saved_folder(location)
-    if (location / "dataset_dict.json").is_file():
-        splits = sorted(child.name for child in location.iterdir() if (child / "state.json").is_file())
-        raise ValueError(f"{location}: holds several datasets; name one of its folders {splits}")
-    files = _find_parquet(location)
-    return _open_parquet(files, Path(cache_dir), vocab_size, show_progress)
+    if _is_saved_folder(location):
+        return _open_saved_folder(read_saved_folder(location), Path(cache_dir), vocab_size, show_progress)
+    description = read_description(location)
+    files = find_parquet(path) if description is None else description.parts
+    corpus = _open_parquet(files, Path(cache_dir), vocab_size, show_progress)
+    if description is not None:
+        listed = sum(part["cells"] for part in description.content["parts"])
+        if listed != corpus.num_cells:
+            raise DataError(
+                f"{location}: its parts hold {corpus.num_cells:,} cells, and corpus.json lists {listed:,}; copy the "
+                "folder again, or tokenize again"
+            )
+    elif len({file.parent for file in files}) == 1:
+        description = read_description(files[0].parent)
+    return corpus if description is None else replace(corpus, gene_set=description.gene_set)
 
 
 def require_corpus(path: str | Path) -> None:
@@ -148,209 +175,59 @@ def require_corpus(path: str | Path) -> None:
 
     Raises
     ------
-    FileNotFoundError
+    DataError
         If nothing is found at ``path``.
     """
-    location = Path(path)
-    if not any((location / name).is_file() for name in ("state.json", "dataset_dict.json")):
-        _find_parquet(location)
+    if not _is_saved_folder(Path(path)) and read_description(Path(path)) is None:
+        find_parquet(path)
 
 
-def _find_parquet(location: Path) -> list[Path]:
-    if location.is_file():
-        return [location]
-    if location.is_dir():
-        files = sorted(child for child in location.glob("*.parquet") if not child.name.startswith("."))
-        below = f"for parquet files in folders below it, give {location}/**/*.parquet"
-        if not files:
-            raise FileNotFoundError(
-                f"{location}: holds neither *.parquet files nor a dataset saved with save_to_disk; {below}"
-            )
-        folder = next((file for file in files if file.is_dir()), None)
-        if folder is not None:
-            raise FileNotFoundError(f"{location}: {folder.name} in it is a folder, not a file; {below}")
-        return files
-    if not glob.has_magic(str(location)):
-        raise FileNotFoundError(f"{location}: no such file or folder; correct the path")
-    files = [Path(name) for name in sorted(glob.glob(str(location), recursive=True)) if os.path.isfile(name)]
-    if not files:
-        raise FileNotFoundError(f"{location}: the pattern matches no file; correct the path")
-    return files
+def _is_saved_folder(location: Path) -> bool:
+    if (location / "dataset_dict.json").is_file():
+        splits = sorted(child.name for child in location.iterdir() if (child / STATE_FILE).is_file())
+        raise DataError(f"{location}: holds several datasets; name one of its folders {splits}")
+    return (location / STATE_FILE).is_file()
 
 
-def _open_parquet(files: list[Path], cache_dir: Path, vocab_size: int | None, show_progress: bool) -> Corpus:
-    folder, manifest = ensure_cache(files, cache_dir, show_progress=show_progress)
+def _open_parquet(files: Sequence[Path], cache_dir: Path, vocab_size: int | None, show_progress: bool) -> Corpus:
+    cache = ensure_cache(files, lambda: ParquetReader(files), cache_dir, show_progress=show_progress)
+    return _open_cache(*cache, vocab_size)
+
+
+def _open_cache(folder: Path, manifest: CacheManifest, vocab_size: int | None) -> Corpus:
     if vocab_size is not None and manifest.max_token >= vocab_size:
-        raise ValueError(
+        raise DataError(
             f"{manifest.max_token_path}, row {manifest.max_token_row}: token {manifest.max_token} is outside "
             f"the vocabulary of {vocab_size}; set data.vocab_path to the vocabulary that the cells were made with and "
             f"model.vocab_size to its size (at least {manifest.max_token + 1}), or tokenize the cells again"
         )
     advice = f"delete the folder {folder} and start again"
-    corpus = _assemble([_map_stream(folder / DATA_FILE, advice)], manifest.sources, manifest.tokens_hash)
+    corpus = _assemble([map_stream(folder / DATA_FILE, advice)], manifest.sources, manifest.tokens_hash)
     if corpus.fingerprint != manifest.fingerprint:
-        raise ValueError(f"{folder / DATA_FILE}: the corpus cache is damaged; {advice}")
-    return corpus
+        raise DataError(f"{folder / DATA_FILE}: the corpus cache is damaged; {advice}")
+    return replace(corpus, empty_files=manifest.empty_files)
 
 
-def _open_saved_folder(folder: Path) -> Corpus:
-    state_file = folder / "state.json"
-    try:
-        state = json.loads(state_file.read_text())
-        names = [entry["filename"] for entry in state["_data_files"]]
-        identity = state["_fingerprint"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{state_file}: not as save_to_disk writes it ({error!r}); save the dataset again") from error
-    for key in ("_indices_files", "_indices_data_files"):
-        if state.get(key):
-            raise ValueError(
-                f"{state_file}: {key} selects rows, which is not supported; "
-                "apply Dataset.flatten_indices and save_to_disk the result"
-            )
-    advice = "save the dataset again with Dataset.save_to_disk, or copy it again"
-    _allow_open_files(len(names), folder)
-    with ThreadPoolExecutor(READERS) as pool:
-        streams = list(pool.map(lambda name: _map_stream(folder / name, advice), names))
-    for stream in streams[1:]:
-        if stream.kind != streams[0].kind:
-            raise ValueError(
-                f"{COLUMN} has type {streams[0].kind} in {streams[0].path} but {stream.kind} in "
-                f"{stream.path}; cast the dataset to one type and save it again"
-            )
-    sources = tuple(SourceFile(str(stream.path), stream.num_rows) for stream in streams)
-    if not any(source.rows for source in sources):
-        raise ValueError(f"{folder}: the dataset has no rows; correct the path")
-    files = [[name, len(stream.region), stream.num_rows] for name, stream in zip(names, streams, strict=True)]
-    return _assemble(streams, sources, json.dumps([identity, files]))
+def _open_saved_folder(saved: SavedFolder, cache_dir: Path, vocab_size: int | None, show_progress: bool) -> Corpus:
+    def open_all() -> Corpus:
+        streams = map_saved_folder(saved)
+        sources = tuple(SourceFile(str(stream.path), stream.num_rows) for stream in streams)
+        files = [[name, len(stream.region), stream.num_rows] for name, stream in zip(saved.names, streams, strict=True)]
+        return _assemble(streams, sources, json.dumps([saved.identity, files]))
+
+    if not saved.index_names:
+        return open_all()
+    cache = ensure_cache(saved.files, lambda: SelectedCells(saved, open_all()), cache_dir, show_progress=show_progress)
+    return _open_cache(*cache, vocab_size)
 
 
-def _allow_open_files(number: int, folder: Path) -> None:
-    """Raise this process's own limit of open files: each mapped file takes one."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = len(os.listdir("/proc/self/fd")) + number
-    wanted = needed + OTHER_OPEN_FILES
-    if hard != resource.RLIM_INFINITY:
-        wanted = min(wanted, hard)
-    if needed > wanted:
-        raise ValueError(
-            f"{folder}: {number} files, and this system allows a process {hard} open ones (ulimit -Hn); "
-            "save the dataset in fewer files: save_to_disk(..., num_shards=N)"
-        )
-    if soft != resource.RLIM_INFINITY and wanted > soft:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
-@dataclass(frozen=True, slots=True)
-class _Batch:
-    """A record batch's ``input_ids``; both fields must live as long as their addresses are used."""
-
-    column: pa.Array
-    offsets: np.ndarray
-    values_address: int
-
-
-@dataclass(frozen=True)
-class _Stream:
-    path: Path
-    region: mmap.mmap
-    kind: pa.DataType
-    batches: list[_Batch]
-
-    @property
-    def num_rows(self) -> int:
-        return sum(len(batch.column) for batch in self.batches)
-
-
-def _map_stream(path: Path, advice: str) -> _Stream:
-    """Map an Arrow stream into memory and look at its batches without touching their values."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: the file is missing; {advice}")
-    if path.stat().st_size == 0:
-        raise ValueError(f"{path}: the file is empty; {advice}")
-    with path.open("rb") as file:
-        region = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    # pyarrow.memory_map would have the kernel read all of every batch ahead, that is, the whole corpus. So
-    # would the kernel itself around each page fault, unless it knows that accesses are random.
-    region.madvise(mmap.MADV_RANDOM)
-    mapped = pa.py_buffer(region)
-    try:
-        schema = ipc.open_stream(pa.BufferReader(mapped)).schema
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: not an Arrow stream ({error}); {advice}") from error
-    kind = require_column(schema, path)
-    only = ipc.IpcReadOptions(included_fields=[schema.get_field_index(COLUMN)], use_threads=False)
-    source = pa.BufferReader(mapped)
-    reader = ipc.open_stream(source, options=only)
-    columns: list[pa.Array] = []
-    try:
-        for record_batch in reader:
-            columns.append(record_batch.column(0))
-            _read_offsets_ahead(columns[-1], region, mapped)
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: damaged after row {sum(map(len, columns))} ({error}); {advice}") from error
-    # A stream cut between two batches reads like a shorter one; only the end marker tells them apart.
-    end = source.tell()
-    if region[end - len(END_OF_STREAM) : end] != END_OF_STREAM:
-        raise ValueError(f"{path}: the file breaks off after row {sum(map(len, columns))}; {advice}")
-    batches = []
-    num_rows = 0
-    for column in columns:
-        if len(column):
-            batches.append(_look_at_batch(column, mapped, path, num_rows, advice))
-        num_rows += len(column)
-    return _Stream(path, region, kind, batches)
-
-
-def _read_offsets_ahead(column: pa.Array, region: mmap.mmap, mapped: pa.Buffer) -> None:
-    """Have the kernel read the offsets in the background, while the next batch's header is looked up."""
-    offsets = column.buffers()[1]
-    if offsets is not None and mapped.address <= offsets.address < mapped.address + mapped.size:
-        start = offsets.address - mapped.address
-        page = start - start % mmap.PAGESIZE
-        region.madvise(mmap.MADV_WILLNEED, page, start + offsets.size - page)
-
-
-def _look_at_batch(column: pa.Array, mapped: pa.Buffer, path: Path, first_row: int, advice: str) -> _Batch:
-    """Check a batch for nulls and for empty cells and find the addresses of its buffers."""
-    try:
-        column.validate()
-    except pa.ArrowException as error:
-        raise ValueError(f"{path}: damaged after row {first_row} ({error}); {advice}") from error
-    if column.null_count:
-        row = first_row + pc.index(column.is_null(), True).as_py()
-        raise ValueError(f"{path}, row {row}: {COLUMN} is null; drop the row and save again")
-    if pa.types.is_fixed_size_list(column.type):
-        boundaries = np.arange(column.offset, column.offset + len(column) + 1)
-        offsets = (boundaries * column.type.list_size).astype(np.int32)
-    else:
-        dtype = np.int64 if pa.types.is_large_list(column.type) else np.int32
-        offsets = np.frombuffer(column.buffers()[1], dtype)[column.offset :][: len(column) + 1]
-    grows = offsets[1:] > offsets[:-1]
-    if not grows.all():
-        row = int(grows.argmin())
-        raise ValueError(
-            f"{path}, row {first_row + row}: {COLUMN} has {offsets[row + 1] - offsets[row]} tokens; "
-            "drop the row and save again"
-        )
-    values = column.values
-    if values.null_count:
-        position = pc.index(values.is_null(), True).as_py()
-        row = int(np.searchsorted(offsets, position, side="right")) - 1
-        raise ValueError(f"{path}, row {first_row + row}: {COLUMN} holds a null; drop the row and save again")
-    buffer = values.buffers()[-1]
-    if not mapped.address <= buffer.address <= mapped.address + mapped.size - buffer.size:
-        raise ValueError(f"{path}: the Arrow stream is compressed; save it again without compression")
-    item_bytes = values.type.bit_width // 8
-    return _Batch(column, offsets, buffer.address + values.offset * item_bytes)
-
-
-def _assemble(streams: list[_Stream], sources: tuple[SourceFile, ...], identity: str) -> Corpus:
+def _assemble(streams: list[Stream], sources: tuple[SourceFile, ...], identity: str) -> Corpus:
     """Join the batches of all streams; lengths come from the offsets."""
-    token_dtype = np.dtype(streams[0].kind.value_type.to_pandas_dtype())
-    if token_dtype not in TOKEN_DTYPES:
-        names = [np.dtype(dtype).name for dtype in TOKEN_DTYPES]
-        raise ValueError(
-            f"{streams[0].path}: the tokens in {COLUMN} have type {token_dtype}; cast them to one of {names}"
+    stored = np.dtype(streams[0].kind.value_type.to_pandas_dtype())
+    if stored not in TOKEN_DTYPES:
+        raise DataError(
+            f"{streams[0].path}: the tokens in {COLUMN} have type {stored}; cast them to one of "
+            f"{[dtype.name for dtype in TOKEN_DTYPES]}"
         )
     batches = [batch for stream in streams for batch in stream.batches]
     batch_first_cell = np.zeros(len(batches) + 1, np.int64)
@@ -373,8 +250,8 @@ def _assemble(streams: list[_Stream], sources: tuple[SourceFile, ...], identity:
         batch_first_cell=batch_first_cell,
         batch_values=np.array([batch.values_address for batch in batches], np.uint64),
         batch_offsets=np.array([batch.offsets.ctypes.data for batch in batches], np.uint64),
-        token_dtype=token_dtype,
+        token_dtype=TOKEN_DTYPES[stored],
         offset_dtype=batches[0].offsets.dtype,
+        sources=sources,
         _batches=batches,
-        _sources=sources,
     )

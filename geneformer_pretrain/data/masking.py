@@ -2,7 +2,7 @@
 
 Every random number of the data path is a hash of a counter, not the next number of a generator: in whichever
 rank, thread, pack or order a cell is read, it gets the same mask. ``mask_segments`` is the compiled kernel of
-the packed path; ``mask_cell`` says the same in NumPy for one cell and serves the padded reference path.
+the packed path; ``mask_cell`` does the same in NumPy for one cell and serves the padded reference path.
 """
 
 from dataclasses import dataclass
@@ -20,12 +20,12 @@ _HALF = np.uint64(32)
 _LOW_HALF = np.uint64(0xFFFFFFFF)
 
 MASK_STREAM = np.uint64(1)
-"""Starts the keys of the masks; other users of the hash start theirs with another number."""
+"""First value hashed into the keys of masks; other random streams start with other numbers."""
 
 REPLACE_BELOW = np.uint64(round(0.8 * 2**32))
-"""Of the selected tokens, 80% become the mask token,"""
+"""A selected token whose hash lies below becomes the mask token: 80%."""
 RANDOM_BELOW = np.uint64(round(0.9 * 2**32))
-"""10% a random token, and the rest stay as they are."""
+"""From there to here it becomes a random gene: 10%. The rest stay as they are."""
 
 IGNORED_LABEL = -100
 """Label of positions that carry no loss."""
@@ -35,8 +35,7 @@ IGNORED_LABEL = -100
 def mix64(z: np.uint64) -> np.uint64:
     """Scramble 64 bits (the finalizer of splitmix64; a bijection).
 
-    ``mix64.py_func`` does the same to a NumPy array of uint64. Every mask and order follows from it. Compiled
-    kernels of other files keep the copy they were cached with, so after a change here remove ``__pycache__``.
+    ``mix64.py_func`` does the same to a NumPy array of uint64. Every mask and order follows from it.
     """
     z = (z ^ (z >> _SHIFT_30)) * _MULTIPLIER_1
     z = (z ^ (z >> _SHIFT_27)) * _MULTIPLIER_2
@@ -57,7 +56,7 @@ def epoch_key(stream: np.uint64, seed: int, epoch: int) -> np.uint64:
 
 @dataclass(frozen=True)
 class MaskRule:
-    """How tokens are masked.
+    """The masking rule of a run: probability, tokens and seed.
 
     Attributes
     ----------
@@ -78,17 +77,6 @@ class MaskRule:
     vocab_size: int
     num_special_tokens: int
     mask_token_id: int
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.probability <= 1.0:
-            raise ValueError(f"training.mlm_probability is {self.probability}; it must lie in [0, 1]")
-        if not 0 <= self.num_special_tokens < self.vocab_size:
-            raise ValueError(
-                f"{self.num_special_tokens} special tokens leave no gene among "
-                f"model.vocab_size={self.vocab_size} tokens"
-            )
-        if not 0 <= self.mask_token_id < self.vocab_size:
-            raise ValueError(f"mask token {self.mask_token_id} is not below model.vocab_size={self.vocab_size}")
 
     @property
     def select_below(self) -> np.uint64:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from geneformer_pretrain.data.masking import GOLDEN, derive, epoch_key, mix64
+from geneformer_pretrain.errors import DataError
 from geneformer_pretrain.jit import compiled
 
 PLANNER_VERSION = 2
@@ -22,7 +23,7 @@ GROUP_PACKS = 32
 """Packs that are made together, from the same cells."""
 
 SPARE_CELLS = 16
-"""A group may choose among cells that would fill one pack more, and so many of the longest more at least."""
+"""Extra candidates of a group: enough cells for one more pack, or this many of maximal length, whichever is more."""
 
 SHUFFLE_WINDOW_BLOCKS = 16
 """Blocks whose cells are mixed with each other when shuffling by blocks."""
@@ -31,6 +32,7 @@ ALIGNMENT = 128
 """FP8 kernels need row counts that are multiples of this."""
 
 ORDER_STREAM = np.uint64(2)
+HOLD_OUT_STREAM = np.uint64(3)
 _HALF = np.uint64(32)
 _LOW_HALF = np.uint64(0xFFFFFFFF)
 
@@ -40,7 +42,7 @@ def _round_up(value: float, multiple: int) -> int:
 
 
 @dataclass(frozen=True)
-class PackShape:
+class BatchShape:
     """The constant shape of every micro-batch.
 
     Attributes
@@ -60,17 +62,6 @@ class PackShape:
     max_cells: int
     masked_capacity: int
 
-    def __post_init__(self) -> None:
-        if self.seq_length < 1:
-            raise ValueError(f"model.seq_length is {self.seq_length}; it must be at least 1")
-        if self.token_budget < self.seq_length:
-            raise ValueError(
-                f"the token budget {self.token_budget} is below model.seq_length={self.seq_length}: "
-                "model.micro_batch_size must be at least 1"
-            )
-        if self.max_cells < 1:
-            raise ValueError(f"the limit of cells per pack is {self.max_cells}; it must be at least 1")
-
     @classmethod
     def create(
         cls,
@@ -81,7 +72,7 @@ class PackShape:
         mlm_probability: float,
         packing: bool = True,
         max_cells: int | None = None,
-    ) -> "PackShape":
+    ) -> "BatchShape":
         """Derive the shape from the configuration and the corpus.
 
         Parameters
@@ -91,26 +82,15 @@ class PackShape:
         micro_batch_size, seq_length
             Their product is the token budget.
         mlm_probability
-            Decides the room for masked tokens: the mean plus 8 standard deviations.
+            Decides the room for masked tokens: the mean plus 8 standard deviations. 0: no room, for unmasked batches.
         packing
             False: a "pack" is ``micro_batch_size`` cells, later padded.
         max_cells
             Most cells of a pack; by default ``default_max_cells``.
-
-        Raises
-        ------
-        ValueError
-            If the token budget of packed batches is not a multiple of 128.
         """
         token_budget = micro_batch_size * seq_length
         if not packing:
             max_cells = micro_batch_size
-        elif token_budget % ALIGNMENT:
-            raise ValueError(
-                f"model.micro_batch_size={micro_batch_size} x model.seq_length={seq_length} = {token_budget} "
-                f"tokens is not a multiple of {ALIGNMENT}, which packed batches need; change one of the two, "
-                "or set packing to false"
-            )
         elif max_cells is None:
             max_cells = default_max_cells(lengths, seq_length, token_budget)
         else:
@@ -124,7 +104,9 @@ class PackShape:
 
 
 def masked_capacity(token_budget: int, mlm_probability: float) -> int:
-    """Room for masked tokens: mean + 8 sigma of Binomial(T, p), at most T, rounded up to 128s."""
+    """Room for masked tokens: mean + 8 sigma of Binomial(T, p), at most T, rounded up to 128s; none where p is 0."""
+    if mlm_probability == 0:
+        return 0
     mean = token_budget * mlm_probability
     sigma = math.sqrt(mean * (1.0 - mlm_probability))
     return max(ALIGNMENT, _round_up(min(mean + 8.0 * sigma, token_budget), ALIGNMENT))
@@ -132,24 +114,21 @@ def masked_capacity(token_budget: int, mlm_probability: float) -> int:
 
 def default_max_cells(lengths: np.ndarray, seq_length: int, token_budget: int) -> int:
     """Half as many cells again as an average pack holds, and 16: the tokens, not the cells, fill a pack."""
-    _, _, dropped, total = summarize(lengths, seq_length)
+    _, dropped, total = summarize(lengths, seq_length)
     mean = (total - dropped) / max(1, len(lengths))
     return min(token_budget, math.ceil(1.5 * token_budget / max(1.0, mean)) + 16)
 
 
 @compiled
-def summarize(lengths: np.ndarray, seq_length: int) -> tuple[int, int, int, int]:
-    """First cell without tokens (or -1), cells longer than S, tokens cut from them, tokens before cutting."""
-    first_empty, truncated, dropped, total = -1, 0, 0, 0
-    for cell in range(len(lengths)):
-        length = int(lengths[cell])
-        if length < 1 and first_empty < 0:
-            first_empty = cell
-        excess = max(0, length - seq_length)
+def summarize(lengths: np.ndarray, seq_length: int) -> tuple[int, int, int]:
+    """Cells longer than S, tokens cut from them, tokens before cutting."""
+    truncated, dropped, total = 0, 0, 0
+    for length in lengths:
+        excess = max(0, int(length) - seq_length)
         truncated += excess > 0
         dropped += excess
-        total += length
-    return first_empty, truncated, dropped, total
+        total += int(length)
+    return truncated, dropped, total
 
 
 @compiled
@@ -213,17 +192,34 @@ def permutation(num_cells: int, seed: int, epoch: int, shuffle_block_cells: int 
         uint32 [num_cells], each cell once.
     """
     if num_cells >= 2**32:
-        raise ValueError(f"the corpus has {num_cells} cells; at most 2**32 - 1 can be shuffled")
+        raise DataError(f"the corpus has {num_cells} cells; at most 2**32 - 1 can be shuffled")
     key = epoch_key(ORDER_STREAM, seed, epoch)
     if shuffle_block_cells is None:
         order = np.arange(num_cells, dtype=np.uint32)
         _shuffle(order, key)
         return order
-    if shuffle_block_cells < 1:
-        raise ValueError(f"shuffle_block_cells is {shuffle_block_cells}; it must be at least 1, or null")
     order = np.empty(num_cells, np.uint32)
     _shuffle_by_blocks(order, shuffle_block_cells, SHUFFLE_WINDOW_BLOCKS, key)
     return order
+
+
+@compiled
+def _mark_below(marks: np.ndarray, key: np.uint64, below: np.uint64) -> None:
+    for cell in range(len(marks)):
+        marks[cell] = derive(key, np.uint64(cell)) >> _HALF < below
+
+
+def held_out_cells(num_cells: int, fraction: float) -> np.ndarray:
+    """Choose cells by a hash of their number: the same ones in every run, whatever its seed.
+
+    Returns
+    -------
+    numpy.ndarray
+        bool [num_cells], true for about ``fraction`` of the cells.
+    """
+    marks = np.empty(num_cells, np.bool_)
+    _mark_below(marks, epoch_key(HOLD_OUT_STREAM, 0, 0), np.uint64(round(fraction * 2**32)))
+    return marks
 
 
 @compiled
@@ -312,7 +308,7 @@ def _pack_in_place(
     return num_packs
 
 
-def pack_cells(order: np.ndarray, lengths: np.ndarray, shape: PackShape, packing: bool = True) -> "EpochPlan":
+def pack_cells(order: np.ndarray, lengths: np.ndarray, shape: BatchShape, packing: bool = True) -> "EpochPlan":
     """Put neighbours in ``order`` together into packs that are full and cost the same.
 
     Ranks work on their packs side by side and wait for the slowest, and attention costs the square of a cell's
@@ -326,9 +322,9 @@ def pack_cells(order: np.ndarray, lengths: np.ndarray, shape: PackShape, packing
     Parameters
     ----------
     order
-        uint32 [cells]; overwritten, it becomes the plan's ``cells``.
+        uint32 [cells of the epoch]; overwritten, it becomes the plan's ``cells``.
     lengths
-        int32 [cells], by cell number, before truncation.
+        int32 [cells of the corpus], by cell number, before truncation.
     shape
         Budget and limits.
     packing

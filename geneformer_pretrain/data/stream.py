@@ -6,7 +6,6 @@ The plans of large corpora are kept in a folder that the ranks of a node share, 
 import hashlib
 import json
 import logging
-import os
 import threading
 from bisect import bisect_right
 from concurrent.futures import Future
@@ -15,29 +14,30 @@ from pathlib import Path
 
 import numpy as np
 import xxhash
-from filelock import FileLock
 
 from geneformer_pretrain.data.packing import (
     GROUP_PACKS,
     PLANNER_VERSION,
     SHUFFLE_WINDOW_BLOCKS,
     SPARE_CELLS,
+    BatchShape,
     EpochPlan,
-    PackShape,
     pack_cells,
     permutation,
     summarize,
 )
-from geneformer_pretrain.files import writing_to
+from geneformer_pretrain.data.plan_files import PlanFolder
 
 log = logging.getLogger(__name__)
 
-LARGE = 1_000_000
-"""Cells of a corpus. Plans of smaller ones take milliseconds: each process makes its own, when it needs it."""
+MIN_CELLS_FOR_PLAN_FILES = 1_000_000
+"""Smaller corpora are planned in milliseconds: each process makes its own plans, when it needs them."""
 
 MAX_CELLS_IN_MEMORY = 4_000_000
-"""The plans of the last two epochs are kept, beside one made ahead, and of more as long as they hold fewer cells than
-this."""
+"""The plans of the last two epochs are kept in memory, and of more as long as they hold fewer cells than this."""
+
+DIGEST_PACKS = 64
+"""Packs that ``first_packs_digest`` looks at."""
 
 
 class PackStream:
@@ -46,7 +46,7 @@ class PackStream:
     Parameters
     ----------
     lengths
-        int32 [cells], tokens of each cell before truncation.
+        int32 [cells], tokens of each cell before truncation; at least one cell, and none empty.
     fingerprint
         Identifies the corpus; part of the name of kept plans.
     seed
@@ -56,23 +56,21 @@ class PackStream:
     packing
         False: packs of ``shape.max_cells`` cells for the padded reference path.
     plan_dir
-        Folder where the plans of large corpora are kept for all ranks of the node (or of all nodes, on a
-        shared file system) to map; None keeps a copy in each process.
+        Folder where the plans of large corpora are kept, see ``plan_files``; None keeps a copy in each process.
     shuffle_block_cells
         See ``permutation``.
+    chosen
+        bool [cells], the cells that take part; None: all of them.
     epoch, epoch_first_pack
         Where the stream is taken up again: ``epoch`` starts at pack ``epoch_first_pack``, as ``state_at``
         reported. Earlier epochs are never planned again.
 
     Attributes
     ----------
+    num_cells, num_tokens
+        Cells that take part in an epoch, and their tokens before truncation.
     num_truncated, dropped_tokens
         Cells longer than ``seq_length``, and the tokens they lose, per epoch.
-
-    Raises
-    ------
-    ValueError
-        If the corpus is empty or has a cell without tokens.
     """
 
     def __init__(
@@ -80,22 +78,19 @@ class PackStream:
         lengths: np.ndarray,
         fingerprint: str,
         seed: int,
-        shape: PackShape,
+        shape: BatchShape,
         packing: bool = True,
         plan_dir: Path | str | None = None,
         shuffle_block_cells: int | None = None,
+        chosen: np.ndarray | None = None,
         epoch: int = 0,
         epoch_first_pack: int = 0,
     ) -> None:
-        if len(lengths) == 0:
-            raise ValueError("the corpus has no cells; data.path must lead to at least one")
-        first_empty, self.num_truncated, self.dropped_tokens, _ = summarize(lengths, shape.seq_length)
-        if first_empty >= 0:
-            raise ValueError(
-                f"cell {first_empty} of the corpus has length {lengths[first_empty]}; remove cells without tokens"
-            )
+        taking_part = lengths if chosen is None else lengths[chosen]
+        self.num_cells = len(taking_part)
+        self.num_truncated, self.dropped_tokens, self.num_tokens = summarize(taking_part, shape.seq_length)
         self.shape = shape
-        self._lengths = lengths
+        self._lengths, self._chosen = lengths, chosen
         self._seed = seed
         self._packing = packing
         self._shuffle_block_cells = shuffle_block_cells
@@ -105,14 +100,16 @@ class PackStream:
         self._plans: dict[int, EpochPlan] = {}
         self._ahead: dict[int, Future[EpochPlan]] = {}
         self._lock = threading.Lock()
-        self._folder: Path | None = None
-        if plan_dir is not None and len(lengths) >= LARGE:
+        self._plan_folder: PlanFolder | None = None
+        if plan_dir is not None and len(lengths) >= MIN_CELLS_FOR_PLAN_FILES:
             identity = [
                 PLANNER_VERSION, GROUP_PACKS, SPARE_CELLS, SHUFFLE_WINDOW_BLOCKS, fingerprint, len(lengths), seed,
                 asdict(shape), packing, shuffle_block_cells,
             ]  # fmt: skip
+            if chosen is not None:
+                identity.append(xxhash.xxh3_128_hexdigest(chosen.data))
             key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
-            self._folder = Path(plan_dir) / key
+            self._plan_folder = PlanFolder(Path(plan_dir) / key)
 
     def locate(self, pack: int) -> tuple[int, np.ndarray]:
         """Find a pack, planning further epochs as needed; in the second half of one, the next in the background.
@@ -131,7 +128,7 @@ class PackStream:
         with self._lock:
             epoch = self._epoch_of(pack)
             plan, index = self._plan(epoch), pack - self._epoch_starts[epoch - self._first_epoch]
-            if len(self._lengths) >= LARGE and index >= plan.num_packs // 2:
+            if len(self._lengths) >= MIN_CELLS_FOR_PLAN_FILES and index >= plan.num_packs // 2:
                 self._plan_ahead(epoch + 1)
             return epoch, plan.pack(index)
 
@@ -145,6 +142,14 @@ class PackStream:
         """Plan of any one epoch, whatever its place in the stream."""
         with self._lock:
             return self._plan(epoch)
+
+    def first_packs_digest(self, pack: int) -> str:
+        """Hash of the cells in the packs from ``pack`` on; ranks whose digests differ would train on other cells."""
+        digest = xxhash.xxh3_128()
+        for number in range(pack, pack + DIGEST_PACKS):
+            epoch, cells = self.locate(number)
+            digest.update(np.array([epoch, len(cells), *cells], np.int64).tobytes())
+        return digest.hexdigest()
 
     def _epoch_of(self, pack: int) -> int:
         if pack < self._epoch_starts[0]:
@@ -191,57 +196,25 @@ class PackStream:
         return plan
 
     def _new(self, epoch: int) -> EpochPlan:
-        if self._folder is None:
+        folder = self._plan_folder
+        if folder is None:
             return self._make(epoch)
-        with writing_to(self._folder, "data.cache_dir"):
-            return self._load_or_make(self._folder, epoch)
+        plan = folder.load(epoch)
+        if plan is None:
+            try:
+                plan = folder.load_or_save(epoch, self._make)
+            except OSError as error:  # The next one may find room again.
+                log.warning(
+                    "data.cache_dir: the plan of epoch %d cannot be kept in %s (%s): each process makes its own",
+                    epoch,
+                    folder.folder,
+                    error.strerror or error,
+                )
+                plan = self._make(epoch)
+        return plan
 
     def _make(self, epoch: int) -> EpochPlan:
         order = permutation(len(self._lengths), self._seed, epoch, self._shuffle_block_cells)
+        if self._chosen is not None:
+            order = order[self._chosen[order]]
         return pack_cells(order, self._lengths, self.shape, self._packing)
-
-    def _load_or_make(self, folder: Path, epoch: int) -> EpochPlan:
-        files = _plan_files(folder, epoch)
-        cells_path, starts_path, digest_path = files
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / "lock"):
-            if not all(path.exists() for path in files):
-                plan = self._make(epoch)
-                _save(cells_path, plan.cells)
-                _save(starts_path, plan.pack_start)
-                _save(digest_path, _digest(plan))
-                for path in folder.glob("*.tmp"):  # of a run that ended meanwhile
-                    path.unlink()
-                for name in folder.glob("*.cells.npy"):
-                    old = int(name.name.split(".")[0])
-                    if old < epoch - 2:
-                        for path in _plan_files(folder, old):
-                            path.unlink(missing_ok=True)
-            try:
-                plan = EpochPlan(np.load(cells_path, mmap_mode="r"), np.load(starts_path, mmap_mode="r"))
-                if not np.array_equal(np.load(digest_path), _digest(plan)):
-                    raise ValueError("the checksum differs")
-            except (ValueError, EOFError) as error:
-                raise RuntimeError(
-                    f"{cells_path}: the plan is damaged ({error}); delete the folder {folder}"
-                ) from error
-        return plan
-
-
-def _plan_files(folder: Path, epoch: int) -> tuple[Path, Path, Path]:
-    return folder / f"{epoch}.cells.npy", folder / f"{epoch}.starts.npy", folder / f"{epoch}.digest.npy"
-
-
-def _digest(plan: EpochPlan) -> np.ndarray:
-    digest = xxhash.xxh3_128(plan.cells.data)
-    digest.update(plan.pack_start.data)
-    return np.frombuffer(digest.digest(), np.uint8)
-
-
-def _save(path: Path, array: np.ndarray) -> None:
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        np.save(file, array)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -66,7 +66,7 @@ class Ranks:
             failures = {rank: root_cause(cause) for rank, (cause, _) in failed.failures.items()}
         # Any failure must reach the other ranks, which would otherwise wait for this one in vain.
         except Exception as failed:
-            failures = {self.rank: str(failed) if isinstance(failed, UserError) else root_cause(failed)}
+            failures = {self.rank: str(failed) if isinstance(failed, UserError | error) else root_cause(failed)}
             if explain(failed) is None:
                 log.exception("rank %d failed", self.rank)
         try:

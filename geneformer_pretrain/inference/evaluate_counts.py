@@ -7,10 +7,11 @@ import numpy as np
 from scipy import sparse
 
 from geneformer_pretrain.errors import DataError
+from geneformer_pretrain.inference.cells import CountsOptions
 from geneformer_pretrain.tokenization.counts import CountsFile, find_counts, open_counts
 
 
-def counts_of_cells(paths: Sequence[str | Path], cell_ids: Sequence[str]) -> sparse.csr_array:
+def counts_of_cells(paths: Sequence[str | Path], cell_ids: Sequence[str], options: CountsOptions) -> sparse.csr_array:
     """Read the counts of the named cells, [cells, genes], in their order.
 
     Genes are matched between files by their ids; a gene that a file lacks counts 0 there.
@@ -21,6 +22,8 @@ def counts_of_cells(paths: Sequence[str | Path], cell_ids: Sequence[str]) -> spa
         Files, folders or globs of counts.
     cell_ids
         Names of the cells.
+    options
+        Where counts are in their files.
 
     Raises
     ------
@@ -34,7 +37,7 @@ def counts_of_cells(paths: Sequence[str | Path], cell_ids: Sequence[str]) -> spa
     found = np.zeros(len(cell_ids), np.int64)
     parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     for path in find_counts(paths):
-        with open_counts(path) as counts:
+        with open_counts(path, gene_id_column=options.gene_id_column, layer=options.layer, raw=options.raw) as counts:
             rows = np.array([wanted.get(name, -1) for name in counts.cell_ids(0, counts.num_cells)], np.int64)
             np.add.at(found, rows[rows >= 0], 1)
             parts.extend(_entries(counts, rows, columns))

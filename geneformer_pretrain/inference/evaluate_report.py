@@ -162,11 +162,7 @@ def _markdown(values: Mapping[str, Any], method: str) -> list[str]:
     lines += ["", "| class | cells |", "|---|---|"]
     lines += [f"| {name} | {count:,} |" for name, count in values["classes"].items()]
     if values["left_out"]:
-        lines += [
-            "",
-            "Left out: " + "; ".join(f"{name}, {count:,} cells" for name, count in values["left_out"].items()),
-        ]
-        lines[-1] += f". A class needs {MIN_CELLS} cells."
+        lines += ["", f"Left out: {_left_out(values)}. A class needs {MIN_CELLS} cells."]
     lines += ["", f"![{method} of each representation](map.png)", "", "![Confusion of the classes](confusion.png)"]
     return lines
 
@@ -229,7 +225,5 @@ def summary_lines(values: Mapping[str, Any], folder: Path) -> list[str]:
         losses = ", ".join(f"{name} {loss:.3f}" for name, loss in values["masked_loss"].items())
         lines.append(f"  masked-token loss, nats: {losses}")
     if values["left_out"]:
-        lines.append(
-            "  left out: " + "; ".join(f"{name}, {count:,} cells" for name, count in values["left_out"].items())
-        )
+        lines.append(f"  left out: {_left_out(values)}")
     return [*lines, f"Written: {folder}/report.md, report.json, map.png, confusion.png"]

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from geneformer_pretrain.data.masking import IGNORED_LABEL, MaskRule, mask_cell
 from geneformer_pretrain.errors import DataError
-from modeling_bert_te import BertConfig, BertForMaskedLM
+from modeling_bert_te import BertForMaskedLM
 
 IntArray = NDArray[np.int64]
 SELECTED = 0.15
@@ -20,7 +20,7 @@ SELECTED = 0.15
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep transformers from drawing bars and from listing weights that are not used."""
     level, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
@@ -33,29 +33,23 @@ def _quiet() -> Iterator[None]:
             transformers.logging.enable_progress_bar()
 
 
-def load_with_head(folder: Path, *, random_weights: bool, seed: int) -> BertForMaskedLM | None:
+def load_with_head(folder: Path) -> BertForMaskedLM | None:
     """Load a model with its head for masked tokens, on the first GPU (in BF16) or the CPU (in FP32).
 
     Parameters
     ----------
     folder
         A run's `final_model` or any Hugging Face BERT.
-    random_weights
-        Give the same architecture new weights, drawn with `seed`.
 
     Returns
     -------
     BertForMaskedLM or None
         None if the folder holds no such head.
     """
-    with _quiet():
+    with quiet():
         model, info = BertForMaskedLM.from_pretrained(folder, output_loading_info=True, local_files_only=True)
     if any(name.startswith("cls.predictions.transform") for name in info["missing_keys"]):
         return None
-    if random_weights:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = BertForMaskedLM(BertConfig.from_pretrained(folder))
     if torch.cuda.is_available():
         model = model.to("cuda", torch.bfloat16)
     loaded: BertForMaskedLM = model.eval()

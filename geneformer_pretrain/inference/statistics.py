@@ -27,6 +27,7 @@ from scipy import stats
 from geneformer_pretrain.console import Progress
 from geneformer_pretrain.errors import DataError
 from geneformer_pretrain.files import replacing
+from geneformer_pretrain.inference.statistics_plots import plot_ranked, plot_volcano
 from geneformer_pretrain.inference.statistics_scores import (
     FloatArray,
     IntArray,
@@ -97,8 +98,6 @@ def summarize(
         sums = _accumulate(reader, pools, progress)
     table = _table(reader, pools, sums, symbols)
     summary = _summary(table, reader, pools, sums)
-    from geneformer_pretrain.inference.statistics_plots import plot_ranked, plot_volcano
-
     output.mkdir(parents=True, exist_ok=True)
     with replacing(output / "genes.parquet") as path:
         pq.write_table(table, path)

@@ -1,4 +1,4 @@
-"""Parameters, FLOPs and collectives of a model, counted from its configuration."""
+"""FLOPs and collectives of a model, counted from its configuration; `model.memory` counts parameters."""
 
 from dataclasses import dataclass
 
@@ -26,11 +26,6 @@ def root_shapes(model: ModelConfig) -> Shapes:
 def size(shapes: Shapes, group: int = 1) -> int:
     """Count the elements of tensors, rows padded to a multiple of `group` as FSDP2 does before it shards them."""
     return sum(-(-rows // group) * group * columns for rows, columns in shapes)
-
-
-def count_parameters(model: ModelConfig) -> int:
-    """Count the parameters of the model."""
-    return size(root_shapes(model)) + model.num_hidden_layers * size(layer_shapes(model))
 
 
 @dataclass(frozen=True)

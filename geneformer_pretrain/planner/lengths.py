@@ -102,7 +102,11 @@ def of_corpus(path: Path) -> CellLengths:
 
         lengths = open_corpus(path, path).lengths.astype(np.int64)  # A saved folder needs no cache.
     else:
-        files = sorted(path.glob("*.parquet")) if path.is_dir() else [Path(p) for p in sorted(glob.glob(str(path)))]
+        files = (
+            sorted(path.glob("*.parquet"))
+            if path.is_dir()
+            else [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
+        )
         if not files:
             raise DataError(f"--corpus {path}: no parquet file and no save_to_disk folder there; correct the path.")
         lengths = np.concatenate([_of_parquet(file) for file in files])

@@ -9,6 +9,9 @@ from typing import Any
 from geneformer_pretrain.config.schema import Config
 from geneformer_pretrain.errors import ConfigError
 
+SEQ_LENGTH = 2048
+"""`model.seq_length` of all measured runs."""
+
 
 @dataclass(frozen=True)
 class Card:
@@ -52,8 +55,8 @@ class Measurement:
         lognormal: exp(N(ln 900, 0.557)) in [200, 2048]. genecorpus: exp(N(ln 255, 1.41)) in [16, 2048].
     step_ms, memory_gib
         Median step and peak memory, None where not measured.
-    older_code
-        "time", "memory": not comparable, since the code has changed in what decides it.
+    outdated
+        True where kernels or engines have become faster since: its time is no guide.
     """
 
     date: str
@@ -69,7 +72,7 @@ class Measurement:
     lengths: str
     step_ms: float | None
     memory_gib: float | None
-    older_code: tuple[str, ...]
+    outdated: bool
     source: str
 
     def applied_to(self, config: Config) -> Config:
@@ -100,8 +103,7 @@ def _data() -> dict[str, Any]:
 @cache
 def measurements() -> list[Measurement]:
     """Return all measured runs, oldest first."""
-    rows = (Measurement(**row | {"older_code": tuple(row["older_code"])}) for row in _data()["measurements"])
-    return sorted(rows, key=lambda row: row.date)
+    return sorted((Measurement(**row) for row in _data()["measurements"]), key=lambda row: row.date)
 
 
 def card(name: str) -> Card:
@@ -119,9 +121,9 @@ def card(name: str) -> Card:
 
 
 def measured_like(config: Config, gpu: str) -> list[Measurement]:
-    """Return measured steps of the same model, layers and precision on the same GPU, oldest first.
+    """Return measured steps of the same layers in the same precision on the same GPU, oldest first.
 
-    A model is the same if its architecture is, whatever its configuration is called.
+    What a configuration is called does not matter, and its vocabulary and longest cell may differ.
     """
     shape = [
         config.model.num_hidden_layers,
@@ -136,6 +138,6 @@ def measured_like(config: Config, gpu: str) -> list[Measurement]:
         if row.model in names
         and row.gpu == gpu
         and row.step_ms is not None
-        and "time" not in row.older_code
+        and not row.outdated
         and (row.use_te_layers, row.use_fp8) == (config.model.use_te_layers, config.training.use_fp8)
     ]

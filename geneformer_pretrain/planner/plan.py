@@ -5,11 +5,11 @@ from math import gcd
 
 from geneformer_pretrain.config.schema import Config
 from geneformer_pretrain.errors import require
-from geneformer_pretrain.model.memory import PeakMemory, peak_memory
-from geneformer_pretrain.model.resolve import KEEP_GATHERED_BELOW, MAX_GRAPH_WIDTH
-from geneformer_pretrain.planner.arithmetic import count_parameters, flops_per_token
+from geneformer_pretrain.model.memory import PeakMemory, num_parameters, peak_memory
+from geneformer_pretrain.model.resolve import KEEP_GATHERED_BELOW
+from geneformer_pretrain.planner.arithmetic import flops_per_token
 from geneformer_pretrain.planner.lengths import CellLengths
-from geneformer_pretrain.planner.saving import CHECKPOINT_BYTES, MODEL_BYTES, Saving, kept_checkpoints, saving
+from geneformer_pretrain.planner.saving import CHECKPOINT_BYTES, MODEL_BYTES, TO_DISK, Saving, kept_checkpoints, saving
 from geneformer_pretrain.planner.speed import PACK_FILL, Cluster, StepTime, check_card, replays_graphs, step_time
 
 GIB = 2**30
@@ -92,7 +92,7 @@ class Plan:
 
 
 def make_plan(
-    config: Config, cluster: Cluster, lengths: CellLengths, *, price: float | None = None, disk: float | None = None
+    config: Config, cluster: Cluster, lengths: CellLengths, *, price: float | None = None, disk: float = TO_DISK
 ) -> Plan:
     """Plan a run.
 
@@ -101,7 +101,7 @@ def make_plan(
     price
         Of one GPU-hour.
     disk
-        Bytes per second that checkpoints are written with; by default what was measured on one disk.
+        Bytes per second with which all ranks together write checkpoints.
 
     Raises
     ------
@@ -110,7 +110,7 @@ def make_plan(
     """
     check_card(config, cluster)
     model, training = config.model, config.training
-    parameters = count_parameters(model)
+    parameters = num_parameters(model)
     cut = lengths.cut(model.seq_length)
     flops = flops_per_token(model, training.mlm_probability, cut.attended)
     tokens_per_step = PACK_FILL * model.token_budget * training.gradient_accumulation_steps * cluster.gpus
@@ -123,7 +123,7 @@ def make_plan(
         step = step_time(engine_config, cluster, parameters, cut.attended, reshards=reshards)
         shards = own.use_fsdp2 or own.use_nvfsdp
         writers = (own.shard_group_size or cluster.gpus) if shards else 1
-        saves = saving(own, parameters, writers, step.seconds, *(() if disk is None else (disk,)))
+        saves = saving(own, parameters, writers, step.seconds, disk)
         seconds = step.seconds / (1 - saves.share)
         rate = tokens_per_step / cluster.gpus / step.seconds
         gpu_hours = steps * seconds / 3600 * cluster.gpus
@@ -176,6 +176,10 @@ def _engines(config: Config, cluster: Cluster) -> list[tuple[str, Config, bool]]
         group is None or gpus % group == 0,
         f"training.shard_group_size={group} does not divide the {gpus} GPUs of --gpus.",
     )
+
+    if group == gpus:  # The same as no groups.
+        training = replace(training, shard_group_size=None)
+        config = replace(config, training=training)
 
     def with_engine(use_fsdp2: bool, group: int | None) -> Config:
         reshards = training.reshard_after_forward if use_fsdp2 else None

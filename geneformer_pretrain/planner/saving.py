@@ -42,8 +42,7 @@ def save_interval(training: TrainingConfig, step_seconds: float) -> float:
     A key that is null or 0 does not count.
     """
     every_steps = training.save_every_n_steps or 0
-    every_minutes = getattr(training, "save_every_minutes", 0)
-    intervals = [every_steps * step_seconds, 60 * every_minutes]
+    intervals = [every_steps * step_seconds, 60 * training.save_every_minutes]
     return max(step_seconds, min(interval for interval in intervals if interval > 0))
 
 
@@ -69,4 +68,4 @@ def saving(
 
 def kept_checkpoints(training: TrainingConfig) -> int:
     """Count the checkpoints that lie on disk at a time: those kept, the best one, and the one being written."""
-    return training.keep_last_n + int(getattr(training, "keep_best", False)) + 1
+    return training.keep_last_n + int(training.keep_best) + 1

@@ -7,12 +7,13 @@ four GPUs the model alone is within 10% (tests/unit/test_planner.py); on other G
 
 from dataclasses import dataclass
 
+from geneformer_pretrain.config.model import Kernel
 from geneformer_pretrain.config.schema import Config
 from geneformer_pretrain.errors import ConfigError, require
+from geneformer_pretrain.model.resolve import MAX_GRAPH_WIDTH
 from geneformer_pretrain.planner.arithmetic import attention_flops, head_flops, layer_flops, sharding_traffic
 from geneformer_pretrain.planner.lengths import genecorpus, lognormal
-from geneformer_pretrain.planner.measured import Card, Measurement, measured_like
-from geneformer_pretrain.model.resolve import MAX_GRAPH_WIDTH
+from geneformer_pretrain.planner.measured import SEQ_LENGTH, Card, Measurement, measured_like
 
 MATRIX_BF16, MATRIX_FP8 = 0.69, 0.70
 """Shares of the peak that matrix products with weights reach."""
@@ -254,10 +255,11 @@ def step_time(config: Config, cluster: Cluster, num_parameters: int, attended: f
     nearest = max(rows, key=nearness)
     measured = (nearest.step_ms or 0) / 1e3
     corrected = seconds * measured / modelled_measurement(nearest, config, cluster.card, num_parameters)
-    is_measured = (nearest.engine, nearest.gpus, nearest.recompute_every_n_layers, training.shard_group_size) == (
-        engine,
-        cluster.gpus,
-        training.recompute_every_n_layers,
-        None,
+    is_measured = (
+        (nearest.engine, nearest.gpus) == (engine, cluster.gpus)
+        and nearest.recompute_every_n_layers == training.recompute_every_n_layers
+        and training.shard_group_size is None
+        and config.model.seq_length == SEQ_LENGTH
+        and Kernel.torch not in (config.model.attention_kernel, config.model.fused_kernels)
     )
     return StepTime(corrected, is_measured, f"{'measured' if is_measured else 'estimated from'} {nearest}")

@@ -41,8 +41,8 @@ def describe(plan: Plan) -> list[str]:
         )
     if any(not engine.step.is_measured for engine in plan.engines):
         lines += [
-            "~ estimated from datasheets and constants fitted to one to four H100s and H200s. On other cards, and between",
-            "  nodes, it may be far off: time 100 steps before you book.",
+            "~ estimated from datasheets and constants fitted to one to four H100s and H200s. On other cards,",
+            "  and between nodes, it may be far off: time 100 steps before you book.",
         ]
     cost = "" if configured.cost_of_run is None else f", cost {configured.cost_of_run:,.0f}"
     lines.append(

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from geneformer_pretrain.data.batch import BatchInfo
+from geneformer_pretrain.data.batch import BatchMetadata
 from geneformer_pretrain.distributed.world import World
 from geneformer_pretrain.run.metrics import JsonLines, cut_back
 
@@ -31,7 +31,7 @@ class CellLog:
                 cut_back(path, first_step)
         self.file = JsonLines(own, first_step)
 
-    def write(self, step: int, batch: BatchInfo) -> None:
+    def write(self, step: int, batch: BatchMetadata) -> None:
         """Record one micro-batch of the optimizer step that completes `step` steps."""
         record = {"step": step, "pack": batch.pack, "epoch": batch.epoch, "cells": batch.cells.tolist()}
         self.file.write(record)

@@ -14,13 +14,18 @@ FILTER_COLUMN = "filter_pass"
 """Column that chooses cells if it is there and no other is named."""
 
 
+def filter_column_of(counts: "CountsFile", named: str | None) -> str | None:
+    """Return the column that chooses the cells of a file: the one named, else `filter_pass` if there is one."""
+    return named if named is not None or FILTER_COLUMN not in counts.obs_columns else FILTER_COLUMN
+
+
 def passing_cells(counts: "CountsFile", column: str | None, first: int, last: int) -> np.ndarray:
     """Read which of the cells `first` to `last` pass a filter, bool [cells]; those with a missing value do not.
 
     Parameters
     ----------
     column
-        Boolean or numeric: cells with True or 1 pass. None: `filter_pass` if the file has it, else all cells pass.
+        Boolean or numeric: cells with True or 1 pass. None: all cells pass.
 
     Raises
     ------
@@ -28,9 +33,7 @@ def passing_cells(counts: "CountsFile", column: str | None, first: int, last: in
         If the column holds something else.
     """
     if column is None:
-        if FILTER_COLUMN not in counts.obs_columns:
-            return np.ones(last - first, bool)
-        column = FILTER_COLUMN
+        return np.ones(last - first, bool)
     values = _numbers(counts, column, first, last, "chooses cells; make it boolean, or 0 and 1")
     return np.asarray(values.fill_null(0)) == 1
 

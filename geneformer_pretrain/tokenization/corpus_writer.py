@@ -33,7 +33,7 @@ from geneformer_pretrain.tokenization.corpus_plan import (
     Rule,
     open_source,
 )
-from geneformer_pretrain.tokenization.counts import file_state
+from geneformer_pretrain.tokenization.counts import NO_ROOM, file_state
 from geneformer_pretrain.tokenization.gene_set import GeneSet
 from geneformer_pretrain.tokenization.tokenizer import Tally, TokenBlock, tokenize_blocks
 from geneformer_pretrain.tokenization.workers import process_pool
@@ -141,8 +141,10 @@ def _alone(path: Path) -> Iterator[IO[bytes]]:
         file.truncate(0)
         try:
             yield file
-        except BaseException:
+        except BaseException as error:
             path.unlink(missing_ok=True)
+            if isinstance(error, OSError) and error.errno in NO_ROOM:
+                raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
             raise
 
 

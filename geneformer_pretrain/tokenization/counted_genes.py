@@ -41,6 +41,8 @@ class Source:
         Cells of the file, and those that pass the filter and have counts.
     counts, matched_counts
         Sum of all counts of these cells, and of those of genes of the set.
+    n_counts_column, filter_column
+        Columns that gave the totals and chose the cells, if any did.
     """
 
     file: str
@@ -48,6 +50,8 @@ class Source:
     counted_cells: int
     counts: float
     matched_counts: float
+    n_counts_column: str | None
+    filter_column: str | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +65,7 @@ class CountedGenes:
     sketch
         Distribution of the non-zero count / n_counts * target_sum of each gene.
     rule
-        What must be the same for results that are merged: choice of genes, column of totals, target sum.
+        What must be the same for results that are merged: choice of genes and target sum.
     sources
         Files of counts.
     """
@@ -195,7 +199,7 @@ def merge(paths: Sequence[Path]) -> CountedGenes:
     Raises
     ------
     DataError
-        If they were made by different rules, or hold the same file of counts.
+        If they were made of different genes, or hold the same file of counts.
     """
     place_of: dict[str, int] = {}
     symbols: list[str | None] = []
@@ -209,8 +213,8 @@ def merge(paths: Sequence[Path]) -> CountedGenes:
             names = [name for name in rule if part.rule.get(name) != rule[name]]
             differences = "; ".join(f"{name}: {part.rule.get(name)}, there {rule[name]}" for name in names)
             raise DataError(
-                f"{path}: made by another rule than {paths[0]} ({differences}); "
-                "partial results of one gene set need the same options."
+                f"{path}: does not fit {paths[0]} ({differences}); partial results of one gene set need the same "
+                "choice of genes."
             )
         for source in part.sources:
             if source in file_of:

@@ -4,6 +4,7 @@ Formats are known by their content: AnnData (h5ad and zarr, every encoding), 10x
 loom. Nothing is read whole: memory stays the same however many cells a file has.
 """
 
+import errno
 import glob
 import os
 import shutil
@@ -26,6 +27,10 @@ __all__ = ["CountsBlock", "CountsFile", "file_state", "find_counts", "open_count
 
 SUFFIXES = (".h5ad", ".h5", ".hdf5", ".loom")
 """Names of files that a folder is searched for, beside zarr and Matrix Market folders."""
+
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors of writing, where all else is reading."""
 
 
 def find_counts(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
@@ -197,8 +202,8 @@ def _naming(path: Path) -> Iterator[None]:
     except DataError as error:
         raise DataError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
     except (OSError, RuntimeError, KeyError, ValueError, EOFError) as error:
-        if isinstance(error, OSError) and error.filename is not None and str(path) not in str(error.filename):
-            raise  # another file's, of the row-wise copy for instance
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            raise  # for the row-wise copy
         raise DataError(f"{path}: cannot be read ({_first_line(error)}); the file is damaged or incomplete.") from error
 
 
@@ -244,6 +249,8 @@ def open_counts(
     require(not (raw and layer), "--raw and --layer name two matrices; give one of them.")
     if not path.exists():
         raise DataError(f"{path}: no such file or folder.")
+    if not os.access(path, os.R_OK):
+        raise DataError(f"{path}: no permission to read it.")
     with _naming(path):
         try:
             opened = open_format(path, gene_id_column=gene_id_column, layer=layer, raw=raw)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -85,10 +85,10 @@ def _length(node: Any) -> int:
 def _reader(node: Any, categories: Any, where: str) -> Reader:
     if not hasattr(node, "keys"):
         if categories is not None:
-            return partial(_categorical, node, categories)
+            return _categorical(node, categories)
         return array_reader(node)
     if "codes" in node and "categories" in node:
-        return partial(_categorical, node["codes"], node["categories"])
+        return _categorical(node["codes"], node["categories"])
     if "values" in node and "mask" in node:
         return partial(_nullable, node["values"], node["mask"])
 
@@ -99,9 +99,19 @@ def _reader(node: Any, categories: Any, where: str) -> Reader:
     return refuse
 
 
-def _categorical(codes: Any, categories: Any, first: int, last: int) -> pa.Array:
-    chosen = np.asarray(codes[first:last]).astype(np.int64)
-    return to_arrow(categories[:]).take(pa.array(chosen, mask=chosen < 0))
+def _categorical(codes: Any, categories: Any, name: str | None = None) -> Reader:
+    """Read a column of categories as their values; `name` is the codes' field in a compound dataset."""
+
+    @cache  # the categories are read once, when a first range of rows is
+    def values() -> pa.Array:
+        return to_arrow(categories[:])
+
+    def read(first: int, last: int) -> pa.Array:
+        rows = codes[first:last]
+        chosen = np.asarray(rows if name is None else rows[name]).astype(np.int64)
+        return values().take(pa.array(chosen, mask=chosen < 0))
+
+    return read
 
 
 def _nullable(values: Any, mask: Any, first: int, last: int) -> pa.Array:
@@ -117,16 +127,11 @@ def _compound_frame(dataset: Any, uns: Any) -> Frame:
     def reader(name: str) -> Reader:
         key = f"{name}_categories"
         if uns is not None and key in uns and uns[key].shape and dataset.dtype[name].kind in "iu":
-            return lambda first, last: to_arrow(uns[key][:]).take(_codes(dataset[first:last][name]))
+            return _categorical(dataset, uns[key], name)
         return lambda first, last: to_arrow(dataset[first:last][name])
 
     columns = {name: reader(name) for name in names if name != index}
     return Frame(int(dataset.shape[0]), lambda first, last: to_arrow(dataset[first:last][index]), columns)
-
-
-def _codes(values: np.ndarray) -> pa.Array:
-    chosen = values.astype(np.int64)
-    return pa.array(chosen, mask=chosen < 0)
 
 
 def gene_ids(frame: Frame, column: str, where: str) -> np.ndarray:

@@ -102,8 +102,8 @@ class TokenMatch:
 def match_tokens(new: GeneSet, old: GeneSet, mapping: Mapping[str, Sequence[str]] | None = None) -> TokenMatch:
     """Find the tokens of a new gene set in an old one.
 
-    Special tokens are matched by name. A gene is looked up in the table first; where that leads to none or several, by its id. Symbols are not
-    compared, since other species share them.
+    Special tokens are matched by name. A gene is looked up in the table first; where that leads to none or several, by
+    its id. Symbols are not compared, since other species share them.
 
     Parameters
     ----------

@@ -261,8 +261,8 @@ def _read_facts(folder: Path) -> dict[str, Any]:
         raise DataError(f"{path} is not the description of a gene set ({type(error).__name__}: {error}).") from error
     if newer:
         raise DataError(
-            f"{path}: written by a newer release (format {facts['format_version']}; this one reads up to {FORMAT_VERSION}); update "
-            "geneformer-pretrain."
+            f"{path}: written by a newer release (format {facts['format_version']}; this one reads up to "
+            f"{FORMAT_VERSION}); update geneformer-pretrain."
         )
     missing = {"name", "species", "target_sum", "max_tokens", "fingerprint"} - set(facts)
     if missing:

@@ -11,7 +11,7 @@ import numpy as np
 
 from geneformer_pretrain.console import Progress
 from geneformer_pretrain.errors import DataError
-from geneformer_pretrain.tokenization.cell_columns import given_totals, passing_cells
+from geneformer_pretrain.tokenization.cell_columns import filter_column_of, given_totals, passing_cells
 from geneformer_pretrain.tokenization.counted_genes import CountedGenes, Source
 from geneformer_pretrain.tokenization.gene_ids import GeneIndex, GeneMatch, canonical
 from geneformer_pretrain.tokenization.gene_set import TARGET_SUM, is_special
@@ -117,7 +117,7 @@ class GeneSetBuilder:
         if self.genes is not None:
             digest = hashlib.sha256("\n".join(sorted(genes.gene_ids)).encode()).hexdigest()
             chosen = f"{len(genes.gene_ids):,} given genes, {digest[:12]}"
-        return {"genes": chosen, "n_counts_column": self.n_counts_column, "target_sum": float(TARGET_SUM)}
+        return {"genes": chosen, "target_sum": float(TARGET_SUM)}
 
     def _survey(self) -> tuple[GeneTable, int]:
         """Look into every file before the first is read: collect the genes, and refuse what cannot work."""
@@ -155,11 +155,20 @@ class GeneSetBuilder:
                     _wait(running)
                     total = float(columns.counts.sum())
                     matched = float(columns.counts[match.token_of_column >= 0].sum())
-                    yield Source(str(path.resolve()), counts.num_cells, counted, total, matched), match, columns
+                    source = Source(
+                        file=str(path.resolve()),
+                        cells=counts.num_cells,
+                        counted_cells=counted,
+                        counts=total,
+                        matched_counts=matched,
+                        n_counts_column=self.n_counts_column,
+                        filter_column=filter_column_of(counts, self.filter_column),
+                    )
+                    yield source, match, columns
 
     def _scale(self, counts: "CountsFile", block: "CountsBlock") -> CellBlock:
         first, last = block.first_row, block.first_row + len(block.indptr) - 1
-        kept = passing_cells(counts, self.filter_column, first, last)
+        kept = passing_cells(counts, filter_column_of(counts, self.filter_column), first, last)
         sums = np.empty(last - first)
         sum_cells(block.indptr, block.data, kept, sums)
         totals = sums

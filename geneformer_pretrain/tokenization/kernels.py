@@ -9,8 +9,9 @@ from geneformer_pretrain.jit import compiled
 KEPT, FILTERED, EMPTY, NO_GENES, FEW_GENES, BAD_TOTAL = range(6)
 """What became of a cell in `rank_cells`."""
 
-MOST_IN_BUCKET = 32
-"""More values than this in one bucket of a cell are sorted by comparing."""
+RADIX = 1024
+MOST_MOVES = 16
+"""Moves for each gene after which a cell is sorted by comparing."""
 
 
 @compiled
@@ -96,14 +97,13 @@ def sort_by_row(rows: Any, columns: Any, data: Any, num_rows: int) -> Any:
 
 
 @compiled
-def _sort_descending(
-    keys: Any, slots: Any, n: int, limit: int, counts: Any, sorted_keys: Any, sorted_slots: Any
-) -> None:
-    """Sort the first n keys in descending order, equal ones by slot; only the first `limit` results are right.
+def _sort_descending(keys: Any, slots: Any, n: int, counts: Any, sorted_keys: Any, sorted_slots: Any) -> None:
+    """Sort the first n keys in descending order, equal ones by slot.
 
     The bits of positive float64 numbers are in the order of the numbers, and near enough to their logarithms for
-    buckets of equal width between the least and the greatest to hold a few values each: one distribution and one pass
-    of insertion sort are all. A bucket with very many values (ties) is sorted by comparing.
+    2**20 steps of equal width between the least and the greatest to tell most of them apart. Two passes of a radix
+    sort bring the steps into order, and an insertion sort on the full keys has little left to move. Where it has
+    much (ties, an outlier far from all others), keys are sorted by comparing.
 
     Parameters
     ----------
@@ -112,44 +112,53 @@ def _sort_descending(
     slots
         [>= n] int32.
     counts
-        Working memory, [buckets + 1] int32; a power of two of buckets.
-    sorted_keys, sorted_slots
-        Results, [>= n].
+        Working memory, [2, RADIX] int32.
+    sorted_slots
+        Result, [n], and working memory, [>= 2 * n].
+    sorted_keys
+        Working memory, [>= 2 * n].
     """
     least = greatest = keys[0]
     for i in range(1, n):
         least, greatest = min(least, keys[i]), max(greatest, keys[i])
-    buckets = 16
-    while buckets < 2 * n and buckets < len(counts) - 1:
-        buckets *= 2
     shift = 0
-    while (greatest - least) >> shift >= buckets:
+    while (greatest - least) >> shift >= RADIX * RADIX:
         shift += 1
-    counts[: buckets + 1] = 0
+    counts[:] = 0
     for i in range(n):
-        counts[((greatest - keys[i]) >> shift) + 1] += 1
-    fullest = 0
-    for bucket in range(buckets):
-        fullest = max(fullest, counts[bucket + 1])
-        counts[bucket + 1] += counts[bucket]
-    if fullest > MOST_IN_BUCKET:
-        by_slot = np.argsort(slots[:n])
-        order = by_slot[np.argsort(-keys[:n][by_slot], kind="mergesort")]
-        sorted_keys[:n] = keys[:n][order]
-        sorted_slots[:n] = slots[:n][order]
-        return
+        step = (greatest - keys[i]) >> shift
+        counts[0, step % RADIX] += 1
+        counts[1, step // RADIX] += 1
+    low_start = high_start = 0
+    for digit in range(RADIX):
+        low, high = counts[0, digit], counts[1, digit]
+        counts[0, digit], counts[1, digit] = low_start, high_start
+        low_start, high_start = low_start + low, high_start + high
+    half_keys, half_slots = sorted_keys[n:], sorted_slots[n:]
     for i in range(n):
-        bucket = (greatest - keys[i]) >> shift
-        sorted_keys[counts[bucket]] = keys[i]
-        sorted_slots[counts[bucket]] = slots[i]
-        counts[bucket] += 1
-    for i in range(1, min(n, limit + MOST_IN_BUCKET)):
+        digit = ((greatest - keys[i]) >> shift) % RADIX
+        at = counts[0, digit]
+        half_keys[at], half_slots[at] = keys[i], slots[i]
+        counts[0, digit] = at + 1
+    for i in range(n):
+        digit = ((greatest - half_keys[i]) >> shift) // RADIX
+        at = counts[1, digit]
+        sorted_keys[at], sorted_slots[at] = half_keys[i], half_slots[i]
+        counts[1, digit] = at + 1
+    moves = 0
+    for i in range(1, n):
         key, slot = sorted_keys[i], sorted_slots[i]
         j = i - 1
         while j >= 0 and (sorted_keys[j] < key or (sorted_keys[j] == key and sorted_slots[j] > slot)):
             sorted_keys[j + 1], sorted_slots[j + 1] = sorted_keys[j], sorted_slots[j]
             j -= 1
         sorted_keys[j + 1], sorted_slots[j + 1] = key, slot
+        moves += i - 1 - j
+        if moves > MOST_MOVES * n:
+            by_slot = np.argsort(slots[:n])
+            order = by_slot[np.argsort(-keys[:n][by_slot], kind="mergesort")]
+            sorted_slots[:n] = slots[:n][order]
+            return
 
 
 @compiled
@@ -203,8 +212,8 @@ def rank_cells(
     values, found = np.empty(slots), np.empty(slots, np.int32)
     scaled, scaled_slots = np.empty(slots), np.empty(slots, np.int32)
     bits = scaled.view(np.int64)
-    sorted_bits, sorted_slots = np.empty(slots, np.int64), np.empty(slots, np.int32)
-    counts = np.empty(4096 + 1, np.int32)
+    sorted_bits, sorted_slots = np.empty(2 * slots, np.int64), np.empty(2 * slots, np.int32)
+    counts = np.empty((2, RADIX), np.int32)
     written = 0
     for row in range(len(indptr) - 1):
         lengths[row] = 0
@@ -249,7 +258,7 @@ def rank_cells(
         if genes == 0 or genes < min_genes:
             outcome[row] = NO_GENES if genes == 0 else FEW_GENES
             continue
-        _sort_descending(bits, scaled_slots, genes, most_genes, counts, sorted_bits, sorted_slots)
+        _sort_descending(bits, scaled_slots, genes, counts, sorted_bits, sorted_slots)
         lengths[row] = min(genes, most_genes) + (first_token >= 0) + (last_token >= 0)
         if first_token >= 0:
             tokens[written] = first_token

@@ -149,7 +149,7 @@ class Selected:
 
 def require_columns(block: CountsBlock, num_genes: int) -> None:
     """Raise DataError if a block has columns that the matrix has not."""
-    if len(block.indices) and (block.indices.min() < 0 or block.indices.max() >= num_genes):
+    if not kernels.columns_within(block.indices, num_genes):
         last = block.first_row + block.num_cells - 1
         raise DataError(
             f"rows {block.first_row} to {last} have column numbers outside of 0 to {num_genes - 1}: "

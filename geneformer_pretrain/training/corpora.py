@@ -6,6 +6,7 @@ from functools import partial
 
 from geneformer_pretrain.config.schema import Config
 from geneformer_pretrain.data.dataset import DataSource, check_data, open_training_data, open_validation_data
+from geneformer_pretrain.data.stream import PackStream
 from geneformer_pretrain.distributed.agreement import Ranks
 from geneformer_pretrain.distributed.world import World
 from geneformer_pretrain.errors import ConfigError
@@ -38,8 +39,29 @@ def open_corpora(config: Config, world: World, ranks: Ranks) -> tuple[DataSource
     for converts in (True, False):
         patient.run_on_all_ranks(partial(open_in_turn, (world.local_rank == 0) is converts), ConfigError)
     ((data, validation),) = opened
-    ranks.require_equal(asdict(data.identity), ConfigError)
+    ranks.require_equal(asdict(data.fingerprint), ConfigError)
     if validation is not None:
         ranks.require_equal({"held-out corpus": validation.corpus.fingerprint}, ConfigError)
         ranks.run_on_all_ranks(validation.check, ConfigError)
     return data, validation
+
+
+def require_same_packs(data: DataSource, stream: PackStream, pack: int, ranks: Ranks) -> None:
+    """Check that all ranks make the same packs and masks from `pack` on; collective.
+
+    Stale compiled code or a damaged cache on one node would give it others, and cells would be repeated or lost.
+
+    Raises
+    ------
+    ConfigError
+        On every rank: packs that differ, or a cell that cannot be used.
+    """
+
+    def digest() -> str:
+        try:
+            return data.first_packs_digest(stream, pack)
+        except ValueError as error:
+            raise ConfigError(f"data.path: {error}") from error
+
+    digests = ranks.run_on_all_ranks(digest, ConfigError)
+    ranks.require_equal({"packs and masks": digests[ranks.rank]}, ConfigError)

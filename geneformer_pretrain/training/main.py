@@ -117,6 +117,7 @@ def _train(config: Config, world: World, folder: Path, earlier_exit: bytes | Non
         raise
     finally:
         if trainer is not None and trainer.logs is not None:
+            trainer.logs.close()
             trainer.logs.close_trackers(code)
     return code
 

@@ -35,8 +35,8 @@ def describe_start(run: StartFacts) -> str:
     """Describe the configuration, the choices made, and settings that may be mistakes."""
     config, resolved, shape = run.config, run.resolved, run.data.shape
     corpus = run.data.corpus
-    tokens = corpus.num_tokens - run.stream.dropped_tokens
-    filled = tokens / shape.token_budget if config.data.packing else corpus.num_cells / shape.max_cells
+    tokens = run.stream.num_tokens - run.stream.dropped_tokens
+    filled = tokens / shape.token_budget if config.data.packing else run.stream.num_cells / shape.max_cells
     steps_of_epoch = math.ceil(filled / run.packs_per_step)
     layers = "Transformer Engine" if config.model.use_te_layers else "PyTorch"
     lines = [
@@ -46,12 +46,12 @@ def describe_start(run: StartFacts) -> str:
         f"corpus      {corpus.num_cells:,} cells, {corpus.num_tokens:,} tokens",
     ]
     if run.validation is not None:
-        held_out = run.validation.corpus
+        held_out = run.validation.stream
         lines.append(
             f"held out    {held_out.num_cells:,} cells, {held_out.num_tokens:,} tokens; a validation reads "
             f"{number(run.validation.num_packs, 'pack')}"
         )
-        if held_out.fingerprint == corpus.fingerprint:
+        if run.data.chosen is None and run.validation.corpus.fingerprint == corpus.fingerprint:
             lines.append("            they are the cells of data.path: validation says nothing about cells not seen")
     lines += [
         f"micro-batch up to {shape.token_budget:,} tokens, {shape.max_cells} cells",

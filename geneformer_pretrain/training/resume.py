@@ -59,13 +59,14 @@ def resume(
     """
     state = read_manifest(path)["state"]
     progress = Progress.from_state(state["progress"])
-    other_data = config.training.accept_changed_data and not data.identity.is_same(state["data"])
+    files = data.files, state.get("data_files", {})
+    other_data = config.training.accept_changed_data and bool(data.fingerprint.changes(state["data"], *files))
 
     def check() -> None:
         require_same_model(config.model.architecture(), state.get("model", {}), str(path))
         accumulation_steps(progress.packs_per_step, store.ranks.size)
         if not other_data:
-            data.identity.require_same(state["data"], str(path), data.files, state.get("data_files", {}))
+            data.fingerprint.require_same(state["data"], str(path), *files)
 
     store.ranks.run_on_all_ranks(check, ConfigError)
     if other_data:

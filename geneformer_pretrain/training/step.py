@@ -16,7 +16,7 @@ from torch import Tensor
 
 from geneformer_pretrain.config.resolved import Resolved
 from geneformer_pretrain.config.training import TrainingConfig
-from geneformer_pretrain.data.batch import Batch, BatchInfo, PackedBatch
+from geneformer_pretrain.data.batch import Batch, BatchMetadata, PackedBatch
 from geneformer_pretrain.distributed.engines import Engine
 from geneformer_pretrain.distributed.world import World
 from geneformer_pretrain.errors import TrainingError
@@ -48,7 +48,7 @@ class PendingStep:
     totals: Tensor
     ready: torch.cuda.Event | None
     launched: float
-    batches: list[BatchInfo]
+    batches: list[BatchMetadata]
     loader_wait: float
     validation: dict[str, float] = field(default_factory=dict)
 
@@ -127,7 +127,7 @@ class TrainStep:
             micro_loss, micro_masked = self.forward_backward(batch, micro == self.accumulation - 1)
             loss_sum += micro_loss
             masked += micro_masked
-            infos.append(BatchInfo(batch.pack, batch.epoch, batch.cells, batch.num_tokens, batch.num_masked))
+            infos.append(BatchMetadata(batch.pack, batch.epoch, batch.cells, batch.num_tokens, batch.num_masked))
 
         counts = torch.tensor(
             [sum(info.num_tokens for info in infos), sum(info.num_cells for info in infos), *requests],

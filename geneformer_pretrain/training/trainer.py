@@ -15,6 +15,8 @@ from geneformer_pretrain.checkpoint.state import Progress, accumulation_steps, n
 from geneformer_pretrain.checkpoint.store import CheckpointStore
 from geneformer_pretrain.config.schema import Config
 from geneformer_pretrain.console import say
+from geneformer_pretrain.data.loader import Loader
+from geneformer_pretrain.data.vocabulary import apply_gene_set
 from geneformer_pretrain.distributed.agreement import Ranks
 from geneformer_pretrain.distributed.engines import make_engine, sharding
 from geneformer_pretrain.distributed.watchdog import Watchdog
@@ -28,12 +30,13 @@ from geneformer_pretrain.run.folder import FolderWriter, write_exit
 from geneformer_pretrain.run.logs import RunLogs
 from geneformer_pretrain.run.record import identity_of_rank
 from geneformer_pretrain.run.signals import StopSignals
-from geneformer_pretrain.training.corpora import open_corpora
+from geneformer_pretrain.training.corpora import open_corpora, require_same_packs
 from geneformer_pretrain.training.optimizer import build_optimizer
 from geneformer_pretrain.training.report import StartFacts, describe_end, describe_start
 from geneformer_pretrain.training.results import StepResults
 from geneformer_pretrain.training.resume import FP8_PREFIX, resume
 from geneformer_pretrain.training.saving import Saver
+from geneformer_pretrain.training.start import start_from_published
 from geneformer_pretrain.training.step import TrainStep
 
 
@@ -62,6 +65,7 @@ class Trainer:
         ranks.require_equal(identity_of_rank(config), ConfigError)
         self.resolved = resolve_on_all_ranks(config, world, ranks)
         self.context = forward_context(config)
+        ranks.run_on_all_ranks(lambda: apply_gene_set(config), ConfigError)
         self.data, self.validation = open_corpora(config, world, ranks)
 
         dtype = DTYPES[self.resolved.compute_dtype]
@@ -87,6 +91,7 @@ class Trainer:
         )
         self.logs: RunLogs | None = None
         if self.progress.step < training.num_train_steps:
+            require_same_packs(self.data, self.stream, self.progress.next_pack, ranks)
             first_step = self.progress.step
             self.writer.write(lambda: self._open_logs(first_step), on_all_ranks=True)
 
@@ -105,6 +110,8 @@ class Trainer:
         if path is None:
             if self.writer.write(lambda: has_results(self.folder)):
                 self._archive("{folder} had results but no checkpoint to go on from; they are in {previous} now.")
+            if self.config.training.init_from is not None:
+                start_from_published(self.config, self.engine, self.ranks, self.say)
             return Progress(packs_per_step=packs)
         return resume(path, self.store, self.tensors(), self.optimizer, self.config, self.data, packs, self.say)
 
@@ -176,7 +183,7 @@ class Trainer:
         training, progress, world = self.config.training, self.progress, self.world
         signals = stack.enter_context(StopSignals())
         stack.callback(logs.close)
-        loader = stack.enter_context(self.data.loader(self.stream, progress, world.rank, world.size))
+        loader = stack.enter_context(self.loader())
         stack.enter_context(self.watchdog)
         stack.callback(gc.unfreeze)
         first_step = progress.step + 1
@@ -215,6 +222,16 @@ class Trainer:
     def _due(self, interval: int | None, is_last: bool) -> bool:
         return is_last or bool(interval and self.progress.step % interval == 0)
 
+    def loader(self) -> Loader:
+        """Return this rank's micro-batches, from the next step on."""
+        return self.data.loader(
+            self.stream,
+            first_step=self.progress.step,
+            packs_per_step=self.progress.packs_per_step,
+            rank=self.world.rank,
+            world_size=self.world.size,
+        )
+
     def validate(self) -> dict[str, float]:
         """Evaluate the held-out cells; empty if there are none, or none of their tokens is masked."""
         if self.validation is None:
@@ -241,7 +258,7 @@ class Trainer:
         state = state_to_save(
             progress,
             **self.stream.state_at(progress.next_pack),
-            data=self.data.identity,
+            data=self.data.fingerprint,
             data_files=self.data.files,
             model=self.config.model.architecture(),
         )

@@ -1,21 +1,28 @@
 """A published model as the start of every engine: before the first step, its loss is the stock model's."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import transformers
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from geneformer_pretrain.config.schema import load_config
-from geneformer_pretrain.distributed.engines import architecture, build_engine
+from geneformer_pretrain.config.compose import load_config
+from geneformer_pretrain.distributed.agreement import Ranks
+from geneformer_pretrain.distributed.engines import make_engine, sharding
 from geneformer_pretrain.distributed.world import World
-from geneformer_pretrain.model.init_from import load_published
+from geneformer_pretrain.model.build import build_model
+from geneformer_pretrain.model.init_from import BIAS, WORDS, load_published
+from geneformer_pretrain.model.resolve import resolve_on_all_ranks
 from tests.tiny import RunWorkers, overrides
 
-ENGINES = {"ddp": "training.use_fsdp2=false", "fsdp2": "training.use_fsdp2=true"}
+ENGINES = {
+    "ddp": "training.use_fsdp2=false",
+    "fsdp2": "training.use_fsdp2=true",
+    "nvfsdp": "training.use_nvfsdp=true",
+}
 
 
 def cells() -> dict[str, Tensor]:
@@ -32,40 +39,55 @@ def cells() -> dict[str, Tensor]:
     }
 
 
-def losses(rank: int, size: int, given: list[str], published: Path) -> dict[str, float]:
-    """Loss after the start, by engine; and rows of a matched vocabulary, gathered."""
-    found = {}
-    for name, engine_key in ENGINES.items():
-        config = load_config(overrides=[*given, engine_key])
-        engine = build_engine(config, World(rank, rank, size, torch.device("cpu")), torch.float32, False)
-        tensors = dict(engine.model.canonical_parameters())
-        engine.describe_shards(tensors)
-        load_published(tensors, architecture(config.model), published, seed=0)
+def losses(world: World, engines: list[str], given: list[str], published: Path) -> dict[str, Any]:
+    """Loss after the start, by engine; and the rows of a matched vocabulary, whole."""
+    found: dict[str, Any] = {}
+    batch = {name: tensor.to(world.device) for name, tensor in cells().items()}
+    for name in engines:
+        config = load_config(overrides=[*given, ENGINES[name]])
+        resolved = resolve_on_all_ranks(config, world, Ranks())
+        shard = sharding(config, world, resolved, torch.float32)
+        model = build_model(config, resolved, world.device, torch.float32, shard)
+        engine = make_engine(model, shard, config, world, resolved)
+        tensors = {key: parameter.detach() for key, parameter in model.canonical_parameters()}
+        engine.prepare_for_checkpoint(tensors)
+        load_published(tensors, config.model.architecture(), published, seed=0)
         engine.model.eval()
         with torch.no_grad():
-            found[name] = float(engine.module(**cells()).loss)
-        engine.end_evaluation()
+            found[name] = float(engine.forward_module(**batch).loss)
+        engine.reshard()
         rows = np.where(np.arange(101) % 3 == 0, -1, np.arange(101)[::-1])
-        load_published(tensors, architecture(config.model), published, rows=rows, seed=0)
-        for key in ("bert.embeddings.word_embeddings.weight", "cls.predictions.bias"):
-            whole = engine.gather(tensors[key].detach())
-            assert isinstance(tensors[key], DTensor) is (name == "fsdp2")
-            found[f"{key} {name}"] = whole.double().numpy().tobytes()  # type: ignore[assignment]
+        load_published(tensors, config.model.architecture(), published, rows=rows, seed=0)
+        for key in (WORDS, BIAS):
+            found[f"{key} {name}"] = engine.gather_full(tensors[key]).cpu().numpy().tobytes()
     return found
 
 
-def test_loss_equals_the_stock_models_on_every_engine(tmp_path: Path, run_workers: RunWorkers) -> None:
-    given = overrides(tmp_path)
+def assert_starts_equal(found: dict[str, Any], engines: list[str], expected: float) -> None:
+    for name in engines:
+        assert found[name] == pytest.approx(expected, rel=1e-5)
+        for key in (WORDS, BIAS):
+            assert found[f"{key} {name}"] == found[f"{key} {engines[0]}"], "new rows depend on the engine"
+
+
+def save_stock_model(folder: Path, given: list[str]) -> float:
+    """Save a stock model, none of whose parameters has its initial value; return its loss on the cells."""
     config = load_config(overrides=given)
     torch.manual_seed(1)
-    stock = transformers.BertForMaskedLM(transformers.BertConfig(**architecture(config.model))).eval()
+    stock = transformers.BertForMaskedLM(transformers.BertConfig(**config.model.architecture())).eval()
     with torch.no_grad():
         for parameter in stock.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.3)
-        expected = float(stock(**cells()).loss)
-    stock.save_pretrained(tmp_path / "published")
-    for found in run_workers(losses, 2, given, tmp_path / "published"):
-        assert found["ddp"] == pytest.approx(expected, rel=1e-5)
-        assert found["fsdp2"] == pytest.approx(expected, rel=1e-5)
-        for key in ("bert.embeddings.word_embeddings.weight", "cls.predictions.bias"):
-            assert found[f"{key} ddp"] == found[f"{key} fsdp2"], "new rows depend on the engine"
+        stock.save_pretrained(folder)
+        return float(stock(**cells()).loss)
+
+
+def on_cpu(rank: int, size: int, *arguments: Any) -> dict[str, Any]:
+    return losses(World(rank, rank, size, torch.device("cpu")), *arguments)
+
+
+def test_loss_equals_the_stock_models_on_every_engine(tmp_path: Path, run_workers: RunWorkers) -> None:
+    given, engines = overrides(tmp_path), ["ddp", "fsdp2"]
+    expected = save_stock_model(tmp_path / "published", given)
+    for found in run_workers(on_cpu, 2, engines, given, tmp_path / "published"):
+        assert_starts_equal(found, engines, expected)

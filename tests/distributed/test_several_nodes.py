@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-import train
-from geneformer_pretrain.config.schema import load_config
+from geneformer_pretrain.config.compose import load_config
+from geneformer_pretrain.training import main as train
 from tests.conftest import ROOT, TorchrunProcess
 from tests.distributed.test_signals import ENDLESS, has_steps, stopped_at, wait_until
 from tests.distributed.test_training import assert_same_run, into, long_run

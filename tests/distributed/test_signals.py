@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from geneformer_pretrain.checkpoint.store import CheckpointStore
-from geneformer_pretrain.run.signals import HANDLED, StopSignals, write_exit
+from geneformer_pretrain.run.folder import write_exit
+from geneformer_pretrain.run.signals import HANDLED, StopSignals
 from tests.checkpoints import read_checkpoint
 from tests.tiny import overrides, read_cells, read_exit, read_metrics
 

@@ -174,7 +174,7 @@ def test_other_content_under_the_same_name_is_told(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_without_names_of_files_shows_hashes(tmp_path: Path) -> None:
-    identity = open_training_data(tiny_config(tmp_path), is_main=False, pin_memory=False).identity
+    identity = open_training_data(tiny_config(tmp_path), is_main=False, pin_memory=False).fingerprint
     saved = asdict(identity) | {"corpus": "ab12"}
     with pytest.raises(ConfigError, match=r"corpus: 'ab12' in the checkpoint, cells\.parquet now"):
         identity.require_same(saved, "step_2", {"corpus": "cells.parquet"}, {})

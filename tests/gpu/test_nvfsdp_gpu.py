@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from test_model_gpu import gradients, our_model, pack, relative_error, stock_model
 from torch.distributed.device_mesh import init_device_mesh
 
 from geneformer_pretrain.distributed.engines import _nvfsdp, nvfsdp_sharding
 from geneformer_pretrain.distributed.world import distributed_world
+from tests.gpu.test_model_gpu import gradients, our_model, pack, relative_error, stock_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
 parameter_group = pytest.importorskip("megatron_fsdp.experimental.parameter_group")

@@ -4,7 +4,10 @@ import warnings
 
 import pytest
 import torch
-from test_model_gpu import (
+from torch.testing import assert_close
+
+from modeling_bert_te import BertConfig, BertForMaskedLM
+from tests.gpu.test_model_gpu import (
     CONFIG,
     assert_as_near_as_stock_bf16,
     gradients,
@@ -13,9 +16,6 @@ from test_model_gpu import (
     relative_error,
     stock_model,
 )
-from torch.testing import assert_close
-
-from modeling_bert_te import BertConfig, BertForMaskedLM
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
 with warnings.catch_warnings():

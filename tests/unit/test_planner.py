@@ -2,7 +2,7 @@
 
 import json
 import time
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -13,23 +13,18 @@ import pytest
 import torch
 
 from geneformer_pretrain.cli import main
-from geneformer_pretrain.config.schema import Config, TrainingConfig, load_config
-from geneformer_pretrain.data.packing import PackShape, pack_cells, permutation
-from geneformer_pretrain.distributed.engines import architecture
+from geneformer_pretrain.config.compose import choices, load_config
+from geneformer_pretrain.config.model import Kernel
+from geneformer_pretrain.config.schema import Config
+from geneformer_pretrain.data.packing import BatchShape, pack_cells, permutation
 from geneformer_pretrain.errors import ConfigError, DataError
-from geneformer_pretrain.model.memory import peak_memory
-from geneformer_pretrain.planner.arithmetic import count_parameters, flops_per_token
+from geneformer_pretrain.model.memory import num_parameters, peak_memory
+from geneformer_pretrain.planner.arithmetic import flops_per_token, layer_shapes, root_shapes, size
 from geneformer_pretrain.planner.lengths import CellLengths, genecorpus, lognormal, of_corpus, of_tokens
 from geneformer_pretrain.planner.measured import Measurement, card, measurements
 from geneformer_pretrain.planner.plan import GIB, Plan, make_plan
 from geneformer_pretrain.planner.saving import save_interval, saving
-from geneformer_pretrain.planner.speed import (
-    Cluster,
-    compute_seconds,
-    modelled_measurement,
-    replays_graphs,
-    step_time,
-)
+from geneformer_pretrain.planner.speed import Cluster, compute_seconds, modelled_measurement, replays_graphs, step_time
 from modeling_bert_te import BertConfig, BertForMaskedLM
 
 MODELS = ("10m", "106m", "4b")
@@ -55,8 +50,11 @@ def training(config: Config, **values: object) -> Config:
 @pytest.mark.parametrize("name", MODELS)
 def test_parameters_are_those_of_the_model(configs: dict[str, Config], name: str) -> None:
     with torch.device("meta"):
-        model = BertForMaskedLM(BertConfig(**architecture(configs[name].model)))
-    assert count_parameters(configs[name].model) == sum(parameter.numel() for parameter in model.parameters())
+        model = BertForMaskedLM(BertConfig(**configs[name].model.architecture()))
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert num_parameters(configs[name].model) == count
+    layers = configs[name].model.num_hidden_layers * size(layer_shapes(configs[name].model))
+    assert size(root_shapes(configs[name].model)) + layers == count
 
 
 @pytest.mark.parametrize(("name", "millions"), [("10m", 47.9), ("106m", 666), ("4b", 18_437)])
@@ -80,7 +78,7 @@ def test_flops_are_those_that_torch_counts(configs: dict[str, Config]) -> None:
         intermediate_size=96,
         vocab_size=100,
     )
-    stock = StockModel(StockConfig(**architecture(small), attn_implementation="eager"))
+    stock = StockModel(StockConfig(**small.architecture(), attn_implementation="eager"))
     cell = torch.arange(2, 50)[None]
     with FlopCounterMode(display=False) as counter:
         stock(cell).logits.sum().backward()
@@ -91,7 +89,7 @@ def test_flops_are_those_that_torch_counts(configs: dict[str, Config]) -> None:
 
 # --- measured runs ----------------------------------------------------------------------------------------
 
-TIMED = [row for row in measurements() if row.step_ms is not None and "time" not in row.older_code]
+TIMED = [row for row in measurements() if row.step_ms is not None and not row.outdated]
 WEIGHED = [row for row in measurements() if row.memory_gib is not None]
 
 
@@ -103,7 +101,7 @@ def label(row: Measurement) -> str:
 def test_time_is_within_ten_percent_of_each_measured_run(configs: dict[str, Config], row: Measurement) -> None:
     """By the model alone; what users see is corrected by the nearest run besides."""
     config = configs[row.model]
-    seconds = modelled_measurement(row, config, card(row.gpu), count_parameters(config.model))
+    seconds = modelled_measurement(row, config, card(row.gpu), num_parameters(config.model))
     assert 1e3 * seconds == pytest.approx(row.step_ms, rel=0.10)
 
 
@@ -111,7 +109,7 @@ def test_time_is_within_ten_percent_of_each_measured_run(configs: dict[str, Conf
 def test_memory_is_within_eight_percent_of_each_measured_run(configs: dict[str, Config], row: Measurement) -> None:
     config = row.applied_to(configs[row.model])
     graphs = row.engine == "ddp" and row.model != "4b" and not row.use_te_layers
-    parameters = count_parameters(config.model)
+    parameters = num_parameters(config.model)
     peak = peak_memory(config, row.gpus, parameters, 2, graphs, row.reshard_after_forward).total / GIB
     assert peak == pytest.approx(row.memory_gib, rel=0.08)
 
@@ -136,12 +134,16 @@ def test_measured_step_is_given_as_measured(configs: dict[str, Config]) -> None:
     def step(name: str, gpu: str, gpus: int, config: Config | None = None) -> tuple[float, bool]:
         config = config or configs[name]
         cluster = Cluster(gpu, card(gpu), gpus)
-        found = step_time(config, cluster, count_parameters(config.model), attended, reshards=False)
+        found = step_time(config, cluster, num_parameters(config.model), attended, reshards=False)
         return 1e3 * found.seconds, found.is_measured
 
     assert step("106m", "h200", 2) == (pytest.approx(105.2, rel=1e-6), True)
     assert step("4b", "h200", 4, training(configs["4b"], use_fsdp2=True)) == (pytest.approx(508.2, rel=1e-3), True)
     assert step("106m", "h200", 8)[1] is False
+    longer = replace(configs["106m"].model, max_position_embeddings=4096, seq_length=4096, micro_batch_size=16)
+    assert step("106m", "h200", 2, replace(configs["106m"], model=longer))[1] is False
+    other_kernels = replace(configs["106m"].model, attention_kernel=Kernel.torch)
+    assert step("106m", "h200", 2, replace(configs["106m"], model=other_kernels))[1] is False
     on_a100, is_measured = step("106m", "a100", 1)
     assert not is_measured
     assert 200 < on_a100 < 400  # a third of the matrix rate, half of the bandwidth
@@ -171,7 +173,7 @@ def test_epoch_agrees_with_the_packer(configs: dict[str, Config]) -> None:
     generator = np.random.default_rng(0)
     lengths = np.clip(np.exp(generator.normal(np.log(255), 1.41, 60_000)), 16, 3000).astype(np.int32)
     config = configs["106m"]
-    shape = PackShape.create(lengths, micro_batch_size=32, seq_length=2048, mlm_probability=0.15)
+    shape = BatchShape.create(lengths, micro_batch_size=32, seq_length=2048, mlm_probability=0.15)
     packs = pack_cells(permutation(len(lengths), 0, 0), lengths, shape).num_packs
     given = CellLengths(lengths.astype(np.int64), len(lengths), int(lengths.sum()), "test")
     found = make_plan(training(config, gradient_accumulation_steps=2), Cluster("h100", card("h100"), 4), given)
@@ -199,6 +201,13 @@ def test_engines_side_by_side(configs: dict[str, Config]) -> None:
     for engine in found.engines:
         assert engine.gpu_hours_per_epoch == pytest.approx(16 * engine.hours_per_epoch)
         assert engine.cost_per_epoch == pytest.approx(2 * engine.gpu_hours_per_epoch)
+
+
+def test_one_group_of_all_gpus_is_no_group(configs: dict[str, Config]) -> None:
+    found = plan(training(configs["4b"], use_fsdp2=True, shard_group_size=2), gpus=2)
+    assert [(engine.engine, engine.is_configured) for engine in found.engines] == [("DDP", False), ("FSDP2", True)]
+    nvfsdp = plan(training(configs["4b"], use_nvfsdp=True), gpus=2).engines
+    assert [engine.engine for engine in nvfsdp] == ["nvFSDP", "DDP", "FSDP2"]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -262,17 +271,11 @@ def test_save_interval_is_the_shorter_of_steps_and_minutes(configs: dict[str, Co
     assert save_interval(Minutes(), 1000.0) == 1000  # type: ignore[arg-type]
 
 
-@pytest.mark.skipif(
-    "save_every_minutes" not in {field.name for field in fields(TrainingConfig)},
-    reason="training.save_every_minutes is not there yet",
-)
-@pytest.mark.parametrize(
-    "name", sorted(path.stem for path in (ROOT / "hydra_config").glob("*.yaml") if path.stem != "defaults")
-)
+@pytest.mark.parametrize("name", choices(ROOT / "hydra_config"))
 def test_shipped_configurations_spend_at_most_a_percent_on_saving(name: str) -> None:
     """On the fastest card measured, one GPU; the quick check on the sample data is for CPUs: half a second a step."""
     config = load_config(name)
-    parameters = count_parameters(config.model)
+    parameters = num_parameters(config.model)
     seconds = 0.5
     if name != "l0_sanity":
         seconds = step_time(config, Cluster("h200", card("h200"), 1), parameters, 1250, reshards=False).seconds
@@ -292,7 +295,7 @@ def test_lengths_of_each_kind_of_corpus(tmp_path: Path) -> None:
     datasets.Dataset.from_dict({"input_ids": cells}).save_to_disk(tmp_path / "saved")
     for path, copies in (
         (folder, 2),
-        (folder / "part-*.parquet", 2),
+        (tmp_path / "**/part-*.parquet", 2),
         (folder / "part-1.parquet", 1),
         (tmp_path / "saved", 1),
     ):

@@ -11,11 +11,14 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from geneformer_pretrain.config.schema import load_config
-from geneformer_pretrain.data.packing import PackShape, pack_cells, permutation
-from geneformer_pretrain.distributed.engines import build_engine
+from geneformer_pretrain.config.compose import load_config
+from geneformer_pretrain.data.packing import BatchShape, pack_cells, permutation
+from geneformer_pretrain.distributed.engines import make_engine, sharding
 from geneformer_pretrain.distributed.world import World
-from geneformer_pretrain.planner.arithmetic import count_parameters, sharding_traffic
+from geneformer_pretrain.model.build import build_model
+from geneformer_pretrain.model.memory import num_parameters
+from geneformer_pretrain.model.resolve import resolve
+from geneformer_pretrain.planner.arithmetic import sharding_traffic
 
 WORLD = 512
 
@@ -53,19 +56,23 @@ def test_traffic_of_fsdp2_is_what_the_planner_counts(
     fake_world: World, group: int | None, reshards: bool, micro_batches: int
 ) -> None:
     overrides = ["training.use_fsdp2=true", f"training.shard_group_size={group or 'null'}"]
+    overrides.append(f"training.reshard_after_forward={reshards}")
     config = load_config("10m", [*overrides, "model.num_hidden_layers=2", "model.vocab_size=1000"])
-    engine = build_engine(config, fake_world, torch.float32, False, False, reshards)
+    resolved = resolve(config, fake_world)
+    shard = sharding(config, fake_world, resolved, torch.float32)
+    model = build_model(config, resolved, fake_world.device, torch.float32, shard)
+    engine = make_engine(model, shard, config, fake_world, resolved)
     tokens = torch.randint(2, 1000, (1, 16))
     with Collectives() as seen:
         for number in range(micro_batches):
-            with engine.micro_batch(number == micro_batches - 1):
-                engine.module(input_ids=tokens, labels=tokens).loss.backward()
+            with engine.accumulation_context(number == micro_batches - 1):
+                engine.forward_module(input_ids=tokens, labels=tokens).loss.backward()
     expected = sharding_traffic(config.model, group or WORLD, micro_batches=micro_batches, reshards=reshards)
     assert (seen.count["allgather"], seen.elements["allgather"]) == (expected.gathers, expected.gathered)
     assert (seen.count["reduce_scatter"], seen.elements["reduce_scatter"]) == (expected.scatters, expected.scattered)
     assert seen.count["allreduce"] == (3 if group else 0)  # replicas add their shards once a step
     owned = sum(parameter.to_local().numel() for parameter in engine.model.parameters())
-    assert count_parameters(config.model) / (group or WORLD) <= owned <= 1.3 * expected.scattered / (group or WORLD)
+    assert num_parameters(config.model) / (group or WORLD) <= owned <= 1.3 * expected.scattered / (group or WORLD)
 
 
 @pytest.mark.parametrize(("name", "micro_batch", "most"), [("10m", 64, 1.03), ("106m", 32, 1.035), ("4b", 10, 1.06)])
@@ -73,7 +80,7 @@ def test_packs_of_512_ranks_cost_the_same(name: str, micro_batch: int, most: flo
     """All ranks wait for the one whose pack has most attention: the sum of squared lengths."""
     generator = np.random.default_rng(0)
     lengths = np.clip(np.exp(generator.normal(np.log(255), 1.41, 1_000_000)), 16, 2048).astype(np.int32)
-    shape = PackShape.create(lengths, micro_batch_size=micro_batch, seq_length=2048, mlm_probability=0.15)
+    shape = BatchShape.create(lengths, micro_batch_size=micro_batch, seq_length=2048, mlm_probability=0.15)
     plan = pack_cells(permutation(len(lengths), 0, 0), lengths, shape)
     costs = np.add.reduceat(lengths[plan.cells].astype(np.int64) ** 2, plan.pack_start[:-1])
 
@@ -91,6 +98,6 @@ def test_packs_of_512_ranks_cost_the_same(name: str, micro_batch: int, most: flo
 def test_a_plan_takes_a_number_a_cell() -> None:
     """Beside 4 bytes a cell for the lengths: 400 MB and 400 MB for 100 million cells on each node."""
     lengths = np.full(300_000, 500, np.int32)
-    shape = PackShape.create(lengths, micro_batch_size=32, seq_length=2048, mlm_probability=0.15)
+    shape = BatchShape.create(lengths, micro_batch_size=32, seq_length=2048, mlm_probability=0.15)
     plan = pack_cells(permutation(len(lengths), 0, 0), lengths, shape)
     assert (plan.cells.nbytes + plan.pack_start.nbytes) / len(lengths) == pytest.approx(4, rel=0.05)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-import train
 from geneformer_pretrain.checkpoint.manifest import find_damage
+from geneformer_pretrain.training.main import run as run_training
 from tests.checkpoints import assert_equal, read_checkpoint
 from tests.tiny import (
     RunWorkers,
@@ -32,7 +32,7 @@ def test_every_tensor_is_what_torch_itself_reads(tmp_path: Path) -> None:
 
 
 def go_on(rank: int, size: int, config: Any) -> None:
-    assert train.run(config) == 0
+    assert run_training(config) == 0
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])

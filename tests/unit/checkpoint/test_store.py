@@ -20,12 +20,15 @@ from tests.checkpoints import (
     assert_equal,
     assert_holds,
     names,
+    read_checkpoint,
     save,
     save_and_wait,
     tensors_of,
     untouched,
     zeros,
 )
+
+OLD = Path(__file__).parents[2] / "data/checkpoints_0_1/ddp"
 
 # What is saved is what is loaded
 
@@ -37,6 +40,14 @@ def test_round_trip(tmp_path: Path, blocking: bool) -> None:
     save_and_wait(store, 5, blocking)
     assert_holds(store, 5)
     assert_holds(CheckpointStore(tmp_path / "run", keep_last_n=2), 5)
+
+
+def test_a_folder_whose_name_is_not_utf8(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"run\xff")
+    save(CheckpointStore(folder, keep_last_n=2), 5)
+    assert_holds(CheckpointStore(folder, keep_last_n=2), 5)
+    shutil.copytree(OLD, folder / "old")
+    assert_equal(read_checkpoint(folder / "old/step_3"), read_checkpoint(OLD / "step_3"))
 
 
 def test_files_are_plain_safetensors(tmp_path: Path) -> None:
@@ -109,7 +120,7 @@ def test_wrong_arguments(tmp_path: Path) -> None:
 # Versions of the format
 
 
-def test_a_checkpoint_of_a_newer_release_is_refused_in_words_and_nothing_older_is_used(tmp_path: Path) -> None:
+def test_a_checkpoint_of_a_newer_release_is_refused_in_words_and_nothing_older_is_not_empty(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path, keep_last_n=3)
     save(store, 1)
     save(store, 2)

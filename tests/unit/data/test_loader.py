@@ -4,7 +4,8 @@ import itertools
 import re
 import threading
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -12,20 +13,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from geneformer_pretrain.data.batch import BatchBuilder, PackedBatch, PaddedBatch, build_batches, split
+from geneformer_pretrain.data.batch import BatchBuilder, PackedBatch, PaddedBatch, build_batches, unpack
 from geneformer_pretrain.data.loader import Loader
 from geneformer_pretrain.data.masking import MaskRule, mask_cell
-from geneformer_pretrain.data.packing import PackShape
+from geneformer_pretrain.data.packing import BatchShape
 from geneformer_pretrain.data.stream import PackStream
 
-MASKING = {
-    "seed": 7,
-    "mlm_probability": 0.15,
-    "vocab_size": 200,
-    "num_special_tokens": 2,
-    "mask_token_id": 1,
-    "pad_token_id": 0,
-}
+RULE = MaskRule(seed=7, probability=0.15, vocab_size=200, num_special_tokens=2, mask_token_id=1)
+OPTIONS = {"vocab_size": 200, "pad_token_id": 0, "mask_rule": RULE}
 
 
 @dataclass
@@ -64,8 +59,8 @@ def corpus_of(lengths: list[int], **options) -> MemoryCorpus:
     return MemoryCorpus([generator.integers(1, 200, length) for length in lengths], **options)
 
 
-def shape_for(corpus: MemoryCorpus, packing: bool = True, micro_batch_size: int = 4) -> PackShape:
-    return PackShape.create(
+def shape_for(corpus: MemoryCorpus, packing: bool = True, micro_batch_size: int = 4) -> BatchShape:
+    return BatchShape.create(
         corpus.lengths,
         micro_batch_size=micro_batch_size,
         seq_length=64,
@@ -74,14 +69,21 @@ def shape_for(corpus: MemoryCorpus, packing: bool = True, micro_batch_size: int 
     )
 
 
-def stream_for(corpus: MemoryCorpus, shape: PackShape, packing: bool = True) -> PackStream:
+def stream_for(corpus: MemoryCorpus, shape: BatchShape, packing: bool = True) -> PackStream:
     return PackStream(corpus.lengths, corpus.fingerprint, 7, shape, packing)
 
 
-def loader_for(corpus: MemoryCorpus, **changes) -> Loader:
-    packing = changes.get("packing", True)
+def loader_for(
+    corpus: MemoryCorpus,
+    packing: bool = True,
+    packs: Iterable[int] = range(10),
+    num_workers: int = 0,
+    prefetch: int | None = None,
+    **changes,
+) -> Loader:
     shape = shape_for(corpus, packing)
-    return Loader(corpus, stream_for(corpus, shape, packing), shape, **(MASKING | {"num_steps": 10} | changes))
+    builder = BatchBuilder(corpus, shape, **(OPTIONS | {"packing": packing} | changes))
+    return Loader(builder, stream_for(corpus, shape, packing), packs, num_workers, prefetch)
 
 
 def events_of(batch: PackedBatch | PaddedBatch) -> dict[tuple[int, int], tuple[int, int]]:
@@ -112,8 +114,7 @@ def test_layout_of_a_packed_batch(lengths, token_dtype, offset_dtype, rows):
     corpus = corpus_of(lengths, token_dtype=token_dtype, offset_dtype=offset_dtype, rows_per_batch=rows)
     shape = shape_for(corpus)
     stream = stream_for(corpus, shape)
-    builder = BatchBuilder(corpus, shape, **MASKING)
-    rule = MaskRule(7, 0.15, 200, 2, 1)
+    builder = BatchBuilder(corpus, shape, **OPTIONS)
     for batch in build_batches(builder, stream, range(stream.plan(0).num_packs)):
         assert batch.max_seqlen == 64
         assert batch.buffer.dtype == torch.int32
@@ -138,7 +139,7 @@ def test_layout_of_a_packed_batch(lengths, token_dtype, offset_dtype, rows):
         expected_labels, expected_index = [], []
         for segment, cell in enumerate(batch.cells.tolist()):
             start, end = segments[segment : segment + 2]
-            masked, labels = mask_cell(corpus.cell(cell)[:64], cell, batch.epoch, rule)
+            masked, labels = mask_cell(corpus.cell(cell)[:64], cell, batch.epoch, RULE)
             assert (batch.parts.input_ids.numpy()[start:end] == masked).all()
             positions = np.flatnonzero(labels != -100)
             expected_index += (start + positions).tolist()
@@ -157,7 +158,7 @@ def test_packed_and_padded_agree_over_an_epoch(lengths, micro_batch_size):
     for packing in (True, False):
         shape = shape_for(corpus, packing, micro_batch_size if not packing else 4)
         stream = stream_for(corpus, shape, packing)
-        builder = BatchBuilder(corpus, shape, **MASKING, packing=packing)
+        builder = BatchBuilder(corpus, shape, **OPTIONS, packing=packing)
         events = {}
         for batch in build_batches(builder, stream, range(stream.plan(0).num_packs)):
             found = events_of(batch)
@@ -181,32 +182,32 @@ def flat(batches) -> list[tuple[int, bytes]]:
     ]
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 6, 12])
-def test_packs_of_a_step_do_not_depend_on_the_world_size(world_size):
+def test_a_stream_taken_up_again_continues_across_an_epoch_end():
     corpus = corpus_of([5, 60, 100, 33, 2] * 12)
-    reference = flat(loader_for(corpus, packs_per_step=12, num_steps=4))
-    assert [pack for pack, _ in reference] == list(range(48))
-    loaders = [
-        loader_for(corpus, packs_per_step=12, num_steps=4, rank=rank, world_size=world_size, num_workers=rank % 3)
-        for rank in range(world_size)
-    ]
-    merged = [batch for micro in zip(*map(flat, loaders), strict=True) for batch in micro]
-    assert merged == reference
-    for loader in loaders:
-        loader.close()
-
-
-def test_a_later_first_step_continues_across_an_epoch_end():
-    corpus = corpus_of([5, 60, 100, 33, 2] * 12)
-    with loader_for(corpus, packs_per_step=2, num_steps=30, num_workers=2) as loader:
+    with loader_for(corpus, packs=range(60), num_workers=2) as loader:
         batches = list(loader)
     assert batches[-1].epoch >= 2
     shape = shape_for(corpus)
-    state = stream_for(corpus, shape).state_at(2 * 17)
+    state = stream_for(corpus, shape).state_at(34)
     assert state["epoch"] >= 1
     stream = PackStream(corpus.lengths, corpus.fingerprint, 7, shape, True, **state)
-    resumed = Loader(corpus, stream, shape, **MASKING, packs_per_step=2, first_step=17, num_steps=13)
+    resumed = Loader(BatchBuilder(corpus, shape, **OPTIONS), stream, range(34, 60))
     assert flat(resumed) == flat(batches[34:])
+
+
+def test_unmasked_batches_are_the_corpus():
+    corpus = corpus_of([5, 60, 100, 33, 2] * 12)
+    for packing in (True, False):
+        masked, plain = (list(loader_for(corpus, packing, range(4), mask_rule=rule)) for rule in (RULE, None))
+        for a, b in zip(masked, plain, strict=True):
+            assert (b.num_masked, b.num_tokens) == (0, a.num_tokens)
+            for (cell, position), (token, label) in events_of(b).items():
+                assert (token, label) == (corpus.cells[cell][position], -100)
+    shape = replace(shape_for(corpus), masked_capacity=0)
+    batch = BatchBuilder(corpus, shape, vocab_size=200, pad_token_id=0).build(0, 0, np.array([0, 2]))
+    assert len(batch.parts.labels) == len(batch.parts.masked_index) == 0
+    assert batch.parts.cu_seqlens[:3].tolist() == [0, 5, 69]
+    assert batch.parts.position_ids[:69].tolist() == [*range(5), *range(64)]
 
 
 def test_batches_arrive_in_order_whatever_the_threads_do(monkeypatch):
@@ -231,7 +232,7 @@ def test_prefetch_is_bounded_and_works_ahead(monkeypatch):
     monkeypatch.setattr(
         BatchBuilder, "build", lambda self, pack, *rest: (built.append(pack), build(self, pack, *rest))[1]
     )
-    with loader_for(corpus, num_steps=1000, num_workers=2, prefetch=3) as loader:
+    with loader_for(corpus, packs=range(1000), num_workers=2, prefetch=3) as loader:
         assert next(loader).pack == 0
         deadline = time.monotonic() + 10
         while len(built) < 4 and time.monotonic() < deadline:
@@ -252,7 +253,7 @@ def test_close_ends_the_threads_promptly(monkeypatch):
         return build(self, pack, epoch, cells)
 
     monkeypatch.setattr(BatchBuilder, "build", build_slowly)
-    loader = loader_for(corpus, num_steps=10**6, num_workers=3, prefetch=50)
+    loader = loader_for(corpus, packs=range(10**6), num_workers=3, prefetch=50)
     next(loader)
     assert threading.active_count() > before
     loader.close()
@@ -295,7 +296,7 @@ def test_tokens_outside_the_vocabulary_are_named(packing, bad, dtype):
 @pytest.mark.parametrize("packing", [True, False])
 def test_padding_inside_of_a_cell_is_an_error(packing):
     corpus = corpus_of([40] * 20)
-    corpus.cells[13][30:] = MASKING["pad_token_id"]
+    corpus.cells[13][30:] = OPTIONS["pad_token_id"]
     with pytest.raises(ValueError, match=r"memory, row 13: token \d+ at position 30 is padding.*without it"):
         list(loader_for(MemoryCorpus(corpus.cells), packing=packing))
 
@@ -303,16 +304,16 @@ def test_padding_inside_of_a_cell_is_an_error(packing):
 def test_more_masked_tokens_than_room_is_an_error():
     corpus = corpus_of([40] * 20)
     shape = shape_for(corpus)
-    small = PackShape(shape.token_budget, shape.seq_length, shape.max_cells, 16)
+    small = BatchShape(shape.token_budget, shape.seq_length, shape.max_cells, 16)
     message = r"pack 0 of epoch 0 has \d+ masked tokens; there is room for 16"
     with pytest.raises(RuntimeError, match=message):
-        next(Loader(corpus, stream_for(corpus, small), small, **MASKING, num_steps=1))
+        next(Loader(BatchBuilder(corpus, small, **OPTIONS), stream_for(corpus, small), [0]))
 
 
 def test_plans_that_do_not_fit_the_corpus_are_refused():
     corpus = corpus_of([40] * 20)
     shape = shape_for(corpus)
-    builder = BatchBuilder(corpus, shape, **MASKING)
+    builder = BatchBuilder(corpus, shape, **OPTIONS)
     with pytest.raises(RuntimeError, match=r"pack 3 asks for cell 20, but the corpus has 20 cells"):
         builder.build(3, 0, np.array([1, 20]))
     with pytest.raises(RuntimeError, match=r"pack 3 asks for cell -1"):
@@ -324,16 +325,6 @@ def test_plans_that_do_not_fit_the_corpus_are_refused():
     corpus.lengths[2] = 39
     with pytest.raises(RuntimeError, match=r"memory, row 2: its length"):
         builder.build(3, 0, np.array([2]))
-
-
-def test_impossible_loaders_are_refused():
-    corpus = corpus_of([40])
-    with pytest.raises(ValueError, match=r"12 packs per step .* 5 ranks; world sizes that work: 1, 2, 3, 4, 6, 12"):
-        loader_for(corpus, packs_per_step=12, world_size=5)
-    with pytest.raises(ValueError, match=r"training.num_workers is -1"):
-        loader_for(corpus, num_workers=-1)
-    with pytest.raises(ValueError, match=r"prefetch is 0"):
-        loader_for(corpus, num_workers=1, prefetch=0)
 
 
 def contents(batch):
@@ -351,7 +342,7 @@ def test_moving_a_batch_keeps_its_parts():
         assert after.input_ids.shape == before.input_ids.shape
         assert moved.cells is batch.cells
     packed = next(loader_for(corpus))
-    parts = split(packed.buffer.clone(), packed.shape)
+    parts = unpack(packed.buffer.clone(), packed.shape)
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(parts, packed.parts, strict=True))
 
 
@@ -360,8 +351,8 @@ def test_moving_a_batch_keeps_its_parts():
 def test_pinned_batches_reach_the_gpu_unharmed(packing):
     """Copies that are still under way keep their host memory, also when the host is far ahead."""
     corpus = corpus_of([60, 64, 13] * 400)
-    reference = list(loader_for(corpus, packing=packing, num_steps=200))
-    with loader_for(corpus, packing=packing, num_steps=200, num_workers=2, pin_memory=True) as loader:
+    reference = list(loader_for(corpus, packing=packing, packs=range(200)))
+    with loader_for(corpus, packing=packing, packs=range(200), num_workers=2, pin_memory=True) as loader:
         moved = []
         torch.cuda._sleep(10**8)
         for batch in loader:

@@ -3,7 +3,6 @@
 import math
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -145,19 +144,3 @@ def test_overflow_is_counted_in_full_and_writes_nothing_beyond_the_capacity():
     _, masked_index, labels, count = run_kernel([np.full(30, 9), np.full(30, 9)], [0, 1], 0, rule, 40)
     assert count == 60
     assert len(masked_index) == len(labels) == 40
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"probability": 1.5}, "training.mlm_probability is 1.5"),
-        ({"num_special_tokens": 100}, "leave no gene"),
-        ({"mask_token_id": 100}, "mask token 100"),
-    ],
-)
-def test_impossible_rules_are_refused(changes, message):
-    arguments = {
-        "seed": 0, "probability": 0.1, "vocab_size": 100, "num_special_tokens": 2, "mask_token_id": 1
-    }  # fmt: skip
-    with pytest.raises(ValueError, match=message):
-        MaskRule(**(arguments | changes))

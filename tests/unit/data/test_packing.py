@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 
 from geneformer_pretrain.data import packing as planning
 from geneformer_pretrain.data import stream as streaming
-from geneformer_pretrain.data.packing import PackShape, default_max_cells, masked_capacity, pack_cells, permutation
+from geneformer_pretrain.data.packing import BatchShape, default_max_cells, masked_capacity, pack_cells, permutation
 from geneformer_pretrain.data.stream import PackStream
+from tests.users import as_other_user, public_folder
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -30,11 +31,11 @@ def lognormal_lengths(num_cells: int, seed: int = 0) -> np.ndarray:
     return np.exp(generator.normal(np.log(900), 0.557, num_cells)).clip(200, 2048).astype(np.int32)
 
 
-def shape_of(token_budget: int = 256, seq_length: int = 64, max_cells: int = 12) -> PackShape:
-    return PackShape(token_budget, seq_length, max_cells, 128)
+def shape_of(token_budget: int = 256, seq_length: int = 64, max_cells: int = 12) -> BatchShape:
+    return BatchShape(token_budget, seq_length, max_cells, 128)
 
 
-def oracle_packs(order: list[int], lengths: np.ndarray, shape: PackShape, group: int, spare: int) -> list[list[int]]:
+def oracle_packs(order: list[int], lengths: np.ndarray, shape: BatchShape, group: int, spare: int) -> list[list[int]]:
     """The packing rule, with lists."""
     budget = shape.token_budget
     unread = [(cell, min(int(lengths[cell]), shape.seq_length)) for cell in order]
@@ -100,7 +101,7 @@ def test_without_packing_a_pack_is_the_next_cells(num_cells, micro_batch_size):
 @pytest.mark.parametrize(("token_budget", "fill"), [(16384, 0.995), (32768, 0.9975), (65536, 0.998)])
 def test_fill(token_budget, fill):
     lengths = lognormal_lengths(100_000)
-    shape = PackShape.create(lengths, micro_batch_size=token_budget // 2048, seq_length=2048, mlm_probability=0.15)
+    shape = BatchShape.create(lengths, micro_batch_size=token_budget // 2048, seq_length=2048, mlm_probability=0.15)
     plan = pack_cells(permutation(len(lengths), 0, 0), lengths, shape)
     assert lengths.sum(dtype=np.int64) / (plan.num_packs * token_budget) >= fill
 
@@ -110,7 +111,7 @@ def test_fill(token_budget, fill):
 def test_ranks_side_by_side_have_equal_work(token_budget, ranks):
     """Sums of squared lengths, which attention costs: the slowest of the ranks against their mean."""
     lengths = lognormal_lengths(100_000)
-    shape = PackShape.create(lengths, micro_batch_size=token_budget // 2048, seq_length=2048, mlm_probability=0.15)
+    shape = BatchShape.create(lengths, micro_batch_size=token_budget // 2048, seq_length=2048, mlm_probability=0.15)
     order = permutation(len(lengths), 0, 0)
     position = np.empty(len(order), np.int64)
     position[order] = np.arange(len(order))
@@ -128,7 +129,7 @@ def test_fill_with_many_short_cells():
     """Half of the cells of the real corpus are short: the limit of cells must not close packs early."""
     generator = np.random.default_rng(1)
     lengths = np.exp(generator.normal(np.log(255), 1.25, 100_000)).clip(10, 2048).astype(np.int32)
-    shape = PackShape.create(lengths, micro_batch_size=8, seq_length=2048, mlm_probability=0.15)
+    shape = BatchShape.create(lengths, micro_batch_size=8, seq_length=2048, mlm_probability=0.15)
     plan = pack_cells(permutation(len(lengths), 0, 0), lengths, shape)
     assert lengths.sum(dtype=np.int64) / (plan.num_packs * 16384) >= 0.995
 
@@ -166,25 +167,23 @@ def test_block_shuffle_reads_within_windows():
 
 def test_shape_constants():
     lengths = np.full(1000, 500, np.int32)
-    shape = PackShape.create(lengths, micro_batch_size=8, seq_length=2048, mlm_probability=0.15)
+    shape = BatchShape.create(lengths, micro_batch_size=8, seq_length=2048, mlm_probability=0.15)
     assert shape.token_budget == 16384
     assert shape.masked_capacity == 2944  # 2457.6 + 8 * 45.7 = 2823.3, in multiples of 128
     assert shape.max_cells == 66  # 1.5 * 16384 / 500 = 49.2
     assert shape.num_segments == 66 + 8
     sizes = {"micro_batch_size": 2, "seq_length": 64, "mlm_probability": 0.15}
-    assert PackShape.create(lengths, max_cells=100, **sizes).max_cells == 100
-    assert PackShape.create(lengths, max_cells=10_000_000, **sizes).max_cells == 128  # cells of one token
+    assert BatchShape.create(lengths, max_cells=100, **sizes).max_cells == 100
+    assert BatchShape.create(lengths, max_cells=10_000_000, **sizes).max_cells == 128  # cells of one token
     assert masked_capacity(256, 1.0) == 256
     assert masked_capacity(100, 1.0) == 128
     assert default_max_cells(np.ones(9, np.int32), 64, 128) == 128
     # Truncated lengths count: the mean is 64.
     assert default_max_cells(np.full(9, 1000, np.int32), 64, 128) == 3 + 16
-    padded = PackShape.create(lengths, micro_batch_size=3, seq_length=50, mlm_probability=0.15, packing=False)
+    padded = BatchShape.create(lengths, micro_batch_size=3, seq_length=50, mlm_probability=0.15, packing=False)
     assert (padded.token_budget, padded.max_cells) == (150, 3)
-    with pytest.raises(ValueError, match=r"model.micro_batch_size=3 x model.seq_length=50"):
-        PackShape.create(lengths, micro_batch_size=3, seq_length=50, mlm_probability=0.15)
-    with pytest.raises(ValueError, match=r"model.micro_batch_size"):
-        PackShape.create(lengths, micro_batch_size=0, seq_length=64, mlm_probability=0.15)
+    unmasked = BatchShape.create(lengths, micro_batch_size=8, seq_length=2048, mlm_probability=0)
+    assert unmasked.masked_capacity == 0
 
 
 def stream_of(lengths: np.ndarray, **changes) -> PackStream:
@@ -247,7 +246,7 @@ def test_the_next_epoch_of_a_large_corpus_is_planned_ahead(monkeypatch):
     lengths = np.full(100, 30, np.int32)
     reference = located(stream_of(lengths), range(40))
     first_of_next = next(pack for pack, (epoch, _) in enumerate(reference) if epoch == 1)
-    monkeypatch.setattr(streaming, "LARGE", 0)
+    monkeypatch.setattr(streaming, "MIN_CELLS_FOR_PLAN_FILES", 0)
     planned, may_plan = [], threading.Event()
 
     def record(num_cells: int, seed: int, epoch: int, block: int | None) -> np.ndarray:
@@ -271,7 +270,7 @@ def test_a_plan_that_cannot_be_made_ahead_is_tried_again_when_it_is_needed(monke
     lengths = np.full(100, 30, np.int32)
     reference = located(stream_of(lengths), range(40))
     first_of_next = next(pack for pack, (epoch, _) in enumerate(reference) if epoch == 1)
-    monkeypatch.setattr(streaming, "LARGE", 0)
+    monkeypatch.setattr(streaming, "MIN_CELLS_FOR_PLAN_FILES", 0)
     stream = stream_of(lengths)
     stream.locate(0)
     tried = []
@@ -295,38 +294,90 @@ def test_a_plan_that_cannot_be_made_ahead_is_tried_again_when_it_is_needed(monke
 def test_without_a_thread_to_be_had_an_epoch_is_planned_when_it_begins(monkeypatch, caplog):
     lengths = np.full(100, 30, np.int32)
     reference = located(stream_of(lengths), range(40))
-    monkeypatch.setattr(streaming, "LARGE", 0)
+    monkeypatch.setattr(streaming, "MIN_CELLS_FOR_PLAN_FILES", 0)
     monkeypatch.setattr(threading.Thread, "start", mock.Mock(side_effect=RuntimeError("can't start new thread")))
     assert located(stream_of(lengths), range(40)) == reference
     assert "cannot plan epoch 1 ahead (can't start new thread)" in caplog.text
 
 
-def test_truncation_is_counted_and_empty_cells_are_refused():
+def test_truncation_is_counted():
     stream = stream_of(np.array([64, 65, 100, 1], np.int32))
     assert (stream.num_truncated, stream.dropped_tokens) == (2, 37)
-    with pytest.raises(ValueError, match=r"cell 1 of the corpus has length 0"):
-        stream_of(np.array([3, 0], np.int32))
-    with pytest.raises(ValueError, match=r"no cells"):
-        stream_of(np.array([], np.int32))
 
 
 @pytest.fixture
 def disk(monkeypatch, tmp_path):
-    monkeypatch.setattr(streaming, "LARGE", 0)
+    monkeypatch.setattr(streaming, "MIN_CELLS_FOR_PLAN_FILES", 0)
     return tmp_path / "plans"
 
 
-def test_plans_on_disk_are_pruned(disk):
+def epochs_on_disk(disk: Path) -> set[int]:
+    return {int(path.name.split(".")[0]) for path in disk.glob("*/*.npy")}
+
+
+def test_plans_on_disk_are_pruned(disk, monkeypatch):
+    monkeypatch.setattr(streaming, "MAX_CELLS_IN_MEMORY", 0)
     lengths = np.full(100, 30, np.int32)
     reference = located(stream_of(lengths), range(80))
     stream = stream_of(lengths, plan_dir=disk)
     assert located(stream, range(80)) == reference
     next_one = reference[-1][0] + 1
     stream.plan(next_one)  # which may be on its way
-    (folder,) = disk.iterdir()
-    epochs = {int(path.name.split(".")[0]) for path in folder.glob("*.npy")}
-    assert epochs == {next_one - 2, next_one - 1, next_one}
-    assert not list(folder.glob("*.tmp"))
+    assert epochs_on_disk(disk) == {next_one - 2, next_one - 1, next_one}
+    assert not list(disk.glob("*/*.tmp"))
+
+
+def test_plans_that_another_run_uses_are_not_deleted_under_it(disk, monkeypatch):
+    monkeypatch.setattr(streaming, "MAX_CELLS_IN_MEMORY", 0)
+    lengths = np.full(100, 30, np.int32)
+    behind, ahead = (stream_of(lengths, plan_dir=disk) for _ in range(2))
+    behind.plan(0)
+    for epoch in range(8):
+        ahead.plan(epoch)
+    assert epochs_on_disk(disk) == {0, 5, 6, 7}
+    behind.plan(6)
+    behind.plan(7)  # lets go of epoch 0
+    ahead.plan(8)
+    assert epochs_on_disk(disk) == {6, 7, 8}
+
+
+def test_a_folder_of_plans_that_cannot_be_written_to(disk, caplog):
+    lengths = np.full(100, 30, np.int32)
+    first = located(stream_of(lengths, plan_dir=disk), range(3))
+    disk.rename(disk.parent / "elsewhere")
+    disk.touch()  # a file in its place
+    assert located(stream_of(lengths, plan_dir=disk), range(3)) == first
+    assert "data.cache_dir: the plan of epoch 0 cannot be kept" in caplog.text
+
+
+def use_plans_of_another_user(cache: Path, reference: list[tuple[int, list[int]]], new_epoch: int, may: bool) -> None:
+    streaming.MIN_CELLS_FOR_PLAN_FILES = 0
+    stream = stream_of(np.full(100, 30, np.int32), plan_dir=cache / "plans")
+    assert located(stream, range(12)) == reference
+    assert isinstance(stream.plan(0).cells, np.memmap)
+    # A new plan is kept for all where the folder's permissions allow it.
+    assert isinstance(stream.plan(new_epoch).cells, np.memmap) == may
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs another user")
+@pytest.mark.parametrize("mode", [0o755, 0o777])
+def test_two_users_share_a_folder_of_plans(disk, mode):
+    with public_folder() as cache:
+        cache.chmod(mode)
+        stream = stream_of(np.full(100, 30, np.int32), plan_dir=cache / "plans")
+        reference = located(stream, range(12))
+        new_epoch = reference[-1][0] + 5
+        as_other_user(use_plans_of_another_user, cache, reference, new_epoch, mode == 0o777)
+        assert isinstance(stream.plan(new_epoch).cells, np.memmap)
+
+
+def test_digest_of_the_first_packs():
+    lengths = lognormal_lengths(2000)
+    shape = BatchShape.create(lengths, micro_batch_size=2, seq_length=2048, mlm_probability=0.15)
+    stream = stream_of(lengths, shape=shape)
+    assert stream.first_packs_digest(5) == stream_of(lengths, shape=shape).first_packs_digest(5)
+    others = [stream.first_packs_digest(6), stream_of(lengths, shape=shape, seed=8).first_packs_digest(5)]
+    assert len({stream.first_packs_digest(5), *others}) == 3
 
 
 def test_plans_on_disk_are_mapped_not_made_again(disk, monkeypatch):
@@ -360,11 +411,11 @@ def test_processes_share_one_plan(disk):
     script = (
         "import sys, numpy as np\n"
         "from geneformer_pretrain.data import packing as plan, stream as streaming\n"
-        "streaming.LARGE = 0\n"
+        "streaming.MIN_CELLS_FOR_PLAN_FILES = 0\n"
         "made = []\n"
         "make = streaming.PackStream._make\n"
         "streaming.PackStream._make = lambda self, epoch: (made.append(epoch), make(self, epoch))[1]\n"
-        "shape = plan.PackShape(256, 64, 12, 128)\n"
+        "shape = plan.BatchShape(256, 64, 12, 128)\n"
         "stream = streaming.PackStream(np.full(20_000, 30, np.int32), 'f', 7, shape, True, sys.argv[1])\n"
         "print(len(made), [stream.locate(p)[1].tolist() for p in (0, 50)], len(made))\n"
     )
@@ -381,7 +432,7 @@ def test_processes_share_one_plan(disk):
 
 def test_threads_share_a_stream():
     lengths = lognormal_lengths(500)
-    shape = PackShape.create(lengths, micro_batch_size=2, seq_length=2048, mlm_probability=0.15)
+    shape = BatchShape.create(lengths, micro_batch_size=2, seq_length=2048, mlm_probability=0.15)
     reference = located(stream_of(lengths, shape=shape), range(500))
     stream = stream_of(lengths, shape=shape)
     with ThreadPoolExecutor(4) as executor:

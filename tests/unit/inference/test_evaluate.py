@@ -21,6 +21,7 @@ from threadpoolctl import threadpool_limits
 from geneformer_pretrain.data.masking import MaskRule, mask_cell
 from geneformer_pretrain.errors import DataError
 from geneformer_pretrain.inference import evaluate as ev
+from geneformer_pretrain.inference.evaluate_cells import save_random_weights
 from geneformer_pretrain.inference.masked_loss import load_with_head, masked_loss, unigram_loss
 from tests.tiny import one_cpu_thread  # noqa: F401
 
@@ -193,7 +194,7 @@ def make_tokens(cells: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 def test_masked_loss_is_that_of_stock_transformers_cell_by_cell(tmp_path: Path, max_tokens: int) -> None:
     folder = make_model(tmp_path / "model")
     tokens, offsets = make_tokens(30)
-    model = load_with_head(folder, random_weights=False, seed=0)
+    model = load_with_head(folder)
     assert model is not None
     loss = masked_loss(model, tokens, offsets, num_special_tokens=2, mask_token=1, seed=5, max_tokens=max_tokens)
     stock = transformers.BertForMaskedLM.from_pretrained(folder).eval()
@@ -214,7 +215,7 @@ def test_masked_loss_is_that_of_stock_transformers_cell_by_cell(tmp_path: Path, 
 
 def test_random_weights_are_new_and_know_nothing(tmp_path: Path) -> None:
     folder = make_model(tmp_path / "model")
-    models = [load_with_head(folder, random_weights=True, seed=seed) for seed in (0, 0, 1)]
+    models = [load_with_head(save_random_weights(folder, tmp_path / f"{n}", seed)) for n, seed in enumerate((0, 0, 1))]
     words = [model.get_input_embeddings().weight for model in models if model is not None]
     assert torch.equal(words[0], words[1])
     assert not torch.equal(words[0], words[2])
@@ -224,11 +225,11 @@ def test_random_weights_are_new_and_know_nothing(tmp_path: Path) -> None:
 
 
 def test_a_model_without_head_has_no_loss(tmp_path: Path) -> None:
-    assert load_with_head(make_model(tmp_path / "model", head=False), random_weights=False, seed=0) is None
+    assert load_with_head(make_model(tmp_path / "model", head=False)) is None
 
 
 def test_cells_too_few_to_mask(tmp_path: Path) -> None:
-    model = load_with_head(make_model(tmp_path / "model"), random_weights=False, seed=0)
+    model = load_with_head(make_model(tmp_path / "model"))
     assert model is not None
     with pytest.raises(DataError, match="no token was masked"):
         masked_loss(model, np.array([0, 1]), np.array([0, 2]), num_special_tokens=2, mask_token=1, seed=0)

@@ -1,4 +1,4 @@
-"""How Hugging Face users load, wrap and call the model: each row of docs/huggingface.md is executed.
+"""Ways in which Hugging Face users load, wrap and call the model: each row of docs/huggingface.md is executed.
 
 What works is compared with stock BERT; what is refused has to raise the message that the table has.
 """
@@ -52,7 +52,7 @@ def run(pair, folder, tmp_path):
 
     def run(code, model):
         ids, mask, labels = make_cells([5, 8, 2])
-        names = {"folder": folder, "scratch": tmp_path, "model": model, "ids": ids, "mask": mask, "labels": labels}
+        names = {"folder": folder, "scratch": tmp_path, "mlm": model, "ids": ids, "mask": mask, "labels": labels}
         names |= {"BertForMaskedLM": type(model), "BertConfig": BertConfig, "on_disk": ON_DISK}
         for name in ("accelerate", "peft", "torchao.quantization"):
             if f"{name}." in code:
@@ -99,7 +99,7 @@ def test_calls(code, run, pair):
     assert isinstance(ours, tuple) == isinstance(stock, tuple)
     if isinstance(stock, dict):
         assert list(ours) == list(stock)
-    if code == "model(ids)":
+    if code == "mlm(ids)":
         mask = torch.ones_like(mask)
     for found, expected in zip(flat(ours, mask), flat(stock, mask), strict=True):
         assert_close(found, expected, atol=2e-5, rtol=1e-5, equal_nan=True)

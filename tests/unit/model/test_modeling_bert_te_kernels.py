@@ -1,4 +1,4 @@
-"""How the model uses exchangeable kernels, and that hooks, adapters and autocast see what they see in stock BERT."""
+"""Use of exchangeable kernels; hooks, adapters and autocast see what they see in stock BERT."""
 
 import copy
 

@@ -3,13 +3,18 @@
 import math
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
+import anndata
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from geneformer_pretrain.tokenization.counts import open_counts
+from geneformer_pretrain.tokenization.gene_set import GeneSet
+from geneformer_pretrain.tokenization.tokenizer import tokenize_blocks
 from sample_data import make_sample_data as msd
 
 FOLDER = Path(msd.__file__).parent
@@ -39,6 +44,40 @@ def medians(world: msd.World) -> np.ndarray:
 @pytest.fixture(scope="module")
 def held_out(world: msd.World, medians: np.ndarray) -> list[msd.TypedCell]:
     return list(msd.simulate_cells(world, medians, msd.SAMPLE_CELLS, 2_000))
+
+
+def test_script_reproduces_the_counts(tmp_path: Path) -> None:
+    again = tmp_path / "counts.h5ad"
+    command = [sys.executable, str(FOLDER / "make_sample_data.py"), "--counts", str(again)]
+    subprocess.run(command, check=True)
+    committed, made = anndata.read_h5ad(FOLDER / "counts.h5ad"), anndata.read_h5ad(again)
+    assert (committed.X != made.X).nnz == 0
+    assert committed.obs.equals(made.obs)
+    assert committed.var.equals(made.var)
+    assert (FOLDER / "counts.h5ad").stat().st_size < 3e6
+    if (version("anndata"), version("h5py")) == ("0.12.19", "3.16.0"):  # they made the committed file
+        assert again.read_bytes() == (FOLDER / "counts.h5ad").read_bytes()
+
+
+def test_the_tokenizer_turns_the_counts_into_the_sample(
+    medians: np.ndarray, tokens: list[np.ndarray], tmp_path: Path
+) -> None:
+    """Token for token, with the medians of the reference cells."""
+    special = [np.nan] * msd.FIRST_GENE_TOKEN
+    gene_set = GeneSet(
+        name="simulated",
+        species=None,
+        tokens=msd.VOCABULARY,
+        symbols=[None] * len(msd.VOCABULARY),
+        medians=np.concatenate([special, medians]),
+        max_tokens=msd.MAX_TOKENS,
+    )
+    with open_counts(FOLDER / "counts.h5ad") as counts:
+        blocks = list(tokenize_blocks(counts, gene_set, n_counts_column="n_counts"))
+    assert sum(block.tally.other_totals for block in blocks) == 0
+    lengths = np.concatenate([np.diff(block.offsets) for block in blocks])
+    assert lengths.tolist() == [len(cell) for cell in tokens]
+    np.testing.assert_array_equal(np.concatenate([block.tokens for block in blocks]), np.concatenate(tokens))
 
 
 def test_script_reproduces_the_committed_files(tmp_path: Path, sample: pa.Table) -> None:

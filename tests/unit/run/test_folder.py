@@ -14,13 +14,7 @@ import torch.distributed as dist
 from geneformer_pretrain.distributed.agreement import Ranks
 from geneformer_pretrain.errors import CheckpointError, ConfigError, explain
 from geneformer_pretrain.run.archive import archive_run
-from geneformer_pretrain.run.folder import (
-    EXIT_FILE,
-    LOCK_FILE,
-    is_not_empty,
-    lock_run_folder,
-    write_failed_start,
-)
+from geneformer_pretrain.run.folder import EXIT_FILE, LOCK_FILE, is_not_empty, lock_run_folder, write_failed_start
 
 COMPLETED = '{"reason": "completed", "exit_code": 0, "step": 2}\n'
 

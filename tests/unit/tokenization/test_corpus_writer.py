@@ -289,7 +289,7 @@ def test_a_full_disk_leaves_no_torn_part(
         write(table, file, **options)
 
     monkeypatch.setattr(corpus_writer.pq, "write_table", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=r"No space left on device: '.*part-00003\.parquet\.tmp'"):
         run(*arguments)
     assert sorted(path.name for path in (tmp_path / "corpus").glob("part-*")) == [
         f"part-{number:05d}.parquet" for number in range(3)
@@ -297,6 +297,22 @@ def test_a_full_disk_leaves_no_torn_part(
     monkeypatch.undo()
     run(*arguments)
     assert cells_of(tmp_path / "corpus") == expected()
+
+
+def test_a_full_disk_for_the_row_wise_copy(
+    genes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The counts are not called damaged."""
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("geneformer_pretrain.tokenization.transposed._distribute", full)
+    command = ["tokenize", FORMATS["csc"][0](tmp_path), "--gene-set", genes, "--output", tmp_path / "corpus"]
+    with pytest.raises(SystemExit):
+        cli.main([str(word) for word in [*command, "--workers", 1]])
+    part = tmp_path / "corpus" / "part-00000.parquet.tmp"
+    assert capsys.readouterr().err == f"Error: {part}: No space left on device\n"
 
 
 def test_errors_come_from_workers_in_one_line(

@@ -35,7 +35,7 @@ def test_through_a_table_of_orthologs(tmp_path: Path) -> None:
     )
     new = gene_set([*(f"ENSMUSG{number}" for number in range(1, 7)), "ENSG2", "ENSG4"])
     match = match_tokens(new, gene_set(HUMAN), read_mapping(path))
-    # 1 and 2 share a gene, 3 has two, 4 has one that is known, 5 an unknown one, 6 none; ENSG2 and ENSG4 are themselves there
+    # 1 and 2 share a gene, 3 has two, 4 one that is known, 5 an unknown one, 6 none; ENSG2 and ENSG4 are there
     assert match.old_token.tolist() == [0, 1, 2, 2, -1, 5, -1, -1, 3, 5]
     assert (match.by_table, match.by_id, match.ambiguous, match.shared) == (3, 2, 1, 2)
     assert match.examples == ["ENSMUSG3", "ENSMUSG5", "ENSMUSG6"]

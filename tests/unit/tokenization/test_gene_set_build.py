@@ -116,7 +116,7 @@ def test_the_result_does_not_depend_on_blocks_or_the_order_of_files(block_cells:
     )
 
 
-def test_a_named_total_is_used_as_it_is() -> None:
+def test_a_named_total_is_not_empty_as_it_is() -> None:
     matrix, totals = together(FILES)
     given = [np.asarray(file.matrix.sum(axis=1)).ravel() * 2 + 1 for file in FILES]
     files = [replace(file, columns={"total": column}) for file, column in zip(FILES, given, strict=True)]
@@ -145,6 +145,7 @@ def test_only_cells_that_pass_count(name: str, option: str | None, kind: type) -
     build = builder(file, filter_column=option)
     counted = build.count().genes
     matrix, totals = together([FILES[0]])
+    assert [source.filter_column for source in counted.sources] == [name]
     order = [int(gene_id[-11:]) for gene_id in counted.gene_ids]
     np.testing.assert_array_equal(
         build.exact_medians(counted), reference_medians(matrix[passing], totals[passing])[order]
@@ -191,9 +192,7 @@ def test_partial_results_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"1\.parquet: holds /data/1\.h5ad, and so does .*1\.parquet"):
         merge([*paths, paths[1]])
     builder(FILES[0], genes=table_of(GENES)).count().genes.save(tmp_path / "chosen")
-    with pytest.raises(
-        DataError, match=r"chosen: made by another rule than .*genes: 40 given genes, .*, there all genes"
-    ):
+    with pytest.raises(DataError, match=r"chosen: does not fit .*genes: 40 given genes, .*, there all genes"):
         merge([paths[1], tmp_path / "chosen"])
     with pytest.raises(OutputError, match="--overwrite"):
         builder(FILES[0]).count().genes.save(paths[0])

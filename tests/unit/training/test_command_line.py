@@ -178,7 +178,7 @@ def test_errors_of_the_system_are_plain_messages(tmp_path: Path, monkeypatch: py
 
     place = str(tmp_path / "run" / "final_model")
 
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", place)
 
     cause = f"training.checkpoint_dir: cannot write to {place} (No space left on device)"
