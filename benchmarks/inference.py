@@ -179,8 +179,8 @@ def compare(args: argparse.Namespace, name: str, folder: Path, device: torch.dev
         found["cells_per_second"] = found["cells"] / found["seconds"]
         line(name, lengths, "embed", found, f"{describe_seconds(found)}; {sizes.mean():.0f} tokens a cell")
         results[f"embed {lengths}"] = found
-        if lengths == args.lengths[0]:
-            results |= measure_perturb(args, name, folder, lengths, found, share)
+        if lengths == args.lengths[0] and device.type == "cuda" and not args.no_perturb:
+            results |= measure_perturb(name, folder, lengths, found, share)
         for precision in args.baseline:
             baseline = run_baseline(model, corpus, name, precision, device)
             ratio = found["tokens_per_second"] / baseline["tokens_per_second"]
@@ -189,12 +189,8 @@ def compare(args: argparse.Namespace, name: str, folder: Path, device: torch.dev
     return results
 
 
-def measure_perturb(
-    args: argparse.Namespace, name: str, folder: Path, lengths: str, embedded: dict[str, Any], share: float
-) -> dict[str, Any]:
+def measure_perturb(name: str, folder: Path, lengths: str, embedded: dict[str, Any], share: float) -> dict[str, Any]:
     """Delete every gene of some cells, one at a time."""
-    if args.no_perturb:
-        return {}
     corpus = folder / "perturb.parquet"
     write_corpus(corpus, max(2, int(PERTURB_CELLS[name] * share)), lengths, seed=1)
     options = ("--mode", "delete", "--genes", "all", "--overwrite", "--no-statistics")
@@ -212,7 +208,7 @@ def main() -> None:
     parser.add_argument("--lengths", nargs="+", default=["lognormal"], choices=list(LENGTHS), help="default: lognormal")
     parser.add_argument("--baseline", nargs="*", default=["fp32", "bf16"], choices=["fp32", "bf16"])
     parser.add_argument("--share", type=float, default=1.0, help="of the cells of the commands; default: 1")
-    parser.add_argument("--no-perturb", action="store_true", help="measure embed alone")
+    parser.add_argument("--no-perturb", action="store_true", help="measure embed alone, as without a GPU")
     parser.add_argument("--compile", action="store_true", help="also measure the runner with compiled layers")
     parser.add_argument("--profile", action="store_true", help="also print the kernels that take longest")
     parser.add_argument("--json", type=Path, help="write all numbers to this file")

@@ -161,7 +161,6 @@ class Comparing:
                 copies.genes,
                 copies.positions,
                 copies.lengths,
-                copies.cuts,
                 rows,
                 chosen,
                 *parts,

@@ -244,7 +244,6 @@ def write_copies(
     genes: np.ndarray,
     positions: np.ndarray,
     lengths: np.ndarray,
-    cuts: np.ndarray,
     first_row: np.ndarray,
     chosen: np.ndarray,
     input_ids: np.ndarray,
@@ -258,7 +257,7 @@ def write_copies(
     ----------
     mode, fraction, added
         See `Rule`.
-    tokens, offsets, cell, genes, positions, lengths, cuts
+    tokens, offsets, cell, genes, positions, lengths
         See `Copies`.
     first_row
         int64 [n], row of the first token of each copy's original, whose tokens have rows one after the other.
@@ -275,7 +274,6 @@ def write_copies(
         copy = chosen[place]
         start = offsets[cell[copy]]
         size = offsets[cell[copy] + 1] - start - 2 * added
-        kept = size - cuts[copy]  # genes of the original after the cut
         row, first = first_row[copy], start + added
         begin, end = out, out + lengths[copy] - added
         if added:
@@ -302,7 +300,8 @@ def write_copies(
             if out == end:
                 break
             input_ids[out] = tokens[first + p]
-            rows[out] = row + added + p if p < kept else NOT_COMPARED
+            # A gene that stays in the copy is never among those cut from the original.
+            rows[out] = row + added + p
             out += 1
         while next_moved < k:
             input_ids[out], rows[out] = genes[copy, order[next_moved]], NOT_COMPARED
