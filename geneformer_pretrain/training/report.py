@@ -99,8 +99,8 @@ def _warnings(run: StartFacts, steps_of_epoch: int) -> list[str]:
     if Path(config.data.path).resolve() == SAMPLE and epochs > MAX_SAMPLE_EPOCHS:
         lines += [
             "*" * 100,
-            f"WARNING     this run trains on the {run.data.corpus.num_cells} simulated sample cells, {epochs:,.0f} times",
-            "            over. It will learn no biology. Name your corpus: data.path=FOLDER",
+            f"WARNING     this run trains on the {run.data.corpus.num_cells} simulated sample cells, {epochs:,.0f}",
+            "            times over. It will learn no biology. Name your corpus: data.path=FOLDER",
             "*" * 100,
         ]
     warmup, steps = warmup_steps(config.training), config.training.num_train_steps
