@@ -26,7 +26,7 @@ ENVIRONMENT = $(VENV)/.installed
 DIGEST_TOOL = $(VENV)/.gitingest
 endif
 
-.PHONY: help env train test test-gpu test-faults compat check digest clean
+.PHONY: help env train test test-gpu test-faults compat check docs digest clean
 
 help: ## print this list
 	@echo 'usage: make TARGET [VENV=folder|none] [PYTHON=interpreter] [PIP_ARGS="..."] [ARGS="..."]'
@@ -54,6 +54,9 @@ check: $(ENVIRONMENT) ## check format, lint and types
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
+
+docs: $(ENVIRONMENT) ## write the tables of docs/configuration.md from the code and hydra_config/
+	$(RUN) -m docs.make_configuration
 
 digest: $(DIGEST_TOOL) ## write internal/gitingest.txt, the repository as one text file
 	@internal/digest.sh $(GITINGEST)

@@ -10,7 +10,7 @@ class DataConfig:
     """The corpus and how it is packed."""
 
     path: str
-    """Parquet file, folder or glob, or a Hugging Face save_to_disk folder, with a column input_ids."""
+    """The corpus: a parquet file, folder or glob, or a Hugging Face save_to_disk folder, with a column input_ids."""
     validation_path: str | None
     """Held-out corpus of the same kinds; null: no validation."""
     validation_packs: int
@@ -23,19 +23,21 @@ class DataConfig:
     data.mask_token_id and data.num_special_tokens, stands in for data.vocab_path, goes into final_model, and a corpus
     of another gene set is refused. null: these keys hold."""
     cache_dir: str
-    """Folder of converted corpora and packing plans; safe to delete between runs."""
+    """Folder of converted corpora and of packing plans. Safe to delete between runs."""
     vocab_path: str | None
     """Text file with one token a line in id order, checked against the model's vocabulary; null: no check."""
     num_special_tokens: int
     """Ids below this are special: never selected for prediction, never a random replacement."""
     mask_token_id: int
-    """Id of <mask>."""
+    """Id of <mask>; below num_special_tokens."""
     packing: bool
     """Pack cells end to end. false pads each cell instead: the slow reference path."""
     max_cells_per_pack: int | None
-    """Most cells of a pack; null derives it from the mean length, so that it hardly ever binds."""
+    """Most cells of a pack; null: 1.5 times as many as an average pack holds, and 16 more, so that tokens and not cells
+    fill a pack."""
     shuffle_block_cells: int | None
-    """null shuffles the whole corpus; n shuffles blocks of n cells, for corpora larger than host memory."""
+    """null shuffles the whole corpus. A number shuffles blocks of that many cells, for corpora larger than host memory;
+    docs/data.md says what that costs."""
 
     def __post_init__(self) -> None:
         require(bool(self.path), "data.path is empty; name a parquet file, folder or glob, or a save_to_disk folder.")

@@ -41,17 +41,18 @@ class ModelConfig:
     model_type: str
     """Always "bert"."""
     vocab_size: int
-    """Number of tokens, special ones included."""
+    """Number of tokens, special ones included. A corpus with a larger token is refused."""
     hidden_size: int
     """Width of the residual stream; a multiple of num_attention_heads."""
     num_hidden_layers: int
     """Encoder layers."""
     num_attention_heads: int
-    """Attention heads; heads of 64 run fastest."""
+    """Attention heads. Heads of 64 run fastest; the Triton kernels know heads of 16, 32, 64 and 128."""
     intermediate_size: int
     """Width of the feed-forward layer."""
     hidden_act: str
-    """Activation of the feed-forward layer and of the head, by its name in transformers."""
+    """Activation of the feed-forward layer and of the head, by its name in transformers (gelu, swish, ...). One with
+    trainable parameters is refused."""
     hidden_dropout_prob: float
     """Dropout on embeddings and on both residual branches."""
     attention_probs_dropout_prob: float
@@ -59,26 +60,31 @@ class ModelConfig:
     max_position_embeddings: int
     """Rows of the position table; at least seq_length."""
     type_vocab_size: int
-    """Rows of the token-type table; row 0 is used."""
+    """Rows of the token-type table; training uses row 0."""
     initializer_range: float
     """Standard deviation of the initial weights."""
     layer_norm_eps: float
     """Added to the variance in LayerNorm."""
     pad_token_id: int
-    """Id of the padding token."""
+    """Id of the padding token; below data.num_special_tokens."""
     micro_batch_size: int
-    """Cells per device and micro-batch. With packing, the token budget is micro_batch_size * seq_length."""
+    """Cells per device and micro-batch. With packing the token budget is micro_batch_size x seq_length, a multiple of
+    128, and short cells make room for more cells."""
     seq_length: int
-    """Longest cell, in tokens; longer cells are truncated (they are in rank order) and counted."""
+    """Longest cell in tokens. Longer cells lose their end (they are in rank order); the number of such cells is printed
+    at the start."""
     use_te_layers: bool
-    """Encoder layers from Transformer Engine modules instead of PyTorch's: the same mathematics."""
+    """Linear layers of the encoder from Transformer Engine instead of PyTorch: other kernels, the same mathematics.
+    Needs a GPU and Transformer Engine."""
     attention_kernel: Kernel
-    """triton: this project's kernels for BF16 on GPUs from Hopper on. torch: FlashAttention in PyTorch, exact on the
-    CPU. auto: the faster one."""
+    """triton: this project's kernels, for BF16 on GPUs from compute capability 9.0. torch: PyTorch's FlashAttention in
+    BF16, memory-efficient attention in FP32 and on older GPUs, one exact call per cell on the CPU. auto: Triton on
+    Hopper GPUs with heads of at most 64, else torch."""
     fused_kernels: Kernel
     """Fused element-wise kernels: dropout with residual connection and LayerNorm, the gradients of ReLU, biases and
     residual connections, cross-entropy; with Transformer Engine layers LayerNorm and cross-entropy alone. triton: this
-    project's kernels for BF16 on GPUs. torch: PyTorch's operations, compiled on GPUs. auto: the faster one."""
+    project's kernels, for BF16 on GPUs of compute capability 9 or 10. torch: PyTorch's operations, which the compiler
+    fuses. auto: Triton on Hopper GPUs, else torch."""
 
     def __post_init__(self) -> None:
         require(self.model_type == "bert", f"model.model_type is {self.model_type!r}; only 'bert' is supported.")

@@ -43,11 +43,12 @@ class TrainingConfig:
     lr_schedule: LrSchedule
     """After warm-up: constant, linear decay to zero or cosine decay to zero at num_train_steps."""
     warmup_steps: int | None
-    """Steps over which the learning rate rises linearly from zero; null: a tenth of num_train_steps."""
+    """Steps over which the learning rate rises linearly to its peak; null: a tenth of num_train_steps."""
     num_train_steps: int
-    """Optimizer steps of the whole run."""
+    """Optimizer steps of the whole run, earlier parts of a resumed run included."""
     gradient_accumulation_steps: int
-    """Micro-batches per device and optimizer step."""
+    """Micro-batches per process and step at the first launch. A step has this number of packs times the number of
+    processes; a resumed run keeps that product and accumulates accordingly."""
     weight_decay: float
     """AdamW's decay of weight matrices and embeddings; biases and LayerNorm are never decayed."""
     adam_beta1: float
@@ -65,18 +66,23 @@ class TrainingConfig:
     num_workers: int
     """Threads that build micro-batches in the background; 0 builds them in the main thread."""
     compute_dtype: ComputeDtype
-    """auto is bfloat16 on CUDA and float32 on the CPU."""
+    """Dtype of activations and of the weights' working copies; auto: bfloat16 on CUDA, float32 on the CPU. Main weights
+    and optimizer state are always FP32."""
     compile: bool | None
     """torch.compile; null compiles on CUDA where packing keeps shapes constant."""
     cuda_graphs: bool | None
-    """Launch all kernels of a micro-batch at once, which spares the host and changes no result. Needs GPUs, DDP, BF16,
-    compiled PyTorch layers and no recomputing; null: where that is so, on one node, up to a hidden_size of 1,024."""
+    """Record forward and backward of a micro-batch once and launch all its kernels together from then on: the host,
+    which limits small models, is spared. On one GPU no result changes by a bit. On several, gradients are summed after
+    the last micro-batch instead of during its backward: faster over NVLink; where GPUs of a node are linked by PCIe
+    alone, try false. Needs GPUs, DDP, BF16, compiled PyTorch layers and no recomputing; null: where that is so, on one
+    node, up to a hidden_size of 1,024."""
     deterministic: bool
-    """Deterministic kernels: runs repeat bitwise on the same hardware, somewhat slower."""
+    """Deterministic kernels: runs repeat bitwise on the same hardware, somewhat slower. The CPU does so anyway."""
     use_fp8: bool
     """FP8 matrix products through Transformer Engine; needs TE layers and compute capability 8.9."""
     fp8_recipe: Fp8Recipe
-    """delayed, current or block scaling; mxfp8 and nvfp4 need a GPU of compute capability 10."""
+    """Scaling of FP8 tensors. block, mxfp8 and nvfp4 are refused where the GPU does not have them (the last two need
+    compute capability 10)."""
     recompute_every_n_layers: int
     """Activation checkpointing: every n-th layer keeps only its input and is computed again in the backward, for
     less memory; 1: all layers, 0: none."""
@@ -86,13 +92,15 @@ class TrainingConfig:
     """Shard with PyTorch's FSDP2 instead of DDP."""
     reshard_after_forward: bool | None
     """FSDP2 frees a layer's gathered weights after its forward and gathers them again for its backward. false keeps
-    them until the step's end: less communication, and the whole model in the compute dtype on each rank. null keeps
-    them on GPUs whose memory suffices by the estimate."""
+    them, for a step's further micro-batches too: at least a quarter less communication, for the memory of the whole
+    model in BF16 (5.8 GB for 4b) on each GPU. null keeps them where the estimate with them stays below 85% of the GPU's
+    memory; the start says which."""
     shard_group_size: int | None
-    """Ranks that share one copy of the weights, and of the optimizer state; the groups are replicas of each other
-    (hybrid sharding). null: all ranks share one copy."""
+    """Ranks that share one copy of weights and optimizer state; groups of so many ranks are replicas of each other
+    (hybrid sharding, such as 8 on nodes of 8 GPUs). null: all ranks share one copy. Needs an engine that shards."""
     checkpoint_dir: str
-    """Folder of checkpoints, metrics.jsonl, config.yaml and final_model."""
+    """Folder of checkpoints, metrics.jsonl, config.yaml, exit.json and final_model/; on several nodes a folder that all
+    share."""
     init_from: str | None
     """Published model whose weights a new run starts from: a folder or file of Hugging Face BERT weights; null: random
     weights. A run that resumes ignores it."""
@@ -102,8 +110,8 @@ class TrainingConfig:
     init_extend_positions: bool
     """Allow more positions than the published model has: its table is repeated."""
     save_every_minutes: float
-    """Checkpoint interval in minutes, at most this much work is lost in a crash; 0: only save_every_n_steps counts. The
-    last step is always saved."""
+    """Checkpoint interval in minutes: a crash loses at most about this much work. 0: only save_every_n_steps counts.
+    The last step is always saved."""
     save_every_n_steps: int | None
     """Checkpoint interval in steps, beside save_every_minutes; null: minutes alone."""
     keep_last_n: int
@@ -111,11 +119,11 @@ class TrainingConfig:
     keep_best: bool
     """Also keep the checkpoint with the lowest validation loss, and export it to best_model/ at the end."""
     async_save: bool
-    """Write checkpoints in the background: training stops only while weights are copied to host memory."""
+    """Write checkpoints in the background: training stands still only while weights are copied to host memory."""
     resume_from_checkpoint: bool
     """Go on from the newest good checkpoint. false moves an earlier run to previous-TIME/ and starts at 0."""
     accept_changed_data: bool
-    """Resume although corpus, vocabulary, seed or token budget changed, from the start of an epoch."""
+    """Resume although corpus, vocabulary, seed, masking or pack shape changed, from the start of a new epoch."""
     max_skipped_steps: int
     """Stop after this many updates in a row were skipped because a gradient was not finite."""
     hang_timeout_seconds: float
@@ -124,11 +132,13 @@ class TrainingConfig:
     log_cell_ids: bool
     """Write the cell numbers of each micro-batch to cells/rank_R.jsonl in the checkpoint folder, for audits."""
     log_every_n_steps: int
-    """Interval of metrics.jsonl; the progress bar and trackers follow it at most once a second."""
+    """Interval of records in metrics.jsonl, in steps. Trackers get a record at most once a second."""
     validate_every_n_steps: int
-    """Interval of validation on data.validation_path; 0 validates at the end alone."""
+    """Interval of validation on the held-out cells, in steps; 0 validates at the end alone. Above 0 it needs
+    data.validation_path or data.validation_fraction."""
     wandb_init_args: dict[str, Any] | None
-    """Passed to wandb.init; offline unless WANDB_API_KEY or `mode` says otherwise. null: no tracking."""
+    """Passed to wandb.init. Offline unless WANDB_API_KEY is set, or mode or WANDB_MODE says otherwise; null: no
+    tracking, and wandb is not imported."""
 
     def __post_init__(self) -> None:
         for name in [
