@@ -70,7 +70,7 @@ def write_corpus(chosen: ChosenCells, gene_set: GeneSet, folder: Path) -> Path:
     part = "part-00000.parquet"
     tokens = pa.LargeListArray.from_arrays(chosen.offsets, chosen.tokens)
     pq.write_table(pa.table({"input_ids": tokens, "cell_id": chosen.ids}), folder / part)
-    facts = {"format_version": 1, "gene_set": gene_set.describe(), "parts": [{"file": part}]}
+    facts = {"format_version": 1, "gene_set": gene_set.describe(), "parts": [{"file": part, "cells": len(chosen.ids)}]}
     (folder / "corpus.json").write_text(json.dumps(facts))
     return folder
 

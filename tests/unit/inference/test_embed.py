@@ -297,7 +297,7 @@ def test_what_is_no_model(tmp_path):
 
 
 def test_corpus_of_another_gene_set(v1, tmp_path):
-    facts = {"format_version": 1, "parts": [{"file": "part-0.parquet"}]}
+    facts = {"format_version": 1, "parts": [{"file": "part-0.parquet", "cells": 24}]}
     write_cells(tmp_path / "part-0.parquet", v1.cells)
     other = facts | {"gene_set": gene_set("v2", "other").describe()}
     (tmp_path / "corpus.json").write_text(json.dumps(other))
