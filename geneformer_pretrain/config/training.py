@@ -97,8 +97,8 @@ class TrainingConfig:
     """Published model whose weights a new run starts from: a folder or file of Hugging Face BERT weights; null: random
     weights. A run that resumes ignores it."""
     init_gene_mapping: str | None
-    """Table of two columns, this run's gene id and the published model's (aliases, orthologs), to match their tokens by;
-    null: by gene id."""
+    """Table of two columns, this run's gene id and the published model's (aliases, orthologs), by which tokens are
+    matched; null: by gene id."""
     init_extend_positions: bool
     """Allow more positions than the published model has: its table is repeated."""
     save_every_minutes: float

@@ -16,6 +16,10 @@ from geneformer_pretrain.run.record import config_as_yaml
 from geneformer_pretrain.training.optimizer import learning_rate, warmup_steps
 from geneformer_pretrain.training.validation import Validation
 
+SAMPLE = Path(__file__).resolve().parents[2] / "sample_data" / "cells.parquet"
+MAX_SAMPLE_EPOCHS = 20
+"""Epochs of the sample beyond which a run is taken for a mistake."""
+
 
 @dataclass(frozen=True)
 class StartFacts:
@@ -66,7 +70,7 @@ def describe_start(run: StartFacts) -> str:
         lines.append(f"weights     gathered {gathered}")
     if run.device.type == "cuda":
         lines += _on_gpu(run)
-    return "\n".join(lines + _warnings(run))
+    return "\n".join(lines + _warnings(run, steps_of_epoch))
 
 
 def _on_gpu(run: StartFacts) -> list[str]:
@@ -89,8 +93,16 @@ def _on_gpu(run: StartFacts) -> list[str]:
     ]
 
 
-def _warnings(run: StartFacts) -> list[str]:
+def _warnings(run: StartFacts, steps_of_epoch: int) -> list[str]:
     lines, config = [], run.config
+    epochs = config.training.num_train_steps / steps_of_epoch
+    if Path(config.data.path).resolve() == SAMPLE and epochs > MAX_SAMPLE_EPOCHS:
+        lines += [
+            "*" * 100,
+            f"WARNING     this run trains on the {run.data.corpus.num_cells} simulated sample cells, {epochs:,.0f}",
+            "            times over. It will learn no biology. Name your corpus: data.path=FOLDER",
+            "*" * 100,
+        ]
     warmup, steps = warmup_steps(config.training), config.training.num_train_steps
     if warmup > steps:
         highest = learning_rate(steps - 1, config.training)

@@ -1,15 +1,22 @@
-"""Decides when a checkpoint is saved, and survives saves that fail."""
+"""Decides when a checkpoint is saved and which is the best, and survives saves that fail."""
 
+import math
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
+import torch
 from torch import Tensor
 
+from geneformer_pretrain.checkpoint.state import Progress, named_tensors, state_to_save
 from geneformer_pretrain.checkpoint.store import CheckpointStore
-from geneformer_pretrain.config.training import TrainingConfig
+from geneformer_pretrain.config.schema import Config
+from geneformer_pretrain.data.dataset import DataSource
+from geneformer_pretrain.data.stream import PackStream
+from geneformer_pretrain.distributed.engines import Engine
 from geneformer_pretrain.errors import CheckpointSaveError
+from geneformer_pretrain.model.precision import fp8_state
+from geneformer_pretrain.training.resume import FP8_PREFIX
 
 MAX_FAILED_SAVES = 3
 """Saves that may fail in a row before training stops with an error."""
@@ -22,46 +29,85 @@ class Saver:
     ----------
     store
         Where to.
-    config
-        The group `training`.
+    engine, optimizer, context
+        Owners of the tensors: weights, AdamW's state and, through the forward's context, FP8 scales.
+    config, data
+        Described in the checkpoint.
     say
         Prints a line on the main rank.
+
+    Attributes
+    ----------
+    best
+        Step and validation loss of the best checkpoint, and of a better one that is being saved.
     """
 
-    def __init__(self, store: CheckpointStore, config: TrainingConfig, say: Callable[[str], None]) -> None:
-        self.store, self.config, self.say = store, config, say
+    def __init__(
+        self,
+        store: CheckpointStore,
+        engine: Engine,
+        optimizer: torch.optim.AdamW,
+        context: Callable[[], AbstractContextManager[None]],
+        config: Config,
+        data: DataSource,
+        say: Callable[[str], None],
+    ) -> None:
+        self.store, self.engine, self.optimizer, self.context = store, engine, optimizer, context
+        self.config, self.data, self.say = config, data, say
+        self.best: list[tuple[int, float | None]] = []
         self.failed_saves = 0
         self.unconfirmed_save = False
         self.last_save = time.monotonic()
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all tensors of a checkpoint, by canonical name."""
+        tensors = named_tensors(self.engine.model, self.optimizer)
+        self.engine.prepare_for_checkpoint(tensors)
+        scaling = fp8_state(self.engine.model, self.context)
+        return tensors | {f"{FP8_PREFIX}{name}": tensor for name, tensor in scaling}
+
     def is_due(self) -> bool:
         """True on a rank whose clock says that `save_every_minutes` have passed; the ranks then agree on a step."""
-        minutes = self.config.save_every_minutes
+        minutes = self.config.training.save_every_minutes
         return minutes > 0 and time.monotonic() - self.last_save >= 60 * minutes
 
-    def save(
-        self,
-        step: int,
-        tensors: Mapping[str, Tensor],
-        state: Mapping[str, Any],
-        final: bool,
-        protected: Collection[int] = (),
-    ) -> None:
-        """Save a checkpoint; a failed save is survived, unless it is the last one or one too many.
+    def settle_best(self, progress: Progress) -> None:
+        """Keep the newest of the best steps whose checkpoint is there, in the eyes of rank 0, and protect it."""
+        known = self.best or ([] if progress.best_step is None else [(progress.best_step, progress.best_loss)])
+        there = [(step, loss) for step, loss in known if (self.store.directory / f"step_{step}").is_dir()]
+        self.best = self.store.ranks.gather(there[-1:])[0]
+        progress.best_step, progress.best_loss = self.best[0] if self.best else (None, None)
 
-        Parameters
-        ----------
-        protected
-            Steps whose checkpoints are kept, however old.
-        """
-        blocking = final or not self.config.async_save
+    def record_best(self, progress: Progress, validation: dict[str, float]) -> bool:
+        """Record this step as the best one if its validation loss is the lowest so far; true if it is."""
+        loss = validation.get("validation_loss", math.inf)
+        lowest = math.inf if progress.best_loss is None else progress.best_loss
+        if not self.config.training.keep_best or loss >= lowest:
+            return False
+        self.best.append((progress.step, loss))  # The earlier one stays until a later save: that of this step may fail.
+        progress.best_step, progress.best_loss = progress.step, loss
+        return True
+
+    def save(self, progress: Progress, stream: PackStream, final: bool) -> None:
+        """Save a checkpoint; a failed save is survived, unless it is the last one or one too many."""
+        blocking = final or not self.config.training.async_save
         unconfirmed, self.unconfirmed_save = self.unconfirmed_save, not blocking
         with self._surviving(final=False):
             self.store.wait()
             if unconfirmed:
                 self.failed_saves = 0
+        if progress.best_step not in (None, progress.step):
+            self.settle_best(progress)
+        state = state_to_save(
+            progress,
+            **stream.state_at(progress.next_pack),
+            data=self.data.fingerprint,
+            data_files=self.data.files,
+            model=self.config.model.architecture(),
+        )
+        protected = [step for step, _ in self.best]
         with self._surviving(final):
-            self.store.save(step, tensors, state, blocking=blocking, protected=protected)
+            self.store.save(progress.step, self.tensors(), state, blocking=blocking, protected=protected)
             if blocking:
                 self.failed_saves = 0
         self.last_save = time.monotonic()

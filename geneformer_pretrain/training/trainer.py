@@ -1,7 +1,6 @@
 """The training run: build, resume, train, validate, save, export."""
 
 import gc
-import math
 import os
 import time
 from contextlib import ExitStack
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from geneformer_pretrain.checkpoint.export import gather_weights, read_weights, write_model
-from geneformer_pretrain.checkpoint.state import Progress, accumulation_steps, named_tensors, state_to_save
+from geneformer_pretrain.checkpoint.state import Progress, accumulation_steps
 from geneformer_pretrain.checkpoint.store import CheckpointStore
 from geneformer_pretrain.config.schema import Config
 from geneformer_pretrain.console import say
@@ -23,7 +22,7 @@ from geneformer_pretrain.distributed.watchdog import Watchdog
 from geneformer_pretrain.distributed.world import World
 from geneformer_pretrain.errors import ConfigError
 from geneformer_pretrain.model.build import build_model
-from geneformer_pretrain.model.precision import forward_context, fp8_state
+from geneformer_pretrain.model.precision import forward_context
 from geneformer_pretrain.model.resolve import DTYPES, resolve_on_all_ranks
 from geneformer_pretrain.run.archive import archive_run, has_results, require_no_other_use
 from geneformer_pretrain.run.folder import FolderWriter, write_exit
@@ -34,7 +33,7 @@ from geneformer_pretrain.training.corpora import open_corpora, require_same_pack
 from geneformer_pretrain.training.optimizer import build_optimizer
 from geneformer_pretrain.training.report import StartFacts, describe_end, describe_start
 from geneformer_pretrain.training.results import StepResults
-from geneformer_pretrain.training.resume import FP8_PREFIX, resume
+from geneformer_pretrain.training.resume import resume
 from geneformer_pretrain.training.saving import Saver
 from geneformer_pretrain.training.start import start_from_published
 from geneformer_pretrain.training.step import TrainStep
@@ -63,9 +62,9 @@ class Trainer:
             torch.use_deterministic_algorithms(True)
         self.ranks = ranks = Ranks()
         ranks.require_equal(identity_of_rank(config), ConfigError)
+        ranks.run_on_all_ranks(lambda: apply_gene_set(config), ConfigError)
         self.resolved = resolve_on_all_ranks(config, world, ranks)
         self.context = forward_context(config)
-        ranks.run_on_all_ranks(lambda: apply_gene_set(config), ConfigError)
         self.data, self.validation = open_corpora(config, world, ranks)
 
         dtype = DTYPES[self.resolved.compute_dtype]
@@ -79,13 +78,13 @@ class Trainer:
         if not training.resume_from_checkpoint:
             self._archive("The earlier run in {folder} is in {previous} now.")
         self.store = CheckpointStore(self.folder, keep_last_n=training.keep_last_n)
+        self.saver = Saver(self.store, self.engine, self.optimizer, self.context, config, self.data, self.say)
         self.progress = self._resume()
-        self.protected = set() if self.progress.best_step is None else {self.progress.best_step}
+        self.saver.settle_best(self.progress)
         self.accumulation = accumulation_steps(self.progress.packs_per_step, world.size)
         self.stream = self.data.stream(self.progress.epoch, self.progress.epoch_first_pack)
 
         self.watchdog = Watchdog(training.hang_timeout_seconds, self.folder, world, write_exit)
-        self.saver = Saver(self.store, training, self.say)
         self.step = TrainStep(
             self.engine, self.optimizer, training, self.resolved, world, self.accumulation, self.context, self._beat
         )
@@ -113,17 +112,10 @@ class Trainer:
             if self.config.training.init_from is not None:
                 start_from_published(self.config, self.engine, self.ranks, self.say)
             return Progress(packs_per_step=packs)
-        return resume(path, self.store, self.tensors(), self.optimizer, self.config, self.data, packs, self.say)
+        return resume(path, self.store, self.saver.tensors(), self.optimizer, self.config, self.data, packs, self.say)
 
     def _beat(self, phase: str) -> None:
         self.watchdog.beat(self.progress.step + 1, phase)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return all tensors of a checkpoint, by canonical name."""
-        tensors = named_tensors(self.engine.model, self.optimizer)
-        self.engine.prepare_for_checkpoint(tensors)
-        scaling = fp8_state(self.engine.model, self.context)
-        return tensors | {f"{FP8_PREFIX}{name}": tensor for name, tensor in scaling}
 
     def say(self, text: str) -> None:
         """Print on the main rank."""
@@ -207,7 +199,7 @@ class Trainer:
             if self._due(training.validate_every_n_steps, is_last):
                 started = time.perf_counter()
                 latest.validation = self.validate()
-                is_best = training.keep_best and self._is_best(latest.validation)
+                is_best = self.saver.record_best(progress, latest.validation)
                 results.pause("validation_seconds", time.perf_counter() - started)
             wants_save = results.stop_requested or results.save_requested or is_best
             if wants_save or self._due(training.save_every_n_steps, is_last):
@@ -241,25 +233,7 @@ class Trainer:
             self.say("No token of the held-out cells is masked: there is no validation loss.")
         return found
 
-    def _is_best(self, validation: dict[str, float]) -> bool:
-        """Record this step as the best one if its validation loss is the lowest so far."""
-        progress, loss = self.progress, validation.get("validation_loss", math.inf)
-        if loss >= (math.inf if progress.best_loss is None else progress.best_loss):
-            return False
-        # The earlier one is kept until a later save: that of this step may fail.
-        self.protected = {step for step in (progress.best_step, progress.step) if step is not None}
-        progress.best_step, progress.best_loss = progress.step, loss
-        return True
-
     def save(self, final: bool) -> None:
         """Save a checkpoint of this step."""
-        progress = self.progress
-        self.watchdog.beat(progress.step, "saving")
-        state = state_to_save(
-            progress,
-            **self.stream.state_at(progress.next_pack),
-            data=self.data.fingerprint,
-            data_files=self.data.files,
-            model=self.config.model.architecture(),
-        )
-        self.saver.save(progress.step, self.tensors(), state, final, self.protected)
+        self.watchdog.beat(self.progress.step, "saving")
+        self.saver.save(self.progress, self.stream, final)

@@ -77,8 +77,8 @@ def same_tensors(first: Path, second: Path) -> bool:
 
 
 def reported(run: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without what is measured in seconds."""
-    timed = re.compile("(.*_)?seconds|tokens_per_second|mfu")
+    """Read metrics.jsonl without timings and without the mark of a start."""
+    timed = re.compile("(.*_)?seconds|tokens_per_second|mfu|includes_start")
     return [{k: v for k, v in record.items() if not timed.fullmatch(k)} for record in read_metrics(run)]
 
 

@@ -290,3 +290,18 @@ def test_ranges_of_rows_and_columns(tmp_path: Path) -> None:
         "donor": ["donor 2", "donor 0", "donor 1"],
         "cell_type": [None, "B cell", None],
     }
+
+
+def test_the_order_of_operations_decides_near_ties(tmp_path: Path) -> None:
+    """Medians in proportion to the counts: only rounding tells the genes apart, and it must be the rule's."""
+    counts = np.random.default_rng(0).integers(1, 50, GENES).astype(np.float32)
+    medians = np.concatenate([[np.nan] * 2, counts.astype(np.float64)[np.argsort(GENE_IDS)] / 7.3])
+    gene_set = example_gene_set(medians=medians)
+    path = write_h5ad(tmp_path / "a.h5ad", example_anndata(sp.csr_matrix(counts[None])))
+    assert tokens_by_row(path, gene_set) == expected_rows(counts[None], gene_set)
+    median_of = dict(zip(gene_set.tokens, gene_set.medians, strict=True))
+    other = sorted(
+        (-(float(count) * 10_000 / float(counts.sum()) / median_of[gene]), gene)
+        for gene, count in zip(GENE_IDS, counts, strict=True)
+    )
+    assert [gene_set.tokens.index(gene) for _, gene in other] != expected_rows(counts[None], gene_set)[0]

@@ -22,7 +22,7 @@ from geneformer_pretrain.config.compose import CONFIG_DIR, DEFAULT_NAME, load_co
 from geneformer_pretrain.data import stream
 from geneformer_pretrain.errors import ConfigError, TrainingError
 from geneformer_pretrain.training import main as train
-from geneformer_pretrain.training import trainer
+from geneformer_pretrain.training import report, trainer
 from geneformer_pretrain.training.step import TrainStep
 from tests.tiny import (
     make_cells,
@@ -253,6 +253,16 @@ def test_held_out_cells_are_counted_at_the_start(
     given = [f"data.validation_path={tmp_path / 'held_out.parquet'}", f"data.validation_packs={most}"]
     assert train.run(tiny_config(tmp_path, *given)) == 0
     assert f"held out    5 cells, 150 tokens; a validation reads {read}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("steps", "warned"), [(1000, True), (2, False)])
+def test_a_long_run_on_the_sample_is_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], steps: int, warned: bool
+) -> None:
+    monkeypatch.setattr(report, "SAMPLE", (tmp_path / "cells.parquet").resolve())
+    monkeypatch.setattr(trainer.Trainer, "_train", lambda self, *_: setattr(self.progress, "step", steps))
+    assert train.run(tiny_config(tmp_path, f"training.num_train_steps={steps}")) == 0
+    assert ("WARNING     this run trains on the 60 simulated sample cells" in capsys.readouterr().out) is warned
 
 
 def test_held_out_cells_that_are_trained_on_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
