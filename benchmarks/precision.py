@@ -40,7 +40,7 @@ def losses(config: Config, world: World) -> list[float]:
     torch._dynamo.reset()
     trainer = Trainer(config, world)
     totals = []
-    with trainer.data.loader(trainer.stream, trainer.progress, world.rank, world.size) as loader:
+    with trainer.loader() as loader:
         for step in range(config.training.num_train_steps):
             totals.append(trainer.step.run(loader, step).wait())
     return [loss_sum / masked for loss_sum, masked, *_ in totals]

@@ -36,7 +36,7 @@ def main() -> None:
         fixed = [f"training.checkpoint_dir={folder}", "training.wandb_init_args=null"]
         config = load_config(args.config_name, [*args.overrides, *fixed])
         trainer = Trainer(config, world)
-        loader: Loader = trainer.data.loader(trainer.stream, trainer.progress, world.rank, world.size)
+        loader: Loader = trainer.loader()
         with loader:
             for step in range(WARMUP):
                 trainer.step.run(loader, step)

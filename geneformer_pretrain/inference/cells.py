@@ -1,7 +1,6 @@
 """Cells for inference: a corpus of tokens, or counts that are tokenized into one first."""
 
 import ctypes
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +15,7 @@ import pyarrow.parquet as pq
 
 from geneformer_pretrain.console import Progress, say
 from geneformer_pretrain.data.corpus import Corpus, open_corpus
+from geneformer_pretrain.data.sources import read_description
 from geneformer_pretrain.errors import DataError
 from geneformer_pretrain.files import replacing
 from geneformer_pretrain.inference.model import Model
@@ -258,26 +258,24 @@ def _require_gene_set(corpus: Path, model: Model, *, is_main: bool) -> None:
     DataError
         Naming the difference.
     """
-    facts = (corpus if corpus.is_dir() else corpus.parent) / "corpus.json"
+    folder = corpus if corpus.is_dir() else corpus.parent
+    description = read_description(folder)
     genes = model.gene_set
-    if not facts.is_file():
+    if description is None:
         if is_main:
             say(f"{corpus} does not name its gene set; its tokens are read as those of {genes.name}.")
         return
-    try:
-        theirs: dict[str, Any] = json.loads(facts.read_text())["gene_set"]
-        name, fingerprint = theirs["name"], theirs["fingerprint"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{facts}: not as `tokenize` writes it ({error!r}); tokenize the cells again.") from error
-    if fingerprint != genes.fingerprint:
+    theirs = description.gene_set
+    if theirs.fingerprint != genes.fingerprint:
         differences = [
-            f"{key} {theirs[key]} there, {ours} here"
+            f"{key} {getattr(theirs, key)} there, {ours} here"
             for key, ours in (("vocab_size", genes.vocab_size), ("max_tokens", genes.max_tokens))
-            if key in theirs and theirs[key] != ours
+            if getattr(theirs, key) != ours
         ]
         raise DataError(
-            f"{facts}: the cells were tokenized with the gene set {name!r}, the model was trained with {genes.name!r} "
-            f"({', '.join(differences) or 'other genes or medians'}); tokenize them with the model's gene set."
+            f"{folder}: the cells were tokenized with the gene set {theirs.name!r}, the model was trained with "
+            f"{genes.name!r} ({', '.join(differences) or 'other genes or medians'}); tokenize them with the model's "
+            "gene set."
         )
 
 

@@ -1,7 +1,6 @@
 """Embeddings of cells, and mean contextual embeddings of genes."""
 
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -296,63 +295,3 @@ def columns_of(cells: Cells, numbers: np.ndarray) -> pa.Table:
         table = cells.table(others, numbers)
         columns |= {name: table[name] for name in others}
     return pa.table(columns)
-
-
-@dataclass(frozen=True, eq=False)
-class Embedded:
-    """Embeddings in memory.
-
-    Attributes
-    ----------
-    embeddings
-        float32 [n, H].
-    table
-        `cell`, `cell_id` and the other columns of the cells, n rows.
-    tokens, offsets
-        Cell i is `tokens[offsets[i] : offsets[i + 1]]`.
-    """
-
-    embeddings: np.ndarray
-    table: pa.Table
-    tokens: np.ndarray
-    offsets: np.ndarray
-
-
-def embed_cells(
-    model: str | Path,
-    cells: list[str],
-    *,
-    layer: int = -2,
-    pooling: str = MEAN,
-    gene_set: str | Path | None = None,
-    random_weights: bool = False,
-    seed: int = 0,
-) -> Embedded:
-    """Embed cells that fit into memory, in this process alone.
-
-    Parameters
-    ----------
-    model, cells, layer, pooling, gene_set
-        See `EmbedOptions`.
-    random_weights
-        Give the model new weights, drawn with `seed`: what its architecture is worth without training.
-
-    Raises
-    ------
-    ConfigError, DataError
-        Naming the option, file or cell, and the remedy.
-    """
-    loaded = load_model(model, gene_set=gene_set, device=local_device(), random_seed=seed if random_weights else None)
-    _require_cls(loaded, pooling)
-    with tempfile.TemporaryDirectory() as folder:
-        opened = open_cells(cells, loaded, Path(folder), CountsOptions(), show_progress=True)
-        whole = Part(0, 0, opened.num_cells)
-        runner = Runner(loaded, layer, longest=int(opened.lengths.max()))
-        head = _Head(loaded, pooling, None, with_genes=False)
-        embeddings = np.empty((opened.num_cells, loaded.hidden_size), np.float32)
-        with Progress(opened.num_cells, "embed", "cell") as progress:
-            for pack, rows in runner.run(_packs(runner, head, opened, [whole], None)):
-                embeddings[pack.items] = rows
-                progress.advance(len(rows))
-        numbers = np.arange(opened.num_cells)
-        return Embedded(embeddings, columns_of(opened, numbers), *opened.tokens(numbers))

@@ -67,9 +67,10 @@ def choose_cells(cells: Cells, label: str, group: str | None, *, max_cells: int,
 def write_corpus(chosen: ChosenCells, gene_set: GeneSet, folder: Path) -> Path:
     """Write the chosen cells as a corpus of this gene set, into a new folder."""
     folder.mkdir()
+    part = "part-00000.parquet"
     tokens = pa.LargeListArray.from_arrays(chosen.offsets, chosen.tokens)
-    pq.write_table(pa.table({"input_ids": tokens, "cell_id": chosen.ids}), folder / "part-00000.parquet")
-    facts = {"format_version": 1, "gene_set": {"name": gene_set.name, "fingerprint": gene_set.fingerprint}}
+    pq.write_table(pa.table({"input_ids": tokens, "cell_id": chosen.ids}), folder / part)
+    facts = {"format_version": 1, "gene_set": gene_set.describe(), "parts": [{"file": part, "cells": len(chosen.ids)}]}
     (folder / "corpus.json").write_text(json.dumps(facts))
     return folder
 

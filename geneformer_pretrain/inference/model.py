@@ -111,7 +111,6 @@ def load_model(
     gene_set: str | Path | None = None,
     dtype: str = "auto",
     device: torch.device | None = None,
-    random_seed: int | None = None,
 ) -> Model:
     """Load a model of the Geneformer family: this project's export or any Hugging Face BERT.
 
@@ -125,8 +124,6 @@ def load_model(
         "float32", "bfloat16", or "auto": bfloat16 on GPUs that have it, else float32.
     device
         The current GPU or the CPU if not given.
-    random_seed
-        Draw new weights with this seed, as for a model that is to be trained.
 
     Raises
     ------
@@ -149,10 +146,6 @@ def load_model(
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     compute = _compute_dtype(dtype, device)
     loaded = _load_weights(folder)
-    if random_seed is not None:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(random_seed)
-            loaded = BertForMaskedLM(loaded.config)
     _use_fast_kernels(loaded, device, compute)
     bert: BertModel = loaded.bert.to(device=device, dtype=compute).eval()
     embeddings = bert.embeddings

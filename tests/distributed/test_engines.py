@@ -93,7 +93,7 @@ def when_gathered(rank: int, size: int, given: list[str]) -> dict[str, list[bool
     def gathered() -> list[bool]:
         return [not any(isinstance(weight, DTensor) for weight in layer.parameters()) for layer in layers]
 
-    with trainer.data.loader(trainer.stream, trainer.progress, rank, size) as loader:
+    with trainer.loader() as loader:
         batch = next_batch(loader, "data.path")
     trainer.step.forward(batch)
     found = {"after a forward": gathered()}
@@ -121,7 +121,7 @@ def test_weights_stay_gathered_where_asked(tmp_path: Path, run_workers: RunWorke
 
 def descriptions_made_in_a_step(rank: int, size: int, given: list[str]) -> int:
     trainer = build(rank, size, given)
-    with trainer.data.loader(trainer.stream, trainer.progress, rank, size) as loader:
+    with trainer.loader() as loader:
         trainer.step.run(loader, 0)
         with mock.patch.object(
             DTensorSpec, "__post_init__", autospec=True, side_effect=DTensorSpec.__post_init__

@@ -47,7 +47,7 @@ def test_steps_neither_synchronise_nor_recompile(overrides, engine):
     torch._dynamo.reset()
     with distributed_world() as world:
         trainer = Trainer(load_config("10m", [*overrides, ENGINES[engine]]), world)
-        with trainer.data.loader(trainer.stream, trainer.progress, 0, 1) as loader:
+        with trainer.loader() as loader:
             for step in range(3):
                 trainer.step.run(loader, step)
             torch.cuda.synchronize()
