@@ -85,7 +85,8 @@ $(VENV)/.installed: requirements.txt
 		"$$python" -m venv --without-pip $(VENV); \
 		"$$python" -m pip --python $(RUN) install --quiet pip; \
 	fi; \
-	$(RUN) $(PIP_INSTALL) --requirement requirements.txt
+	$(RUN) $(PIP_INSTALL) --requirement requirements.txt; \
+	$(RUN) $(PIP_INSTALL) --no-deps --editable .
 	@touch $@
 
 $(VENV)/.gitingest: $(VENV)/.installed
