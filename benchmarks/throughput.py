@@ -34,7 +34,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -201,30 +200,6 @@ def print_table(rows: list[dict[str, Any]]) -> None:
         )
 
 
-def draw_chart(rows: list[dict[str, Any]], path: Path) -> None:
-    """Bars of tokens per second and GPU, one panel a model."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.fonttype"] = "none"  # text, not outlines
-    from matplotlib import pyplot
-
-    names = list(dict.fromkeys(row["model"] for row in rows))
-    figure, axes = pyplot.subplots(len(names), 1, figsize=(8, 1 + 0.5 * len(rows)), squeeze=False)
-    for axis, name in zip(axes[:, 0], names, strict=True):
-        mine = [row for row in rows if row["model"] == name]
-        labels = [f"{row['variant']}, {row['engine']}, {row['nproc']} GPU" for row in mine]
-        colors = ["tab:gray" if row["engine"] == "baseline" else "tab:blue" for row in mine]
-        bars = axis.barh(labels, [row["tokens_per_second"] / 1e3 for row in mine], color=colors)
-        axis.bar_label(bars, fmt="{:,.1f}", padding=3)
-        axis.invert_yaxis()
-        axis.margins(x=0.12)
-        axis.set(title=name)
-    axes[-1, 0].set(xlabel="thousand unpadded tokens/s per GPU")
-    figure.tight_layout()
-    figure.savefig(path)
-
-
 def measure(args: argparse.Namespace, corpus: Path, lengths: np.ndarray) -> Iterator[dict[str, Any]]:
     """Run everything that was asked for, one process tree after the other."""
     for name in args.models:
@@ -274,13 +249,10 @@ def main() -> None:
     parser.add_argument("--baseline-cells", type=int, help=f"cells of its batches; default {BASELINE_CELLS}")
     parser.add_argument("--overrides", nargs="*", default=[], help="KEY=VALUE for every run")
     parser.add_argument("--peak-tflops", type=float, default=H100_BF16_TFLOPS, help="dense BF16 peak, for MFU")
-    parser.add_argument("--json", type=Path, help="write all numbers to this file")
-    parser.add_argument("--chart", type=Path, help="write a chart to this file (needs matplotlib)")
+    parser.add_argument("--json", type=Path, help="write all numbers to this file, for benchmarks/chart.py")
     parser.add_argument("--baseline-worker", nargs=3, metavar=("MODEL", "KIND", "CORPUS"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a run under way ends with the benchmark
-    if args.chart and find_spec("matplotlib") is None:
-        parser.error("--chart needs matplotlib, which is not installed")
     if args.skip >= args.steps:
         parser.error(f"--skip {args.skip} leaves no step of --steps {args.steps} to be timed")
     if args.baseline_worker:
@@ -298,8 +270,6 @@ def main() -> None:
                 args.json.write_text(json.dumps(rows, indent=2) + "\n")
     print()
     print_table(rows)
-    if args.chart:
-        draw_chart(rows, args.chart)
 
 
 if __name__ == "__main__":
