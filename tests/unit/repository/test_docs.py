@@ -1,25 +1,23 @@
 """The documentation against the code: keys and defaults, commands, snippets, files and what a run writes."""
 
+import argparse
 import json
 import re
 import shlex
 import subprocess
 from collections.abc import Iterator
-from dataclasses import fields
-from enum import StrEnum
+from importlib import import_module
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from torch.testing import assert_close
 
-from geneformer_pretrain.config.compose import load_config
-from geneformer_pretrain.config.data import DataConfig
-from geneformer_pretrain.config.model import ModelConfig
+from docs import make_configuration
+from geneformer_pretrain.cli import COMMANDS
+from geneformer_pretrain.config.compose import CONFIG_DIR, all_keys, choices, load_config
 from geneformer_pretrain.config.schema import Config
-from geneformer_pretrain.config.training import TrainingConfig
 from geneformer_pretrain.training import main as train
 from modeling_bert_te import BertConfig, BertForMaskedLM
 from tests.tiny import VOCAB_SIZE, overrides, read_metrics
@@ -27,15 +25,21 @@ from tests.tiny import VOCAB_SIZE, overrides, read_metrics
 ROOT = Path(__file__).resolve().parents[3]
 README = (ROOT / "README.md").read_text()
 AGENTS = (ROOT / "AGENT_DOCUMENTATION.md").read_text()
+INFERENCE = (ROOT / "docs/inference.md").read_text()
 CONFIGURATION = (ROOT / "docs/configuration.md").read_text()
-# What tells history may name keys and files that are gone.
-HISTORY = ("CHANGELOG.md", "LOG.md")
+# History (also docs/log/) may name keys and files that are gone.
+HISTORY = ("CHANGELOG.md",)
 GENERATED = "internal/gitingest.txt"
 PAGES = sorted(path for folder in (ROOT, ROOT / "docs") for path in folder.glob("*.md") if path.name not in HISTORY)
+MARKDOWN = sorted(
+    {
+        *ROOT.glob("*.md"),
+        *(path for name in ("docs", "examples", "sample_data", "tests") for path in (ROOT / name).rglob("*.md")),
+    }
+)
 
-NAMES = ("l0_sanity", "10m", "106m", "4b")
-GROUPS: dict[str, type] = {"model": ModelConfig, "training": TrainingConfig, "data": DataConfig}
-KEYS = [f"{group}.{field.name}" for group, kind in GROUPS.items() for field in fields(kind)]
+NAMES = tuple(choices(CONFIG_DIR))
+KEYS = all_keys()
 
 
 @pytest.fixture(scope="module")
@@ -61,56 +65,22 @@ def fences(text: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
-def value_of(config: Config, key: str) -> Any:
-    group, name = key.split(".")
-    return getattr(getattr(config, group), name)
-
-
-def parsed(cell: str, name: str) -> Any:
-    """The value that a cell shows for the configuration `name`, read as Hydra reads YAML."""
-    assert re.fullmatch(r"`[^`]+`", cell), f"{cell} is not one piece of code"
-    return OmegaConf.to_container(OmegaConf.create(f"x: {cell[1:-1].replace('NAME', name)}"))["x"]  # type: ignore[index, call-overload]
-
-
-def type_in_words(kind: Any) -> str:
-    if type(None) in get_args(kind):
-        return f"{type_in_words(get_args(kind)[0])} or null"
-    if get_origin(kind) is dict:
-        return "mapping"
-    if issubclass(kind, StrEnum):
-        return ", ".join(f"`{member.value}`" for member in kind)
-    return str(kind.__name__)
-
-
 # --- configuration ----------------------------------------------------------------------------------------
 
 
-def test_configuration_lists_each_key_once_in_order() -> None:
-    listed = [row[0] for group in GROUPS for row in rows(section(CONFIGURATION, group))]
-    assert listed == [f"`{key}`" for key in KEYS]
+def test_page_of_keys_is_current() -> None:
+    assert make_configuration.render(CONFIGURATION) == CONFIGURATION, "run `make docs`"
 
 
-@pytest.mark.parametrize("key", KEYS)
-def test_types_and_defaults(key: str, configs: dict[str, Config]) -> None:
-    """The default is the value of all four configurations, or the table of differences has each of them."""
-    group, name = key.split(".")
-    ((_, kind, default, meaning),) = (row for row in rows(section(CONFIGURATION, group)) if row[0] == f"`{key}`")
-    assert kind == type_in_words(get_type_hints(GROUPS[group])[name])
-    assert meaning
-    differences = rows(section(CONFIGURATION, "What the configurations change"))
-    shown = [row[1:] for row in differences if row[0] == f"`{key}`"]
-    if default == "differs":
-        (cells,) = shown
-    else:
-        assert not shown, f"{key} has a default and stands in the table of differences"
-        cells = [default] * len(NAMES)
-    for cell, (config_name, config) in zip(cells, configs.items(), strict=True):
-        value = value_of(config, key)
-        assert parsed(cell, config_name) == (value.value if isinstance(value, StrEnum) else value)
+def test_every_key_has_a_row_with_its_meaning() -> None:
+    listed = [row for group in ("model", "training", "data") for row in rows(section(CONFIGURATION, group))]
+    assert [row[0] for row in listed] == [f"`{key}`" for key in KEYS]
+    assert all(len(row) == 4 and len(row[3]) > 10 for row in listed)
 
 
-def test_table_of_differences_has_the_configurations_as_columns() -> None:
-    assert "| key | " + " | ".join(f"`{name}`" for name in NAMES) + " |" in CONFIGURATION
+@pytest.mark.parametrize("value", [None, True, False, 0, 7, 0.02, 1e-8, 7e-4, 0.9, 600.0, "a", {"a": "b", "c": None}])
+def test_shown_values_mean_what_they_show(value: Any) -> None:
+    assert make_configuration.read_value(make_configuration.as_yaml(value)) == value
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -121,20 +91,20 @@ def test_every_key_that_a_page_names_exists(page: Path) -> None:
 
 
 def test_sizes_are_true(configs: dict[str, Config]) -> None:
+    """The README's table of configurations: architecture, parameters, and a checkpoint of 12 bytes a parameter."""
     shapes = {row[0].split("`")[1]: row[1:] for row in rows(section(README, "Configurations"))}
-    assert list(shapes) == list(NAMES)
-    for name, config in configs.items():
-        model = config.model
+    assert {*shapes, "l0_sanity"} == set(NAMES)
+    for name, shown in shapes.items():
+        model = configs[name].model
         with torch.device("meta"):
             parameters = BertForMaskedLM(BertConfig(**model.architecture())).num_parameters()
-        assert f"{parameters:,} (" in CONFIGURATION
+        assert f"{parameters:,}" in CONFIGURATION
         size = f"{parameters / 1e9:.1f} billion" if parameters > 1e9 else f"{parameters / 1e6:.1f}M"
-        assert shapes[name] == [
+        assert shown[:2] == [
             f"{model.num_hidden_layers}, {model.hidden_size}, {model.intermediate_size}, {model.num_attention_heads}",
             size,
-            f"{model.token_budget:,}",
-            "Transformer Engine" if model.use_te_layers else "PyTorch",
         ]
+        assert float(shown[-1].split()[0]) == pytest.approx(12 * parameters / 1e9, rel=0.03)
 
 
 # --- commands ---------------------------------------------------------------------------------------------
@@ -165,13 +135,37 @@ def test_every_command_composes(command: str, arguments: list[str]) -> None:
     for word in words:
         if word == "--config-name":
             name = next(words)
+        elif word == "--config-path":
+            next(words)
         elif word == "--cfg":
             assert next(words) in ("all", "job", "hydra")
         else:
             assert "=" in word, f"{word!r} in {command!r} is neither an option nor KEY=VALUE"
             given.append(word)
-    assert name in NAMES
-    load_config(name, given)
+    if name != "config":  # that of a run, with --config-path
+        load_config(name, given)
+
+
+def tool_commands() -> Iterator[tuple[str, list[str]]]:
+    """(page and command, arguments) of every `geneformer-pretrain ...` in a fenced block."""
+    for page in MARKDOWN:
+        for block in fences(page.read_text(), "bash"):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = shlex.split(line, comments=True)
+                for entry in ("geneformer-pretrain", "geneformer_pretrain"):
+                    if entry in words:
+                        yield f"{page.name}: {line}", words[words.index(entry) + 1 :]
+
+
+def test_tool_commands_are_found() -> None:
+    assert {arguments[0] for _, arguments in tool_commands()} == set(COMMANDS) - {"export"}
+
+
+@pytest.mark.parametrize(("command", "arguments"), [pytest.param(*case, id=case[0]) for case in tool_commands()])
+def test_every_tool_command_parses(command: str, arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    import_module(f"geneformer_pretrain.commands.{arguments[0].replace('-', '_')}").add_arguments(parser)
+    parser.parse_args(arguments[1:])
 
 
 # --- files ------------------------------------------------------------------------------------------------
@@ -202,18 +196,40 @@ def test_every_file_that_a_page_names_exists(page: Path) -> None:
     assert not missing
     if page.name == "README.md":
         at_root = [name for name in code if "/" not in name and name not in written_by_a_run()]
-        assert at_root
         assert not [name for name in at_root if not (ROOT / name).exists()]
 
 
-def test_layout_names_every_file() -> None:
-    """Tests may be named by their folder."""
+def test_layout_names_every_wing() -> None:
+    """Every top-level file or folder, and every wing of the package, has a line; all that is named exists."""
     named = {name for row in rows(section(AGENTS, "Layout")) for name in re.findall(r"`([^`]+)`", row[0])}
     gone = [name for name in named if not (ROOT / name).exists()]
     assert not gone, f"in AGENT_DOCUMENTATION.md's layout, but not there: {gone}"
-    folders = tuple(f"{name}/" for name in named if (ROOT / name).is_dir())
-    unnamed = [name for name in repository_files() - named - {GENERATED} if not name.startswith(folders)]
+    package = "geneformer_pretrain/"
+    parts = {tuple(Path(name).parts) for name in repository_files()}
+    top = {part[0] + "/" * (len(part) > 1) for part in parts if part[0] + "/" != package}
+    wings = {package + part[1] + "/" * (len(part) > 2) for part in parts if part[0] + "/" == package}
+    unnamed = (top | wings) - named
     assert not unnamed, f"give each a line in AGENT_DOCUMENTATION.md, under Layout: {sorted(unnamed)}"
+
+
+# --- words and lines --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", MARKDOWN, ids=lambda page: page.name)
+def test_lines_are_short(page: Path) -> None:
+    """At most 120 characters, tables and code apart."""
+    prose = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL).splitlines()
+    assert not [line for line in prose if len(line) > 120 and not line.startswith("|")]
+
+
+def test_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 150
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pages_use_the_fields_words(page: Path) -> None:
+    private = r"\b(?:is|are|be|was|were) told\b|\btold (?:by|apart)\b|what surrounds|who holds|is told|\btelling\b"
+    assert not re.findall(private, page.read_text())
 
 
 # --- a run and its export ---------------------------------------------------------------------------------
@@ -221,13 +237,14 @@ def test_layout_names_every_file() -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder in which the README's snippets find the export of a tiny run, the second one in its place."""
+    """Folder in which the snippets find the export of a tiny run, the second one in its place."""
     folder = tmp_path_factory.mktemp("readme")
     given = overrides(
         folder,
         f"training.checkpoint_dir={folder / 'checkpoints/l0_sanity'}",
         f"data.validation_path={folder / 'cells.parquet'}",
         "training.log_cell_ids=true",
+        "training.keep_best=true",
         "training.learning_rate=1e-2",
     )
     assert train.run(load_config(overrides=given)) == 0
@@ -251,18 +268,18 @@ def test_recorded_metrics_are_the_documented_ones(folder: Path) -> None:
     paragraph = next(part for part in AGENTS.split("\n\n") if part.startswith("`metrics.jsonl`, one object"))
     documented = set(re.findall(r"`(\w+)`", paragraph)) - {"null"}
     recorded = set(read_metrics(folder / "checkpoints/l0_sanity")[-1])
-    assert documented == recorded | {"peak_memory_gib"}
+    assert documented == recorded | {"peak_memory_gib", "includes_start", "save_seconds"}
 
 
 def test_snippets_run_on_an_export(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both classes, as the README uses them, agree wherever there is a token."""
+    """Both classes, as docs/inference.md uses them, agree wherever there is a token."""
     monkeypatch.chdir(folder)
     stock: dict[str, Any] = {}
     ours: dict[str, Any] = {}
-    snippets = fences(README, "python")
+    snippets = fences(INFERENCE, "python")
     assert len(snippets) == 2
     for snippet, names in zip(snippets, (stock, ours), strict=True):
-        exec(compile(snippet, "README.md", "exec"), names)
+        exec(compile(snippet, "docs/inference.md", "exec"), names)
     assert torch.equal(stock["input_ids"], ours["input_ids"])
     assert stock["logits"].shape == ours["logits"].shape == (2, 4, VOCAB_SIZE)
     valid = ours["attention_mask"].bool()
