@@ -26,7 +26,7 @@ ENVIRONMENT = $(VENV)/.installed
 DIGEST_TOOL = $(VENV)/.gitingest
 endif
 
-.PHONY: help env train test test-gpu test-faults compat check digest clean
+.PHONY: help env train tutorial test test-gpu test-faults compat check digest clean
 
 help: ## print this list
 	@echo 'usage: make TARGET [VENV=folder|none] [PYTHON=interpreter] [PIP_ARGS="..."] [ARGS="..."]'
@@ -37,6 +37,9 @@ env: $(ENVIRONMENT) ## create the environment in VENV from requirements.txt (onc
 
 train: $(ENVIRONMENT) ## train the sanity configuration on the sample data, on a GPU if there is one
 	$(RUN) -m torch.distributed.run --standalone --nproc_per_node=1 train.py $(ARGS)
+
+tutorial: $(ENVIRONMENT) ## run docs/tutorial.md on real cells, on a CPU too (needs the network, 59 MB)
+	docs/tutorial/run.sh $(RUN) $(ARGS)
 
 test: $(ENVIRONMENT) ## run the tests that need no GPU, the fault suite in its shortened form
 	$(RUN) -m pytest -m 'not gpu and not slow' $(ARGS)
