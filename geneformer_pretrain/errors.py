@@ -75,6 +75,12 @@ def explain(error: BaseException, *, smaller: Sequence[str] = ()) -> str | None:
     return None
 
 
+def name_error(error: BaseException) -> str:
+    """Describe an error for a record: foreign ones in plain words, all others with their type."""
+    explained = None if isinstance(error, UserError) else explain(error)
+    return explained or f"{type(error).__name__}: {error}"
+
+
 def is_lack_of_memory(error: BaseException) -> bool:
     """True if the GPU or the host has no memory left."""
     return (

@@ -67,9 +67,11 @@ def load_config(
         check_choice("configuration", name, CONFIG_DIR)
         check_keys(read)
     given = [_without_plus(override) for override in overrides]
-    if config_dir is not None:
-        given.append(f"hydra.searchpath=[file://{Path(config_dir).resolve()}]")
     folder = CONFIG_DIR if config_path is None else Path(config_path).resolve()
+    if config_dir is not None:  # Hydra looks for the named configuration in the first folder alone.
+        own, shared = Path(config_dir).resolve(), folder
+        folder = own if (own / f"{name.removesuffix('.yaml')}.yaml").is_file() else shared
+        given.append(f"hydra.searchpath=[file://{own if folder == shared else shared}]")
     try:
         with initialize_config_dir(str(folder), version_base="1.3"):
             return check(compose(name.removesuffix(".yaml"), overrides=given))

@@ -68,9 +68,10 @@ class DataFingerprint:
             Names to print for the hashes of files, now and in the checkpoint: see ``DataSource.files``.
         """
         lines = []
-        for name, value in asdict(self).items():
-            default = next(field.default for field in fields(self) if field.name == name)
-            before = saved.get(name, None if default is MISSING else default)
+        defaults = {field.name: None if field.default is MISSING else field.default for field in fields(self)}
+        now_here = asdict(self)
+        for name in [*defaults, *(saved.keys() - defaults.keys())]:  # a newer release may have saved more
+            before, value = saved.get(name, defaults.get(name)), now_here.get(name)
             if before != value:
                 then, now = saved_files.get(name, repr(before)), files.get(name, repr(value))
                 lines.append(f"{name}: {then} in the checkpoint, {now if then != now else 'of other content'} now")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from geneformer_pretrain.distributed.agreement import Ranks
-from geneformer_pretrain.errors import CheckpointError, TrainingError, explain
+from geneformer_pretrain.errors import CheckpointError, TrainingError, name_error
 from geneformer_pretrain.files import naming, open_lock, writing_to
 
 log = logging.getLogger(__name__)
@@ -170,4 +170,4 @@ def write_failed_start(folder: Path, error: BaseException) -> None:
     if os.environ.get("RANK", "0") != "0" or not is_not_empty(folder):
         return
     with suppress(CheckpointError, OSError), _locked(folder, require=True):
-        write_exit(folder, "error", 1, rank=0, error=f"{type(error).__name__}: {explain(error) or error}")
+        write_exit(folder, "error", 1, rank=0, error=name_error(error))

@@ -20,7 +20,7 @@ from geneformer_pretrain.console import TolerantStream
 from geneformer_pretrain.distributed.agreement import Ranks
 from geneformer_pretrain.distributed.rendezvous import exit_with_error
 from geneformer_pretrain.distributed.world import World, distributed_world
-from geneformer_pretrain.errors import ConfigError, explain
+from geneformer_pretrain.errors import ConfigError, explain, name_error
 from geneformer_pretrain.model.memory import remedies
 from geneformer_pretrain.run.folder import is_not_empty, lock_run_folder, write_exit, write_failed_start
 from geneformer_pretrain.run.signals import EXIT_CODE_SIGNAL, exit_without_teardown
@@ -110,7 +110,7 @@ def _train(config: Config, world: World, folder: Path, earlier_exit: bytes | Non
     except BaseException as error:
         # A mistake in the first start leaves no folder behind; Ctrl-C outside of the steps is no error.
         if not isinstance(error, KeyboardInterrupt) and (trainer is not None or is_not_empty(folder)):
-            write_exit(folder, "error", 1, rank=world.rank, error=f"{type(error).__name__}: {explain(error) or error}")
+            write_exit(folder, "error", 1, rank=world.rank, error=name_error(error))
         if trainer is not None and isinstance(error, Exception):
             with suppress(Exception):  # A save under way is worth finishing; the error comes first.
                 trainer.store.wait()

@@ -103,24 +103,27 @@ def test_results_without_a_checkpoint_are_moved_aside(tmp_path: Path, capsys: py
             (run / "metrics.jsonl").write_bytes(earlier)
 
 
-def test_a_run_that_was_cut_off_before_its_first_save_starts_in_place(tmp_path: Path) -> None:
+def test_the_log_of_a_run_without_a_checkpoint_is_moved_aside(tmp_path: Path) -> None:
+    """Cut off before its first save: nothing can go on from it, and nothing is lost."""
     assert train.run(tiny_config(tmp_path)) == 0
     run = tmp_path / "run"
     shutil.rmtree(run / "final_model")
     shutil.rmtree(run / "step_2")
+    earlier = (run / "metrics.jsonl").read_bytes()
     assert train.run(tiny_config(tmp_path)) == 0
-    assert not list(run.glob("previous-*"))
+    (previous,) = run.glob("previous-*")
+    assert (previous / "metrics.jsonl").read_bytes() == earlier
     assert [record["step"] for record in read_metrics(run)] == [1, 2]
 
 
 def test_a_damaged_log_leaves_the_record_as_it_was(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    run.mkdir()
-    (run / "config.yaml").write_text("seed: 1\ngit_revision: mine\n")
+    assert train.run(tiny_config(tmp_path)) == 0
+    record = (run / "config.yaml").read_bytes()
     (run / "metrics.jsonl").write_text("also mine\n")
-    with pytest.raises(TrainingError, match=r"metrics\.jsonl, line 1: not a record of a step; mend"):
-        train.run(tiny_config(tmp_path))
-    assert (run / "config.yaml").read_text() == "seed: 1\ngit_revision: mine\n"
+    with pytest.raises(TrainingError, match=r"metrics\.jsonl, line 1: not a record of a step; fix it"):
+        train.run(tiny_config(tmp_path, "training.num_train_steps=3"))
+    assert (run / "config.yaml").read_bytes() == record
 
 
 def test_failed_start_moves_nothing_aside(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from geneformer_pretrain.distributed.heartbeats import FINISHED, Heartbeat, diagnose, name_ranks
+from geneformer_pretrain.distributed.watchdog import FINISHED, Heartbeat, diagnose, name_ranks
 from tests.tiny import overrides, read_exit, read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]

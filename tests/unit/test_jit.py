@@ -15,7 +15,7 @@ import pytest
 from geneformer_pretrain import jit
 from geneformer_pretrain.data.packing import permutation
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)

@@ -4,10 +4,11 @@ from dataclasses import asdict, dataclass
 
 import pytest
 
-from geneformer_pretrain.checkpoint.state import DataIdentity, Progress, state_to_save
+from geneformer_pretrain.checkpoint.state import Progress, state_to_save
+from geneformer_pretrain.data.dataset import DataFingerprint
 from geneformer_pretrain.errors import ConfigError
 
-IDENTITY = DataIdentity(
+FINGERPRINT = DataFingerprint(
     corpus="abc",
     vocabulary=None,
     seed=0,
@@ -25,10 +26,10 @@ IDENTITY = DataIdentity(
 
 
 @dataclass(frozen=True)
-class LaterIdentity(DataIdentity):
+class LaterFingerprint(DataFingerprint):
     """A release that knows one more thing about the data."""
 
-    gene_set: str | None = None
+    later_fact: str | None = None
 
 
 def test_progress_survives_releases_that_know_more_or_less() -> None:
@@ -42,37 +43,37 @@ def test_progress_survives_releases_that_know_more_or_less() -> None:
 def test_state_has_the_epoch_that_is_given_and_progress_stays() -> None:
     progress = Progress(packs_per_step=4, step=3, next_pack=12)
     state = state_to_save(
-        progress, epoch=2, epoch_first_pack=10, data=IDENTITY, data_files={"corpus": "x"}, model={"vocab_size": 101}
+        progress, epoch=2, epoch_first_pack=10, data=FINGERPRINT, data_files={"corpus": "x"}, model={"vocab_size": 101}
     )
     assert state["progress"] == asdict(progress) | {"epoch": 2, "epoch_first_pack": 10}
     assert progress.epoch == 0
     assert (state["data"], state["data_files"], state["model"]) == (
-        asdict(IDENTITY),
+        asdict(FINGERPRINT),
         {"corpus": "x"},
         {"vocab_size": 101},
     )
 
 
 def test_a_field_that_a_checkpoint_lacks_has_its_default() -> None:
-    later = LaterIdentity(**asdict(IDENTITY))
-    assert later.is_same(asdict(IDENTITY))
-    later.require_same(asdict(IDENTITY), "step_1", {}, {})
-    other = LaterIdentity(**asdict(IDENTITY), gene_set="genes")
-    with pytest.raises(ConfigError, match="gene_set: None in the checkpoint, 'genes' now"):
-        other.require_same(asdict(IDENTITY), "step_1", {}, {})
+    later = LaterFingerprint(**asdict(FINGERPRINT))
+    assert not later.changes(asdict(FINGERPRINT), {}, {})
+    later.require_same(asdict(FINGERPRINT), "step_1", {}, {})
+    other = LaterFingerprint(**asdict(FINGERPRINT), later_fact="genes")
+    with pytest.raises(ConfigError, match="later_fact: None in the checkpoint, 'genes' now"):
+        other.require_same(asdict(FINGERPRINT), "step_1", {}, {})
 
 
 def test_a_field_of_a_newer_release_counts_unless_it_is_null() -> None:
-    saved = asdict(IDENTITY)
-    assert IDENTITY.is_same(saved | {"gene_set": None})
-    assert not IDENTITY.is_same(saved | {"gene_set": "genes"})
-    with pytest.raises(ConfigError, match="gene_set: 'genes' in the checkpoint, None now"):
-        IDENTITY.require_same(saved | {"gene_set": "genes"}, "step_1", {}, {})
+    saved = asdict(FINGERPRINT)
+    assert not FINGERPRINT.changes(saved | {"later_fact": None}, {}, {})
+    assert FINGERPRINT.changes(saved | {"later_fact": "genes"}, {}, {})
+    with pytest.raises(ConfigError, match="later_fact: 'genes' in the checkpoint, None now"):
+        FINGERPRINT.require_same(saved | {"later_fact": "genes"}, "step_1", {}, {})
 
 
 def test_hashed_files_are_named() -> None:
-    saved = asdict(IDENTITY) | {"corpus": "def"}
+    saved = asdict(FINGERPRINT) | {"corpus": "def"}
     with pytest.raises(ConfigError, match=r"corpus: a\.parquet in the checkpoint, b\.parquet now"):
-        IDENTITY.require_same(saved, "step_1", {"corpus": "b.parquet"}, {"corpus": "a.parquet"})
+        FINGERPRINT.require_same(saved, "step_1", {"corpus": "b.parquet"}, {"corpus": "a.parquet"})
     with pytest.raises(ConfigError, match=r"corpus: a\.parquet in the checkpoint, of other content now"):
-        IDENTITY.require_same(saved, "step_1", {"corpus": "a.parquet"}, {"corpus": "a.parquet"})
+        FINGERPRINT.require_same(saved, "step_1", {"corpus": "a.parquet"}, {"corpus": "a.parquet"})

@@ -26,7 +26,7 @@ from tests.tiny import (
 )
 
 PATH = re.compile(r"(^|_)(path|dir)$")
-NAMES = ("l0_sanity", "10m", "106m", "4b")
+NAMES = ("l0_sanity", "10m", "106m", "4b", "v2_104m", "v2_316m")
 
 
 def test_the_configurations_are_all_listed_here():

@@ -12,7 +12,7 @@ import pytest
 import torch.distributed as dist
 
 from geneformer_pretrain.distributed.agreement import Ranks
-from geneformer_pretrain.errors import CheckpointError, ConfigError, explain
+from geneformer_pretrain.errors import CheckpointError, ConfigError, name_error
 from geneformer_pretrain.run.archive import archive_run
 from geneformer_pretrain.run.folder import EXIT_FILE, LOCK_FILE, is_not_empty, lock_run_folder, write_failed_start
 
@@ -134,12 +134,7 @@ def test_whatever_fails_a_start_replaces_the_earlier_end(tmp_path: Path, error: 
     (tmp_path / "exit.json").write_text(COMPLETED)
     write_failed_start(tmp_path, error)
     told = json.loads((tmp_path / "exit.json").read_text())
-    assert told == {
-        "reason": "error",
-        "exit_code": 1,
-        "rank": 0,
-        "error": f"{type(error).__name__}: {explain(error) or error}",
-    }
+    assert told == {"reason": "error", "exit_code": 1, "rank": 0, "error": name_error(error)}
     assert [path.name for path in tmp_path.iterdir()] == ["exit.json"]
 
 
