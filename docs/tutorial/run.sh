@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The commands of docs/tutorial.md, on real cells: `make tutorial`. Needs the network for 59 MB; about ten minutes on a CPU.
+# The commands of docs/tutorial.md, on real cells: `make tutorial`. Needs the network for 59 MB; 7 minutes on a CPU.
 # usage: docs/tutorial/run.sh PYTHON [FOLDER], from the repository's root. FOLDER (default: tutorial) gets all files.
 set -euo pipefail
 
