@@ -3,6 +3,7 @@
 #             machine or in a container that brings its own torch
 #   PYTHON    interpreter that creates the environment; found if not given (Python 3.11 to 3.13)
 #   PIP_ARGS  more arguments for pip, an index of CPU-only torch builds for instance
+#   WORKERS   test processes at a time; auto: one a core
 #   ARGS      more arguments for the command: configuration overrides for train, pytest options for tests
 
 SHELL = /bin/bash
@@ -12,6 +13,7 @@ VENV ?= .venv
 PYTHON ?=
 PIP_ARGS ?=
 ARGS =
+WORKERS ?= auto
 
 CANDIDATES = $(or $(PYTHON),python3.11 python3.12 python3.13 python3 python)
 PIP_INSTALL = -m pip install --quiet --disable-pip-version-check --progress-bar off $(PIP_ARGS)
@@ -26,7 +28,7 @@ ENVIRONMENT = $(VENV)/.installed
 DIGEST_TOOL = $(VENV)/.gitingest
 endif
 
-.PHONY: help env train tutorial test test-gpu test-faults compat check digest clean
+.PHONY: help env train tutorial test test-fast test-gpu test-faults compat check digest clean
 
 help: ## print this list
 	@echo 'usage: make TARGET [VENV=folder|none] [PYTHON=interpreter] [PIP_ARGS="..."] [ARGS="..."]'
@@ -42,7 +44,10 @@ tutorial: $(ENVIRONMENT) ## run docs/tutorial.md on real cells, on a CPU too (ne
 	docs/tutorial/run.sh $(RUN) $(ARGS)
 
 test: $(ENVIRONMENT) ## run the tests that need no GPU, the fault suite in its shortened form
-	$(RUN) -m pytest -m 'not gpu and not slow' $(ARGS)
+	$(RUN) -m pytest -n $(WORKERS) -m 'not gpu and not slow' $(ARGS)
+
+test-fast: $(ENVIRONMENT) ## run the unit tests that start no other process
+	$(RUN) -m pytest -n $(WORKERS) -m 'not gpu and not slow and not process' tests/unit $(ARGS)
 
 test-gpu: $(ENVIRONMENT) ## run the tests that need a GPU
 	$(RUN) -m pytest -m gpu $(ARGS)
@@ -66,7 +71,7 @@ clean: ## remove caches and build leftovers; checkpoints and the environment sta
 	find . \( -name .git -o -name .venv \) -prune -o -name __pycache__ -prune -exec rm -r {} +
 
 # The stamps are written last: an interrupted installation is taken up again by the next call.
-$(VENV)/.installed: requirements.txt
+$(VENV)/.installed: requirements.txt pyproject.toml
 	@set -euo pipefail; \
 	python=; \
 	for name in $(CANDIDATES); do \
@@ -86,6 +91,7 @@ $(VENV)/.installed: requirements.txt
 		"$$python" -m pip --python $(RUN) install --quiet pip; \
 	fi; \
 	$(RUN) $(PIP_INSTALL) --requirement requirements.txt
+	$(RUN) $(PIP_INSTALL) --no-deps --editable .
 	@touch $@
 
 $(VENV)/.gitingest: $(VENV)/.installed

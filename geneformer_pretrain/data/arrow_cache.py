@@ -13,7 +13,6 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
@@ -26,8 +25,8 @@ from tqdm import tqdm
 
 from geneformer_pretrain.console import Progress
 from geneformer_pretrain.data.parquet_cells import COLUMN, CellBatch, inspect_parquet, read_parquet, row_of
-from geneformer_pretrain.errors import DataError, OutputError, UserError
-from geneformer_pretrain.files import locked, share_with_folder, sync_file, sync_folder
+from geneformer_pretrain.errors import DataError
+from geneformer_pretrain.files import locked, naming, share_with_folder, sync_file, sync_folder, writing_to
 
 DATA_FILE = "cells.arrow"
 MANIFEST_FILE = "manifest.json"
@@ -137,7 +136,7 @@ def ensure_cache(
     """
     key = _cache_key(files)
     folder = cache_dir / key
-    with _writing_to_cache(cache_dir):
+    with writing_to(cache_dir, "data.cache_dir"), naming(cache_dir):
         manifest = _load_manifest(folder)
         if manifest is None:
             cache_dir.mkdir(parents=True, exist_ok=True)
@@ -149,23 +148,6 @@ def ensure_cache(
                         shutil.rmtree(folder)
                     manifest = _convert(files, open_reader(), key, cache_dir, show_progress)
     return folder, manifest
-
-
-@contextmanager
-def _writing_to_cache(cache_dir: Path) -> Iterator[None]:
-    """Give the system's errors at the cache its key and the remedy; errors at other places pass."""
-    try:
-        yield
-    except OSError as error:
-        # Errors of a write that is under way have no name; everything else here has one.
-        place = Path(error.filename or cache_dir).absolute()
-        folder = cache_dir.absolute()
-        if isinstance(error, UserError) or not (place.is_relative_to(folder) or folder.is_relative_to(place)):
-            raise
-        raise OutputError(
-            f"data.cache_dir: cannot write to {place} ({error.strerror or error}). data.cache_dir must be a folder "
-            "with free space that you may write to: mend that, or name another one."
-        ) from error
 
 
 def _cache_key(files: Sequence[Path]) -> str:

@@ -55,9 +55,9 @@ def use_triton_attention(model: ModelConfig, device: torch.device, compute_dtype
     chosen = _use_triton("model.attention_kernel", model.attention_kernel, unsupported, tuned)
     if not chosen and device.type == "cuda" and compute_dtype != torch.float32 and head_size not in FLASH_HEAD_SIZES:
         raise ConfigError(
-            f"model.hidden_size={model.hidden_size} and model.num_attention_heads={model.num_attention_heads} make heads "
-            f"of size {head_size}; PyTorch's FlashAttention needs multiples of 8 up to 256. Change one of them, or set "
-            "training.compute_dtype=float32."
+            f"model.hidden_size={model.hidden_size} and model.num_attention_heads={model.num_attention_heads} make "
+            f"heads of size {head_size}; PyTorch's FlashAttention needs multiples of 8 up to 256. Change one of them, "
+            "or set training.compute_dtype=float32."
         )
     return chosen
 

@@ -32,7 +32,7 @@ def require_no_other_use(folder: Path) -> None:
 def has_results(folder: Path) -> bool:
     """True if the folder holds an export or a log of steps."""
     log = folder / "metrics.jsonl"
-    return (folder / "final_model").exists() or (log.exists() and log.stat().st_size > 0)
+    return (folder / "final_model").exists() or (log.is_file() and log.stat().st_size > 0)
 
 
 def archive_run(directory: str | Path, earlier_exit: bytes | None = None) -> Path | None:

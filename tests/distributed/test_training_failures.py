@@ -173,20 +173,17 @@ def fail_to_write(rank: int, size: int, runs: Sequence[list[str]]) -> list[str]:
 
 
 def test_where_rank_0_cannot_write_all_ranks_stop(tmp_path: Path, run_workers: RunWorkers) -> None:
-    record, metrics, export = (tmp_path / name for name in ("record", "metrics", "export"))
+    record, metrics = (tmp_path / name for name in ("record", "metrics"))
     for folder in (record / "config.yaml.tmp", metrics / "metrics.jsonl"):
         folder.mkdir(parents=True)
-    export.mkdir()
-    (export / "final_model.tmp").write_text("{}\n")
     given = overrides(tmp_path)
-    runs = [[*given, f"training.checkpoint_dir={folder}"] for folder in (record, metrics, export)]
+    runs = [[*given, f"training.checkpoint_dir={folder}"] for folder in (record, metrics)]
     first, second = run_workers(fail_to_write, 2, runs)
     assert first == second
     cannot = "rank 0: training.checkpoint_dir: cannot write to"
     reasons = [
         f"{cannot} {record}/config.yaml.tmp (Is a directory)",
         f"{cannot} {metrics}/metrics.jsonl (Is a directory)",
-        f"{cannot} {export}/final_model.tmp (Not a directory)",
     ]
     for message, reason in zip(first, reasons, strict=True):
         assert message.startswith(reason)

@@ -65,7 +65,7 @@ def test_an_edit_of_an_inlined_function_reaches_the_functions_that_inline_it(tmp
     """The order of the cells is compiled from packing.py, and the hash in it is inlined from masking.py."""
     package = tmp_path / "geneformer_pretrain"
     package.mkdir()
-    for name in ("__init__.py", "errors.py", "data"):
+    for name in ("__init__.py", "errors.py", "jit.py", "files.py", "console.py", "data"):
         source = ROOT / "geneformer_pretrain" / name
         if source.is_dir():
             shutil.copytree(source, package / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -73,7 +73,7 @@ def test_an_edit_of_an_inlined_function_reaches_the_functions_that_inline_it(tmp
             shutil.copy(source, package / name)
     before = order_of(tmp_path)
     assert before == permutation(20, 42, 3).tolist()
-    (cache,) = (package / "data/__pycache__").glob("numba-*")
+    (cache,) = (package / "__pycache__").glob("numba-*")
     compiled = {path: path.stat().st_mtime_ns for path in cache.rglob("*.nbc")}
     assert compiled
     assert order_of(tmp_path) == before
@@ -84,7 +84,7 @@ def test_an_edit_of_an_inlined_function_reaches_the_functions_that_inline_it(tmp
     assert text.count("0xBF58476D1CE4E5B9") == 1
     masking.write_text(text.replace("0xBF58476D1CE4E5B9", "0xBF58476D1CE4E5BB"))
     after = order_of(tmp_path)
-    shutil.rmtree(package / "data/__pycache__")
+    shutil.rmtree(package / "__pycache__")
     assert after == order_of(tmp_path)  # what a fresh cache gives
     assert after != before
     assert sorted(after) == np.arange(20).tolist()

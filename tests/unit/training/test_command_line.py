@@ -341,7 +341,10 @@ def refused(arguments: Sequence[str]) -> str:
     [
         (["training.lerning_rate=1"], "training.lerning_rate: did you mean training.learning_rate?"),
         (["-cn=106m", "data.pth=a.c"], "data.pth: did you mean data.path?"),
-        (["--config-name", "11m"], "'11m': did you mean 10m? hydra_config/ has 106m, 10m, 4b, l0_sanity, v2_104m, v2_316m"),
+        (
+            ["--config-name", "11m"],
+            "'11m': did you mean 10m? hydra_config/ has 106m, 10m, 4b, l0_sanity, v2_104m, v2_316m",
+        ),
         (["model=107m"], "Unknown model '107m': did you mean 10m or 106m? model/ has 106m, 10m, 4b, v2_104m, v2_316m"),
         (["training.seed=1", "-cn", "10m", "sed=1"], "sed: did you mean training.seed?"),
         (["training.seed=1,2"], "training.seed=1,2: these are several values, for several runs"),
