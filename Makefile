@@ -28,7 +28,7 @@ ENVIRONMENT = $(VENV)/.installed
 DIGEST_TOOL = $(VENV)/.gitingest
 endif
 
-.PHONY: help env train test test-fast test-gpu test-faults compat check docs digest clean
+.PHONY: help env train tutorial test test-fast test-gpu test-faults compat check docs digest clean
 
 help: ## print this list
 	@echo 'usage: make TARGET [VENV=folder|none] [PYTHON=interpreter] [PIP_ARGS="..."] [ARGS="..."]'
@@ -39,6 +39,9 @@ env: $(ENVIRONMENT) ## create the environment in VENV from requirements.txt (onc
 
 train: $(ENVIRONMENT) ## train the sanity configuration on the sample data, on a GPU if there is one
 	$(RUN) -m torch.distributed.run --standalone --nproc_per_node=1 train.py $(ARGS)
+
+tutorial: $(ENVIRONMENT) ## run docs/tutorial.md on real cells, on a CPU too (needs the network, 59 MB)
+	docs/tutorial/run.sh $(RUN) $(ARGS)
 
 test: $(ENVIRONMENT) ## run the tests that need no GPU, the fault suite in its shortened form
 	$(RUN) -m pytest -n $(WORKERS) -m 'not gpu and not slow' $(ARGS)

@@ -113,7 +113,8 @@ def run(arguments: argparse.Namespace) -> Summary:
 def _lines(folder: Path, corpus: dict[str, Any], made: str) -> list[str]:
     """Describe a finished corpus for people."""
     sums, cells, tokens = corpus["sums"], corpus["cells"], corpus["tokens"]
-    parts = f"{len(corpus['parts'])} parts" + (f" ({made})" if made else "")
+    number = len(corpus["parts"])
+    parts = f"{number} part{'' if number == 1 else 's'}" + (f" ({made})" if made else "")
     lines = [f"{folder}: {cells:,} cells, {tokens:,} tokens ({tokens / cells:,.0f} a cell), {parts}"]
     words = {
         "filter": "not chosen by the filter column",

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from geneformer_pretrain.console import Progress, say
 from geneformer_pretrain.data.corpus import Corpus, open_corpus
 from geneformer_pretrain.data.sources import read_description
+from geneformer_pretrain.data.vocabulary import require_gene_set
 from geneformer_pretrain.errors import DataError
 from geneformer_pretrain.files import replacing
 from geneformer_pretrain.inference.model import Model
@@ -260,23 +261,10 @@ def _require_gene_set(corpus: Path, model: Model, *, is_main: bool) -> None:
     """
     folder = corpus if corpus.is_dir() else corpus.parent
     description = read_description(folder)
-    genes = model.gene_set
-    if description is None:
-        if is_main:
-            say(f"{corpus} does not name its gene set; its tokens are read as those of {genes.name}.")
-        return
-    theirs = description.gene_set
-    if theirs.fingerprint != genes.fingerprint:
-        differences = [
-            f"{key} {getattr(theirs, key)} there, {ours} here"
-            for key, ours in (("vocab_size", genes.vocab_size), ("max_tokens", genes.max_tokens))
-            if getattr(theirs, key) != ours
-        ]
-        raise DataError(
-            f"{folder}: the cells were tokenized with the gene set {theirs.name!r}, the model was trained with "
-            f"{genes.name!r} ({', '.join(differences) or 'other genes or medians'}); tokenize them with the model's "
-            "gene set."
-        )
+    if description is not None:
+        require_gene_set(description.gene_set, folder, model.gene_set)
+    elif is_main:
+        say(f"{corpus} does not name its gene set; its tokens are read as those of {model.gene_set.name}.")
 
 
 def _tokenize(

@@ -39,6 +39,8 @@ from geneformer_pretrain.tokenization.tokenizer import Tally, TokenBlock, tokeni
 from geneformer_pretrain.tokenization.workers import process_pool
 
 CORPUS_FILE = "corpus.json"
+GENE_SET_FOLDER = "gene_set"
+"""Copy of the gene set inside a corpus, so that a refusal of another one can name the tokens that differ."""
 SCRATCH = ".scratch"
 """Folder inside a corpus for row-wise copies, until it is complete."""
 METADATA = b"tokenize"
@@ -246,7 +248,7 @@ def _work(part: Part) -> int:
 
 
 def finish(job: Job) -> dict[str, Any] | None:
-    """Write `corpus.json` if all parts are there, and return it; else return None.
+    """Write the copy of the gene set and `corpus.json` if all parts are there, and return it; else return None.
 
     May be called again, and by several processes at once: the result is the same.
 
@@ -287,6 +289,8 @@ def finish(job: Job) -> dict[str, Any] | None:
             ],
             "parts": parts,
         }
+        if not (job.folder / GENE_SET_FOLDER).exists():
+            job.gene_set.save(job.folder / GENE_SET_FOLDER)
         with replacing(job.folder / CORPUS_FILE) as temporary:
             temporary.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
         shutil.rmtree(job.folder / SCRATCH, ignore_errors=True)

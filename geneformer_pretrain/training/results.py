@@ -61,6 +61,8 @@ class StepResults:
     def pause(self, kind: str, seconds: float) -> None:
         """Count time that is not part of a step: "save_seconds" or "validation_seconds"."""
         self.pauses[kind] += seconds
+        if self.pending is not None:
+            self.pending.launched += seconds  # on a CPU the pending step was over before the pause, which it is to hold
 
     def collect(self) -> None:
         """Read the totals of the pending step, if there is one, and report them.

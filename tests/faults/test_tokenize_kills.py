@@ -53,7 +53,7 @@ def command(tmp_path: Path) -> Iterator[Any]:
 
 
 def _contents(corpus: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in corpus.iterdir()}
+    return {str(path.relative_to(corpus)): path.read_bytes() for path in corpus.rglob("*") if path.is_file()}
 
 
 def _complete(process: subprocess.Popen[bytes], tmp_path: Path) -> None:

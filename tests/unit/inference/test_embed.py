@@ -301,7 +301,7 @@ def test_corpus_of_another_gene_set(v1, tmp_path):
     write_cells(tmp_path / "part-0.parquet", v1.cells)
     other = facts | {"gene_set": gene_set("v2", "other").describe()}
     (tmp_path / "corpus.json").write_text(json.dumps(other))
-    with pytest.raises(DataError, match=r"gene set 'other', .* \(vocab_size 84 there, 82 here\)"):
+    with pytest.raises(DataError, match=r"gene set 'other', .* \(vocab_size 84 there, 82 here; "):
         embed(EmbedOptions(v1.model, [str(tmp_path)], tmp_path / "out.parquet"))
     (tmp_path / "corpus.json").write_text(json.dumps(facts | {"gene_set": gene_set().describe()}))
     embed(EmbedOptions(v1.model, [str(tmp_path)], tmp_path / "out.parquet"))

@@ -18,6 +18,7 @@ from geneformer_pretrain.commands import tokenize
 from geneformer_pretrain.console import Summary
 from geneformer_pretrain.errors import ConfigError, DataError, OutputError
 from geneformer_pretrain.tokenization import corpus_plan, corpus_writer
+from geneformer_pretrain.tokenization.gene_set import GeneSet
 from tests.unit.tokenization.files import (
     FORMATS,
     GENE_IDS,
@@ -56,7 +57,7 @@ def run(*arguments: Any) -> Summary:
 
 def contents(corpus: Path) -> dict[str, bytes]:
     """Bytes of every file of a corpus."""
-    return {path.name: path.read_bytes() for path in corpus.iterdir()}
+    return {str(path.relative_to(corpus)): path.read_bytes() for path in corpus.rglob("*") if path.is_file()}
 
 
 def cells_of(corpus: Path) -> dict[str, list[int]]:
@@ -103,7 +104,9 @@ def test_a_corpus(files: list[Path], genes: Path, tmp_path: Path) -> None:
         (str(files[0]), 70),
         (str(files[1]), 45),
     ]
-    assert sorted(path.name for path in corpus.iterdir() if path not in parts) == ["corpus.json", "tokenize.json"]
+    others = sorted(path.name for path in corpus.iterdir() if path not in parts)
+    assert others == ["corpus.json", "gene_set", "tokenize.json"]
+    assert GeneSet.load(corpus / "gene_set").fingerprint == example_gene_set().fingerprint
     assert summary.values["complete"]
     assert f"113 cells, {tokens:,} tokens" in summary.lines[0]
     assert "cells left out: 2 without counts" in summary.lines
