@@ -32,7 +32,12 @@ COMMANDS: dict[str, str] = {
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one command and exit: 0 if it succeeded, 1 if not."""
-    sys.exit(_run(list(sys.argv[1:] if arguments is None else arguments)))
+    code = _run(list(sys.argv[1:] if arguments is None else arguments))
+    if "RANK" in os.environ:  # threads of a process group can abort the interpreter's teardown
+        from geneformer_pretrain.run.signals import exit_without_teardown
+
+        exit_without_teardown(code)
+    sys.exit(code)
 
 
 def _run(arguments: list[str]) -> int:

@@ -110,6 +110,12 @@ def _warnings(run: StartFacts, steps_of_epoch: int) -> list[str]:
             f"warm-up     its {warmup:,} steps are longer than the run of {steps:,}: the learning rate gets no "
             f"higher than {highest:.1e}. Set training.warmup_steps=null for a tenth of the run"
         )
+    longest, positions = run.data.shape.seq_length, config.model.max_position_embeddings
+    if longest < positions:
+        lines += [
+            f"positions   only the first {longest:,} of {positions:,} are trained (model.seq_length): cut cells for embed",
+            f"            and perturb to {longest:,} tokens, or lower model.max_position_embeddings",
+        ]
     if run.stream.num_truncated:
         lines.append(
             f"truncated   {run.stream.num_truncated:,} cells are longer than "

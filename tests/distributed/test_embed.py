@@ -149,6 +149,7 @@ def test_two_at_once_are_refused(world, tmp_path):
     while not (output / "scores" / "_job.json").exists():
         assert first.poll() is None, first.communicate()[0]
         time.sleep(0.01)
+    first.send_signal(signal.SIGSTOP)  # it holds its output and gets no further
     second = start(world, *arguments)
     text, _ = second.communicate(timeout=100)
     first.kill()

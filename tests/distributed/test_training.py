@@ -344,6 +344,8 @@ def test_padded_and_packed_batches_give_the_same_loss_and_gradients(tmp_path: Pa
                 results.append((loss_sum.detach(), masked, batch.num_masked, gradients))
             assert results[0][1] == results[1][1] == results[0][2] == results[1][2] > 0
             assert_close(results[0], results[1], atol=1e-4, rtol=1e-4)
+        for trainer in (packed, padded):
+            trainer.logs.close()
 
 
 def test_padded_run_trains(tmp_path: Path) -> None:
