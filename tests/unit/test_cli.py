@@ -1,0 +1,104 @@
+"""The command line: its table, help that imports nothing heavy, summaries and plain errors."""
+
+import json
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from geneformer_pretrain import cli
+from geneformer_pretrain.console import Summary
+from geneformer_pretrain.errors import DataError
+
+ROOT = Path(__file__).resolve().parents[2]
+HEAVY = {"torch", "numba", "anndata", "pandas", "transformers", "pyarrow", "hydra", "matplotlib", "sklearn", "numpy"}
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_of_a_command_imports_nothing_heavy(name: str) -> None:
+    code = f"""
+import sys
+from geneformer_pretrain.cli import main
+try:
+    main(["{name}", "--help"])
+except SystemExit as ending:
+    assert ending.code == 0
+print(sorted({HEAVY} & sys.modules.keys()), file=sys.stderr)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "usage: geneformer-pretrain" in ended.stdout
+    assert "--report" in ended.stdout or name == "gene-set"
+    assert ended.stderr.strip() == "[]"
+
+
+def test_every_module_of_a_command_is_in_the_table() -> None:
+    modules = {path.stem for path in (ROOT / "geneformer_pretrain/commands").glob("*.py")} - {"__init__"}
+    named = {name.replace("-", "_") for name in cli.COMMANDS}
+    assert named <= modules
+    assert all(not hasattr(import_module(f"geneformer_pretrain.commands.{name}"), "run") for name in modules - named)
+
+
+def end_of(*arguments: str) -> int | str | None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    return ended.value.code
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Put a command `try` into the table; set `run` to what it does."""
+    module = SimpleNamespace(add_arguments=lambda parser: parser.add_argument("--size", type=int), run=None)
+    monkeypatch.setitem(cli.COMMANDS, "try", "a trial")
+    monkeypatch.setattr(cli, "import_module", lambda name: module)
+    return module
+
+
+def test_a_summary_is_printed_and_reported(
+    command: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command.run = lambda arguments: Summary([f"size {arguments.size}"], {"size": arguments.size})
+    assert end_of("try", "--size", "3", "--report", str(tmp_path / "report.json")) == 0
+    assert capsys.readouterr().out == "size 3\n"
+    assert json.loads((tmp_path / "report.json").read_text()) == {"size": 3}
+
+
+@pytest.mark.parametrize(
+    ("error", "printed"),
+    [
+        (DataError("cells.h5ad, row 3: bad"), "Error: cells.h5ad, row 3: bad\n"),
+        (FileNotFoundError(2, "No such file or directory", "x"), "Error: x: No such file or directory\n"),
+        (KeyboardInterrupt(), "Interrupted.\n"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_with_1(
+    command: SimpleNamespace, capsys: pytest.CaptureFixture[str], error: BaseException, printed: str
+) -> None:
+    def fail(arguments: object) -> Summary:
+        raise error
+
+    command.run = fail
+    assert end_of("try") == 1
+    assert capsys.readouterr().err == printed
+
+
+def test_a_bug_keeps_its_traceback(command: SimpleNamespace) -> None:
+    def fail(arguments: object) -> Summary:
+        raise KeyError("a bug")
+
+    command.run = fail
+    with pytest.raises(KeyError, match="a bug"):
+        cli.main(["try"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "printed"),
+    [(["nonsense"], "invalid choice: 'nonsense'"), (["try", "--size", "x"], "argument --size: invalid int value: 'x'")],
+)
+def test_wrong_arguments_exit_with_1(
+    command: SimpleNamespace, capsys: pytest.CaptureFixture[str], arguments: list[str], printed: str
+) -> None:
+    assert end_of(*arguments) == 1
+    assert printed in capsys.readouterr().err
