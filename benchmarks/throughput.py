@@ -80,7 +80,7 @@ def run_ours(name: str, corpus: Path, overrides: list[str], nproc: int, args: ar
             *("train.py", "--config-name", name, *overrides),
             *(f"data.path={corpus}", f"data.cache_dir={corpus.parent}/cache", "training.wandb_init_args=null"),
             f"training.num_train_steps={100 * args.steps}",
-            f"training.save_every_n_steps={args.save_every or 100 * args.steps}",
+            *([f"training.save_every_n_steps={args.save_every}"] if args.save_every else []),  # else as shipped
             f"training.checkpoint_dir={folder}/run",
         ]
         records = records_of_run(command, Path(folder), args.steps)
