@@ -13,6 +13,8 @@ from geneformer_pretrain import cli
 from geneformer_pretrain.console import Summary
 from geneformer_pretrain.errors import DataError
 
+pytestmark = pytest.mark.process
+
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = {"torch", "numba", "anndata", "pandas", "transformers", "pyarrow", "hydra", "matplotlib", "sklearn", "numpy"}
 

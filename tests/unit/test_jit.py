@@ -15,6 +15,8 @@ import pytest
 from geneformer_pretrain import jit
 from geneformer_pretrain.data.packing import permutation
 
+pytestmark = pytest.mark.process
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

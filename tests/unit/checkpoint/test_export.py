@@ -29,6 +29,8 @@ from tests.tiny import (
     tiny_config,
 )
 
+pytestmark = pytest.mark.process
+
 OLD = Path(__file__).parents[2] / "data/checkpoints_0_1"
 
 STOCK = """

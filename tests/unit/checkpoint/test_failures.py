@@ -23,6 +23,8 @@ from geneformer_pretrain.checkpoint.store import CheckpointStore
 from geneformer_pretrain.errors import CheckpointError, CheckpointSaveError
 from tests.checkpoints import FILE, assert_holds, names, save, save_and_wait, zeros
 
+pytestmark = pytest.mark.process
+
 ROOT = Path(__file__).parents[3]
 
 

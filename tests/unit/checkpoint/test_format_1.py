@@ -19,6 +19,8 @@ from tests.tiny import (
     tiny_config,
 )
 
+pytestmark = pytest.mark.process
+
 OLD = Path(__file__).parents[2] / "data/checkpoints_0_1"
 """Step 3 of a run on 2 ranks with DDP and of one with FSDP2, made at revision 3e1bc64 with torch 2.13 on a CPU."""
 

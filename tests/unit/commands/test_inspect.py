@@ -17,6 +17,8 @@ from geneformer_pretrain.data.packing import BatchShape
 from geneformer_pretrain.data.stream import PackStream
 from tests.corpora import write_corpus_folder, write_streams
 
+pytestmark = pytest.mark.process
+
 
 def run(*arguments: Any) -> int:
     with pytest.raises(SystemExit) as ended:

@@ -15,6 +15,8 @@ from geneformer_pretrain.data import splitting
 from geneformer_pretrain.data.corpus import open_corpus
 from tests.corpora import random_cells, write_corpus_folder, write_parquet, write_streams
 
+pytestmark = pytest.mark.process
+
 
 def run(*arguments: Any) -> int:
     with pytest.raises(SystemExit) as ended:

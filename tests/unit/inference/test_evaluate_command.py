@@ -26,6 +26,8 @@ from geneformer_pretrain.inference.evaluate_counts import counts_of_cells
 from geneformer_pretrain.tokenization.gene_set import GeneSet
 from tests.tiny import one_cpu_thread  # noqa: F401
 
+pytestmark = pytest.mark.process
+
 GENES, CELLS = 60, 90
 V = GENES + 2
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.process
+
 FILE = Path(__file__).with_name("interpreted.py")
 
 

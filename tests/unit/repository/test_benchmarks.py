@@ -11,6 +11,8 @@ import pytest
 
 from benchmarks.throughput import records_of_run
 
+pytestmark = pytest.mark.process
+
 ROOT = Path(__file__).resolve().parents[3]
 
 

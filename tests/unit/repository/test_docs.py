@@ -22,6 +22,8 @@ from geneformer_pretrain.training import main as train
 from modeling_bert_te import BertConfig, BertForMaskedLM
 from tests.tiny import VOCAB_SIZE, overrides, read_metrics
 
+pytestmark = pytest.mark.process
+
 ROOT = Path(__file__).resolve().parents[3]
 README = (ROOT / "README.md").read_text()
 AGENTS = (ROOT / "AGENT_DOCUMENTATION.md").read_text()

@@ -17,6 +17,8 @@ from geneformer_pretrain.tokenization.gene_set import GeneSet
 from geneformer_pretrain.tokenization.tokenizer import tokenize_blocks
 from sample_data import make_sample_data as msd
 
+pytestmark = pytest.mark.process
+
 FOLDER = Path(msd.__file__).parent
 SAMPLE = FOLDER / "cells.parquet"
 

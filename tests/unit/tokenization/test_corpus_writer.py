@@ -29,6 +29,8 @@ from tests.unit.tokenization.files import (
 )
 from tests.unit.tokenization.test_tokenizer import expected_rows
 
+pytestmark = pytest.mark.process
+
 
 @pytest.fixture
 def genes(tmp_path: Path) -> Path:

@@ -16,6 +16,8 @@ from geneformer_pretrain import cli
 from geneformer_pretrain.tokenization.gene_set import GeneSet
 from tests.unit.tokenization.memory_counts import MemoryCounts, ensembl, random_matrix
 
+pytestmark = pytest.mark.process
+
 Run = Callable[..., str]
 
 

@@ -34,6 +34,8 @@ from tests.tiny import (
     write_parquet,
 )
 
+pytestmark = pytest.mark.process
+
 ROOT = Path(__file__).resolve().parents[3]
 
 

@@ -17,6 +17,8 @@ from geneformer_pretrain.errors import ConfigError
 from geneformer_pretrain.model.resolve import use_cuda_graphs
 from geneformer_pretrain.training.cuda_graphs import ALIGNMENT, MicroBatchGraphs, flat_buffer
 
+pytestmark = pytest.mark.process
+
 
 def takes(choice, *overrides, device="cuda", size=1, compiled=True, nodes=1):
     config = load_config("10m", [f"training.cuda_graphs={choice}", *overrides])
