@@ -93,6 +93,7 @@ def _evaluate(arguments: argparse.Namespace, work: Path) -> Summary:
             layer=arguments.layer,
             pooling=arguments.pooling,
             dtype=arguments.dtype,
+            tokens=arguments.pack_tokens,
         )
     features = {name: features[name] for name in (*models, *(name for name in features if name not in models))}
     scores = {}

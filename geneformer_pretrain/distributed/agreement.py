@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch.distributed as dist
-from torch.distributed.checkpoint.api import CheckpointException
 
 from geneformer_pretrain.errors import UserError, explain, root_cause
 
@@ -62,8 +61,6 @@ class Ranks:
         failures: dict[int, str] = {}
         try:
             results = [action()]
-        except CheckpointException as failed:
-            failures = {rank: root_cause(cause) for rank, (cause, _) in failed.failures.items()}
         # Any failure must reach the other ranks, which would otherwise wait for this one in vain.
         except Exception as failed:
             failures = {self.rank: str(failed) if isinstance(failed, UserError | error) else root_cause(failed)}

@@ -76,10 +76,24 @@ def write_corpus(chosen: ChosenCells, gene_set: GeneSet, folder: Path) -> Path:
 
 
 def embed_corpus(
-    model: Path, gene_set: Path, corpus: Path, output: Path, *, layer: int, pooling: str, dtype: str
+    model: Path,
+    gene_set: Path,
+    corpus: Path,
+    output: Path,
+    *,
+    layer: int,
+    pooling: str,
+    dtype: str,
+    tokens: int | None = None,
 ) -> NDArray[np.float32]:
-    """Embed a corpus, [cells, H] in its order; `output` is the parquet file that holds them meanwhile."""
-    embed(EmbedOptions(model, [str(corpus)], output, layer=layer, pooling=pooling, gene_set=gene_set, dtype=dtype))
+    """Embed a corpus, [cells, H] in its order; `output` is the parquet file that holds them meanwhile.
+
+    `tokens` is the size of a forward pass; None: by device.
+    """
+    source = [str(corpus)]
+    embed(
+        EmbedOptions(model, source, output, layer=layer, pooling=pooling, gene_set=gene_set, dtype=dtype, tokens=tokens)
+    )
     column = pq.read_table(output, columns=["embedding"])["embedding"].combine_chunks()
     vectors: NDArray[np.float32] = column.flatten().to_numpy().reshape(len(column), -1)
     return vectors

@@ -101,7 +101,7 @@ class Model:
 
     def flops_per_token(self, layer: int, length: float) -> float:
         """Floating-point operations of a forward pass for one token of a cell of `length` tokens."""
-        h, f = self.hidden_size, self.bert.encoder["layer"][0].intermediate["dense"].out_features  # type: ignore
+        h, f = self.hidden_size, self.bert.config.intermediate_size
         return self.num_layers_below(layer) * (2 * (4 * h * h + 2 * h * f) + 4 * h * length)
 
 
