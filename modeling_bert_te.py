@@ -199,6 +199,9 @@ class FusedKernels(Protocol):
         Weight and bias are LayerNorm's, [H]; they and b may have any dtype.
         """
 
+    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Compute x @ weight.T: [T, H], [F, H] of one dtype -> [T, F]."""
+
     def linear_with_residual(self, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """Project x and return x beside it: [T, H], [F, H], [F] of one dtype -> [T, F], [T, H].
 
@@ -402,7 +405,7 @@ class BertResidualOutput(nn.Module):
             return self.add_norm(dense(x), residual)
         if self.fused is None:
             return self.add_norm(cast_linear(dense, x), residual)
-        return self.add_norm(F.linear(x, dense.weight.to(x.dtype)), residual, dense.bias)
+        return self.add_norm(self.fused.linear(x, dense.weight.to(x.dtype)), residual, dense.bias)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         """Call each part: [T, F], [T, H] -> [T, H]."""
@@ -430,6 +433,12 @@ class BertLayer(nn.Module):
         self.gradient_checkpointing = False
         self._gradient_checkpointing_func = checkpoint_function(use_te_layers)
         self.kinds = [type(part) for part in self.parts()]
+
+    def set_fused_kernels(self, fused: FusedKernels | None) -> None:
+        """Use fused kernels in this layer; None for PyTorch's operations."""
+        self.fused = fused
+        for part in (self.attention["self"], self.attention["output"], self.output):
+            cast(BertSelfAttention | BertResidualOutput, part).fused = fused
 
     def parts(self) -> Iterator[nn.Module]:
         """Yield the modules within the layer, except those of Transformer Engine, which are always called."""
@@ -887,9 +896,9 @@ class BertForMaskedLM(PreTrainedModel):
 
     def set_fused_kernels(self, fused: FusedKernels | None) -> None:
         """Use fused element-wise kernels (dropout, residual, LayerNorm, activation, loss); None for PyTorch's."""
-        for module in self.modules():
-            if isinstance(module, BertSelfAttention | BertLayer | BertResidualOutput | BertPredictions):
-                module.fused = fused
+        self.head.fused = fused
+        for layer in cast(Iterable[BertLayer], self.bert.encoder["layer"].children()):
+            layer.set_fused_kernels(fused)
 
     def compile_embeddings_and_head(self) -> None:
         """Compile embeddings and loss head in place, for packed calls of constant shape; layers compile themselves.

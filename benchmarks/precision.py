@@ -28,6 +28,7 @@ REFERENCE = "bf16"
 VARIANTS = {
     REFERENCE: ["model.use_te_layers=false", "training.use_fp8=false"],
     "te-bf16": ["model.use_te_layers=true", "training.use_fp8=false"],
+    "torch-fp8": ["model.use_te_layers=false", "training.use_fp8=true"],
     **{
         f"fp8-{recipe}": ["model.use_te_layers=true", "training.use_fp8=true", f"training.fp8_recipe={recipe}"]
         for recipe in ("delayed", "current", "block")

@@ -51,6 +51,7 @@ ROOT = Path(__file__).resolve().parents[1]
 VARIANTS = {
     "torch-bf16": ["model.use_te_layers=false", "training.use_fp8=false"],
     "te-bf16": ["model.use_te_layers=true", "training.use_fp8=false"],
+    "torch-fp8": ["model.use_te_layers=false", "training.use_fp8=true"],
     "te-fp8": ["model.use_te_layers=true", "training.use_fp8=true"],
 }
 ENGINES = {"ddp": [], "fsdp2": ["training.use_fsdp2=true"], "nvfsdp": ["training.use_nvfsdp=true"]}

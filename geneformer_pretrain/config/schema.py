@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from geneformer_pretrain.config.data import DataConfig
 from geneformer_pretrain.config.model import ModelConfig
-from geneformer_pretrain.config.training import TrainingConfig
+from geneformer_pretrain.config.training import Fp8Recipe, TrainingConfig
 from geneformer_pretrain.errors import require
 
 PATH_KEYS = (
@@ -67,9 +67,20 @@ class Config:
             "training.keep_best=True needs held-out cells to compare checkpoints by: set data.validation_path or "
             "data.validation_fraction, and training.validate_every_n_steps.",
         )
+        by_kernels = self.training.use_fp8 and not self.model.use_te_layers
         require(
-            not self.training.use_fp8 or self.model.use_te_layers,
-            "training.use_fp8=True needs model.use_te_layers=True: FP8 runs through Transformer Engine. Or set "
+            not by_kernels or self.training.fp8_recipe is Fp8Recipe.delayed,
+            f"training.fp8_recipe={self.training.fp8_recipe} needs model.use_te_layers=True; PyTorch layers have "
+            "training.fp8_recipe=delayed.",
+        )
+        require(
+            not by_kernels or self.model.hidden_act == "relu",
+            f"training.use_fp8=True with PyTorch layers needs model.hidden_act=relu, not {self.model.hidden_act}; set "
+            "model.use_te_layers=True, or training.use_fp8=False for BF16.",
+        )
+        require(
+            not by_kernels or self.data.packing,
+            "training.use_fp8=True with PyTorch layers needs data.packing=True; set model.use_te_layers=True, or "
             "training.use_fp8=False for BF16.",
         )
         require(

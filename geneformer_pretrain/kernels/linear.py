@@ -29,23 +29,30 @@ def require_contiguous(x: Tensor) -> None:
 
 
 @triton.jit
+def block_of_product(num_rows, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
+    """Return the first row and column of a program's block of a product.
+
+    Blocks of GROUP times ROWS rows come one column after the other, so that they and b stay in the L2 cache.
+    """
+    across, down = tl.cdiv(width, COLUMNS), tl.cdiv(num_rows, ROWS)
+    group, in_group = tl.program_id(0) // (GROUP * across), tl.program_id(0) % (GROUP * across)
+    height = min(GROUP, down - group * GROUP)
+    return (group * GROUP + in_group % height) * ROWS, in_group // height * COLUMNS
+
+
+@triton.jit
 def _product_where_positive(
     a_rows, b_rows, gate_rows, product_rows, partial, num_rows, width,
     INNER: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    # Blocks of GROUP times ROWS rows, one column after the other, so that they and b stay in the L2 cache.
-    across, down = tl.cdiv(width, COLUMNS), tl.cdiv(num_rows, ROWS)
-    group, in_group = tl.program_id(0) // (GROUP * across), tl.program_id(0) % (GROUP * across)
-    height = min(GROUP, down - group * GROUP)
-    block = group * GROUP + in_group % height
-    row, column = block * ROWS, in_group // height * COLUMNS
+    row, column = block_of_product(num_rows, width, ROWS, COLUMNS, GROUP)
     product = tl.zeros([ROWS, COLUMNS], tl.float32)
     for inner in tl.range(0, INNER, DEPTH):
         product = tl.dot(a_rows.load([row, inner]), b_rows.load([inner, column]), product)
     product = tl.where(gate_rows.load([row, column]) > 0, product, 0.0)
     product_rows.store([row, column], product.to(product_rows.dtype))
     columns = column + tl.arange(0, COLUMNS)
-    tl.store(partial + block * width + columns, tl.sum(product, 0), mask=columns < width)
+    tl.store(partial + row // ROWS * width + columns, tl.sum(product, 0), mask=columns < width)
 
 
 @library.custom_op("geneformer::product_where_positive", mutates_args=())

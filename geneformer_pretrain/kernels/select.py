@@ -16,6 +16,8 @@ MAX_OFFSET = 2**31 - 1
 """Largest number of elements in a tensor: the kernels' offsets are 32-bit integers."""
 WIDTH_MULTIPLE = 8
 """Layer widths must be multiples of this: TMA loads rows in units of 16 bytes."""
+FP8_WIDTH_MULTIPLE = 16
+"""The same for FP8."""
 FLASH_HEAD_SIZES = range(8, 257, 8)
 """Head sizes of PyTorch's FlashAttention."""
 
@@ -82,6 +84,29 @@ def use_triton_fused(model: ModelConfig, device: torch.device, compute_dtype: to
         if value % WIDTH_MULTIPLE:
             unsupported.append(f"supports multiples of {WIDTH_MULTIPLE} as model.{name}, not {value:,}")
     return _use_triton("model.fused_kernels", model.fused_kernels, unsupported, is_hopper(device))
+
+
+def require_fp8_kernels(model: ModelConfig, fused: Kernel) -> None:
+    """Check that PyTorch layers can compute in FP8.
+
+    Raises
+    ------
+    ConfigError
+        They cannot, with the reason.
+    """
+    remedy = "set model.use_te_layers=true for Transformer Engine's, or training.use_fp8=false for BF16."
+    if fused is not Kernel.triton:
+        raise ConfigError(
+            "training.use_fp8=true with PyTorch layers needs model.fused_kernels=triton, which `auto` chooses "
+            f"on Hopper GPUs; {remedy}"
+        )
+    for name in ("hidden_size", "intermediate_size"):
+        value = getattr(model, name)
+        if value % FP8_WIDTH_MULTIPLE:
+            raise ConfigError(
+                f"training.use_fp8=true with PyTorch layers needs model.{name} to be a multiple of "
+                f"{FP8_WIDTH_MULTIPLE}, not {value:,}; {remedy}"
+            )
 
 
 def _use_triton(key: str, choice: Kernel, unsupported: list[str], tuned: bool) -> bool:

@@ -4,16 +4,17 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from importlib import metadata
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from geneformer_pretrain.config.schema import Config
 from geneformer_pretrain.config.training import Fp8Recipe
 from geneformer_pretrain.errors import require
-from modeling_bert_te import te_linear
+from geneformer_pretrain.kernels.fp8_scaling import DelayedScaling
+from modeling_bert_te import BertForMaskedLM, BertLayer, te_linear
 
 FP8_CAPABILITY = (8, 9)
 """Compute capability from which GPUs have FP8 matrix units."""
@@ -62,61 +63,113 @@ def check_machine(config: Config, device: torch.device) -> None:
         )
 
 
-def forward_context(config: Config) -> Callable[[], AbstractContextManager[None]]:
-    """Return a function that makes the context of a forward pass: Transformer Engine's FP8 context, or none.
+class Precision:
+    """How matrix products are computed: in the compute dtype, unless a subclass says otherwise."""
+
+    def forward(self) -> AbstractContextManager[None]:
+        """Make the context of a forward pass."""
+        return nullcontext()
+
+    def end_step(self) -> None:
+        """Update scales after the last backward of a step; collective, without a wait of the host."""
+
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield scales and histories that a checkpoint keeps, by name."""
+        return iter(())
+
+
+class KernelFp8(Precision):
+    """FP8 with delayed scaling by the kernels of `kernels.fp8`, for PyTorch layers.
+
+    Parameters
+    ----------
+    model
+        Its layers get kernels of their own.
+    """
+
+    def __init__(self, model: BertForMaskedLM, device: torch.device) -> None:
+        from geneformer_pretrain.kernels.adapters import TritonFp8
+
+        layers = cast(list[BertLayer], list(model.bert.encoder["layer"].children()))
+        self.scaling = DelayedScaling(len(layers), device)
+        for number, layer in enumerate(layers):
+            layer.set_fused_kernels(TritonFp8(self.scaling.layer(number)))
+
+    def end_step(self) -> None:
+        """Turn the step's maxima into scales."""
+        self.scaling.update()
+
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield them by the names of Transformer Engine's, which has the same."""
+        return self.scaling.state()
+
+
+class TransformerEngineFp8(Precision):
+    """FP8 by Transformer Engine layers.
 
     Raises
     ------
     ConfigError
         A recipe that this GPU does not have.
     """
-    if not config.training.use_fp8:
-        return nullcontext
-    import transformer_engine.pytorch as te
-    from transformer_engine.common import recipe
 
-    choice = config.training.fp8_recipe
-    available: dict[Fp8Recipe, Callable[..., tuple[bool, str]]] = {
-        Fp8Recipe.block: te.is_fp8_block_scaling_available,
-        Fp8Recipe.mxfp8: te.is_mxfp8_available,
-        Fp8Recipe.nvfp4: te.is_nvfp4_available,
-    }
-    if choice in available:
-        there, reason = available[choice](return_reason=True)
-        require(
-            there,
-            f"training.fp8_recipe={choice} does not run on {torch.cuda.get_device_name()}: {reason} "
-            "Choose delayed or current.",
-        )
-    chosen = {
-        Fp8Recipe.delayed: recipe.DelayedScaling,
-        Fp8Recipe.current: recipe.Float8CurrentScaling,
-        Fp8Recipe.block: recipe.Float8BlockScaling,
-        Fp8Recipe.mxfp8: recipe.MXFP8BlockScaling,
-        Fp8Recipe.nvfp4: recipe.NVFP4BlockScaling,
-    }[choice]()
+    def __init__(self, model: BertForMaskedLM, choice: Fp8Recipe) -> None:
+        import transformer_engine.pytorch as te
+        from transformer_engine.common import recipe
 
-    def context() -> AbstractContextManager[None]:
-        return te.autocast(enabled=True, recipe=chosen, amax_reduction_group=dist.group.WORLD)
+        available: dict[Fp8Recipe, Callable[..., tuple[bool, str]]] = {
+            Fp8Recipe.block: te.is_fp8_block_scaling_available,
+            Fp8Recipe.mxfp8: te.is_mxfp8_available,
+            Fp8Recipe.nvfp4: te.is_nvfp4_available,
+        }
+        if choice in available:
+            there, reason = available[choice](return_reason=True)
+            require(
+                there,
+                f"training.fp8_recipe={choice} does not run on {torch.cuda.get_device_name()}: {reason} "
+                "Choose delayed or current.",
+            )
+        recipes = {
+            Fp8Recipe.delayed: recipe.DelayedScaling,
+            Fp8Recipe.current: recipe.Float8CurrentScaling,
+            Fp8Recipe.block: recipe.Float8BlockScaling,
+            Fp8Recipe.mxfp8: recipe.MXFP8BlockScaling,
+            Fp8Recipe.nvfp4: recipe.NVFP4BlockScaling,
+        }
+        self.model, self.autocast, self.recipe = model, te.autocast, recipes[choice]()
 
-    return context
+    def forward(self) -> AbstractContextManager[None]:
+        """Make Transformer Engine's context, which also updates scales over all ranks when it ends."""
+        return self.autocast(enabled=True, recipe=self.recipe, amax_reduction_group=dist.group.WORLD)
+
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield those of delayed scaling; they are created here if no forward pass has created them yet.
+
+        Maxima are reduced over all ranks when they turn into scales, so ranks differ in the newest entry of a history
+        at most.
+        """
+        linears: list[tuple[str, Any]] = [(n, m) for n, m in self.model.named_modules() if isinstance(m, te_linear())]
+        with torch.no_grad(), self.forward():
+            for _, linear in linears:
+                linear.init_fp8_metadata()
+        for name, linear in linears:
+            for direction in ("scaling_fwd", "scaling_bwd"):
+                state = linear.fp8_meta[direction]
+                if hasattr(state, "amax_history"):
+                    yield f"{name}.{direction}.scale", state.scale
+                    yield f"{name}.{direction}.amax_history", state.amax_history
 
 
-def fp8_state(model: nn.Module, context: Callable[[], AbstractContextManager[None]]) -> Iterator[tuple[str, Tensor]]:
-    """Yield scales and amax histories of delayed scaling, by name; nothing for recipes without a memory.
+def make_precision(config: Config, model: BertForMaskedLM, device: torch.device) -> Precision:
+    """Make the precision that a configuration asks for, and prepare the model for it.
 
-    Those of a checkpoint are rank 0's: maxima are reduced over all ranks when they turn into scales, so that ranks
-    differ in the newest entry of a history at most. They are created here if no forward pass has created them yet.
+    Raises
+    ------
+    ConfigError
+        A recipe of FP8 that this GPU does not have.
     """
-    if context is nullcontext:
-        return
-    linears: list[tuple[str, Any]] = [(n, m) for n, m in model.named_modules() if isinstance(m, te_linear())]
-    with torch.no_grad(), context():
-        for _, linear in linears:
-            linear.init_fp8_metadata()
-    for name, linear in linears:
-        for direction in ("scaling_fwd", "scaling_bwd"):
-            state = linear.fp8_meta[direction]
-            if hasattr(state, "amax_history"):
-                yield f"{name}.{direction}.scale", state.scale
-                yield f"{name}.{direction}.amax_history", state.amax_history
+    if not config.training.use_fp8:
+        return Precision()
+    if config.model.use_te_layers:
+        return TransformerEngineFp8(model, config.training.fp8_recipe)
+    return KernelFp8(model, device)

@@ -76,7 +76,7 @@ class MicroBatchGraphs:
         """
         if self.batch is None:
             self.batch = batch.to(self.parameters[0].device)
-            self._warm_up(self.batch)
+            self._warm_up(self.batch, seed)
         is_first = self.parameters[0].grad is None
         if is_first not in self.recordings:
             try:
@@ -98,12 +98,16 @@ class MicroBatchGraphs:
             dist.all_reduce(self.buffer)
         return loss_sum, masked
 
-    def _warm_up(self, batch: PackedBatch) -> None:
-        """Run what will be recorded, for compilation and everything else that happens once."""
+    def _warm_up(self, batch: PackedBatch, seed: int) -> None:
+        """Run what will be recorded, for compilation and everything else that happens once.
+
+        With the micro-batch's own seed, so that FP8 kernels record the maxima that they record when it is replayed.
+        """
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(1 + self.accumulates):
+                torch.manual_seed(seed)
                 self.loss(batch)[0].backward()
         torch.cuda.current_stream().wait_stream(stream)
         for parameter in self.parameters:

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from geneformer_pretrain.data.dataset import DataSource
 from geneformer_pretrain.data.stream import PackStream
 from geneformer_pretrain.distributed.engines import Engine
 from geneformer_pretrain.errors import CheckpointSaveError
-from geneformer_pretrain.model.precision import fp8_state
+from geneformer_pretrain.model.precision import Precision
 from geneformer_pretrain.training.resume import FP8_PREFIX
 
 MAX_FAILED_SAVES = 3
@@ -29,8 +29,8 @@ class Saver:
     ----------
     store
         Where to.
-    engine, optimizer, context
-        Owners of the tensors: weights, AdamW's state and, through the forward's context, FP8 scales.
+    engine, optimizer, precision
+        Owners of the tensors: weights, AdamW's state, FP8 scales.
     config, data
         Described in the checkpoint.
     say
@@ -47,12 +47,12 @@ class Saver:
         store: CheckpointStore,
         engine: Engine,
         optimizer: torch.optim.AdamW,
-        context: Callable[[], AbstractContextManager[None]],
+        precision: Precision,
         config: Config,
         data: DataSource,
         say: Callable[[str], None],
     ) -> None:
-        self.store, self.engine, self.optimizer, self.context = store, engine, optimizer, context
+        self.store, self.engine, self.optimizer, self.precision = store, engine, optimizer, precision
         self.config, self.data, self.say = config, data, say
         self.best: list[tuple[int, float | None]] = []
         self.failed_saves = 0
@@ -63,8 +63,7 @@ class Saver:
         """Return all tensors of a checkpoint, by canonical name."""
         tensors = named_tensors(self.engine.model, self.optimizer)
         self.engine.prepare_for_checkpoint(tensors)
-        scaling = fp8_state(self.engine.model, self.context)
-        return tensors | {f"{FP8_PREFIX}{name}": tensor for name, tensor in scaling}
+        return tensors | {f"{FP8_PREFIX}{name}": tensor for name, tensor in self.precision.state()}
 
     def is_due(self) -> bool:
         """True on a rank whose clock says that `save_every_minutes` have passed; the ranks then agree on a step."""

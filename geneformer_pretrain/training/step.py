@@ -6,7 +6,6 @@ The host never waits for the device here: totals are copied to host memory async
 import hashlib
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
@@ -20,6 +19,7 @@ from geneformer_pretrain.data.batch import Batch, BatchMetadata, PackedBatch
 from geneformer_pretrain.distributed.engines import Engine
 from geneformer_pretrain.distributed.world import World
 from geneformer_pretrain.errors import TrainingError
+from geneformer_pretrain.model.precision import Precision
 from geneformer_pretrain.training.cuda_graphs import MicroBatchGraphs
 from geneformer_pretrain.training.optimizer import clip_and_step, learning_rate
 
@@ -72,8 +72,8 @@ class TrainStep:
         This process among all.
     accumulation
         Micro-batches of one step on this rank.
-    context
-        Makes the context of a forward pass (FP8), or a null context.
+    precision
+        Makes the context of a forward pass, and updates FP8 scales after the last backward.
     beat
         Called with the name of each phase.
     """
@@ -86,11 +86,11 @@ class TrainStep:
         resolved: Resolved,
         world: World,
         accumulation: int,
-        context: Callable[[], AbstractContextManager[None]],
+        precision: Precision,
         beat: Beat = lambda phase: None,
     ) -> None:
         self.engine, self.optimizer, self.config, self.resolved = engine, optimizer, config, resolved
-        self.world, self.accumulation, self.context, self.beat = world, accumulation, context, beat
+        self.world, self.accumulation, self.precision, self.beat = world, accumulation, precision, beat
         self.graphs: MicroBatchGraphs | None = None
         if resolved.cuda_graphs:
             self.graphs = MicroBatchGraphs(
@@ -138,6 +138,7 @@ class TrainStep:
         totals = torch.cat([torch.stack([loss_sum.double(), masked.double()]), counts])
         self.beat("sums over ranks and update")
         dist.all_reduce(totals)
+        self.precision.end_step()
         rate = learning_rate(step, self.config)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -165,7 +166,7 @@ class TrainStep:
         """
         torch.manual_seed(dropout_seed(self.config.seed, batch.pack))
         batch = batch.to(self.world.device, non_blocking=True)
-        with self.context():
+        with self.precision.forward():
             if isinstance(batch, PackedBatch):
                 return self._loss_of_packed(batch)
             (logits,) = self.engine.forward_module(

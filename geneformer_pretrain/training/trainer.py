@@ -22,7 +22,7 @@ from geneformer_pretrain.distributed.watchdog import Watchdog
 from geneformer_pretrain.distributed.world import World
 from geneformer_pretrain.errors import ConfigError
 from geneformer_pretrain.model.build import build_model
-from geneformer_pretrain.model.precision import forward_context
+from geneformer_pretrain.model.precision import make_precision
 from geneformer_pretrain.model.resolve import DTYPES, resolve_on_all_ranks
 from geneformer_pretrain.run.archive import archive_run, has_results, require_no_other_use
 from geneformer_pretrain.run.folder import FolderWriter, write_exit
@@ -64,12 +64,12 @@ class Trainer:
         ranks.require_equal(identity_of_rank(config), ConfigError)
         ranks.run_on_all_ranks(lambda: apply_gene_set(config), ConfigError)
         self.resolved = resolve_on_all_ranks(config, world, ranks)
-        self.context = forward_context(config)
         self.data, self.validation = open_corpora(config, world, ranks)
 
         dtype = DTYPES[self.resolved.compute_dtype]
         shard = sharding(config, world, self.resolved, dtype)
         model = build_model(config, self.resolved, world.device, dtype, shard)
+        self.precision = make_precision(config, model, world.device)
         self.engine = make_engine(model, shard, config, world, self.resolved)
         self.optimizer = build_optimizer(self.engine.model, training)
 
@@ -78,7 +78,7 @@ class Trainer:
         if not training.resume_from_checkpoint:
             self._archive("The earlier run in {folder} is in {previous} now.")
         self.store = CheckpointStore(self.folder, keep_last_n=training.keep_last_n)
-        self.saver = Saver(self.store, self.engine, self.optimizer, self.context, config, self.data, self.say)
+        self.saver = Saver(self.store, self.engine, self.optimizer, self.precision, config, self.data, self.say)
         self.progress = self._resume()
         self.saver.settle_best(self.progress)
         self.accumulation = accumulation_steps(self.progress.packs_per_step, world.size)
@@ -86,7 +86,7 @@ class Trainer:
 
         self.watchdog = Watchdog(training.hang_timeout_seconds, self.folder, world, write_exit)
         self.step = TrainStep(
-            self.engine, self.optimizer, training, self.resolved, world, self.accumulation, self.context, self._beat
+            self.engine, self.optimizer, training, self.resolved, world, self.accumulation, self.precision, self._beat
         )
         self.logs: RunLogs | None = None
         if self.progress.step < training.num_train_steps:
