@@ -200,10 +200,10 @@ class FusedKernels(Protocol):
         """
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Compute x @ weight.T: [T, H], [F, H] of one dtype -> [T, F]."""
+        """Compute x @ weight.T: [T, H], [F, H] of any dtype -> [T, F]."""
 
     def linear_with_residual(self, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        """Project x and return x beside it: [T, H], [F, H], [F] of one dtype -> [T, F], [T, H].
+        """Project x and return x beside it: [T, H], [F, H] of any dtype, [F] -> [T, F], [T, H].
 
         The x returned is for the residual connection alone, so that its two gradients may be added in place.
         """
@@ -211,7 +211,7 @@ class FusedKernels(Protocol):
     def feed_forward(self, x: Tensor, expand: Tensor, bias: Tensor, contract: Tensor) -> tuple[Tensor, Tensor]:
         """Project x, apply ReLU, project again, return x beside it: [T, H], [F, H], [F], [H, F] -> [T, H], [T, H].
 
-        All are of one dtype; the x returned is for the residual connection alone, as above.
+        The weights may have any dtype; the x returned is for the residual connection alone, as above.
         """
 
     def linear_cross_entropy(self, x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
@@ -358,10 +358,10 @@ class BertSelfAttention(nn.Module):
         if self.use_te_layers:
             return self.qkv(x), x, None
         projections = (self.query, self.key, self.value)
-        weight = torch.cat([p.weight for p in projections]).to(x.dtype)
+        weight = torch.cat([p.weight for p in projections])
         bias = torch.cat([p.bias for p in projections]).to(x.dtype)
         if self.fused is None:
-            return F.linear(x, weight, bias), x, None
+            return F.linear(x, weight.to(x.dtype), bias), x, None
         detached = self.attention.computes_bias_grad
         qkv, x = self.fused.linear_with_residual(x, weight, bias.detach() if detached else bias)
         return qkv, x, bias if detached else None
@@ -405,7 +405,7 @@ class BertResidualOutput(nn.Module):
             return self.add_norm(dense(x), residual)
         if self.fused is None:
             return self.add_norm(cast_linear(dense, x), residual)
-        return self.add_norm(self.fused.linear(x, dense.weight.to(x.dtype)), residual, dense.bias)
+        return self.add_norm(self.fused.linear(x, dense.weight), residual, dense.bias)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         """Call each part: [T, F], [T, H] -> [T, H]."""
@@ -467,10 +467,10 @@ class BertLayer(nn.Module):
         expand, contract = cast(nn.Linear, self.intermediate["dense"]), cast(nn.Linear, self.output.dense)
         if self.use_te_layers or type(self.activation) is not nn.ReLU:
             return self.output.project_add_norm(self.activation(linear(expand, x)), x)
-        weight, bias = expand.weight.to(x.dtype), expand.bias.to(x.dtype)
+        bias = expand.bias.to(x.dtype)
         if self.fused is None:
-            return self.output.project_add_norm(LinearReLU.apply(x, weight, bias), x)
-        x, residual = self.fused.feed_forward(x, weight, bias, contract.weight.to(x.dtype))
+            return self.output.project_add_norm(LinearReLU.apply(x, expand.weight.to(x.dtype), bias), x)
+        x, residual = self.fused.feed_forward(x, expand.weight, bias, contract.weight)
         return self.output.add_norm(x, residual, contract.bias)
 
     def call_parts(self, x: Tensor, prepared: Any) -> Tensor:

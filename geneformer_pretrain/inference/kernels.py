@@ -85,16 +85,16 @@ class InferenceFused:
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
         """Leave the product to PyTorch."""
-        return torch.nn.functional.linear(x, weight)
+        return torch.nn.functional.linear(x, weight.to(x.dtype))
 
     def linear_with_residual(self, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """Project x."""
-        return torch.nn.functional.linear(x, weight, bias), x
+        return torch.nn.functional.linear(x, weight.to(x.dtype), bias), x
 
     def feed_forward(self, x: Tensor, expand: Tensor, bias: Tensor, contract: Tensor) -> tuple[Tensor, Tensor]:
         """Project x, by ReLU after it, project again."""
-        hidden = torch.ops.aten._addmm_activation(bias, x, expand.t())
-        return torch.nn.functional.linear(hidden, contract), x
+        hidden = torch.ops.aten._addmm_activation(bias, x, expand.to(x.dtype).t())
+        return torch.nn.functional.linear(hidden, contract.to(x.dtype)), x
 
     def linear_cross_entropy(self, x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
         """Sum of cross-entropies, as PyTorch computes it."""

@@ -39,15 +39,15 @@ class TritonFused:
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
         """Leave the product to cuBLAS."""
-        return F.linear(x, weight)
+        return F.linear(x, weight.to(x.dtype))
 
     def linear_with_residual(self, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """Add the gradients of x in place."""
-        return LinearWithResidual.apply(x, weight, bias)
+        return LinearWithResidual.apply(x, weight.to(x.dtype), bias)
 
     def feed_forward(self, x: Tensor, expand: Tensor, bias: Tensor, contract: Tensor) -> tuple[Tensor, Tensor]:
         """Add the gradients of x in place."""
-        return FeedForward.apply(x, expand, bias, contract)
+        return FeedForward.apply(x, expand.to(x.dtype), bias, contract.to(x.dtype))
 
     def linear_cross_entropy(self, x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
         """Replace the logits by their gradient in place."""

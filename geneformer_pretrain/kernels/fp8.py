@@ -120,13 +120,13 @@ def _expand(
 
 @triton.jit
 def _product_where_positive(
-    a_rows, b_rows, inverse_a, inverse_b, gate_rows, scales, maxima, slot, rows_out, columns_out, partial, num_rows,
+    a_rows, b_rows, inverse_a, inverse_b, gate_columns, scales, maxima, slot, rows_out, columns_out, partial, num_rows,
     width, inner, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     row, column = block_of_product(num_rows, width, ROWS, COLUMNS, GROUP)
+    gate = gate_columns.load([column, row]).T  # Before the product: on its way meanwhile.
     product = _product(a_rows, b_rows, row, column, inner, ROWS, COLUMNS, DEPTH)
-    is_positive = gate_rows.load([row, column]).to(tl.float32) > 0
-    value = tl.where(is_positive, product * (tl.load(inverse_a) * tl.load(inverse_b)), 0.0)
+    value = tl.where(gate.to(tl.float32) > 0, product * (tl.load(inverse_a) * tl.load(inverse_b)), 0.0)
     _record(maxima, slot, value)
     low = (value * tl.load(scales + slot)).to(rows_out.dtype)
     rows_out.store([row, column], low)
@@ -195,8 +195,10 @@ def fp8_product_where_positive(
 
     Parameters
     ----------
-    a, b, gate
-        E5M2 [T, H], E4M3 [F, H] and [T, F], contiguous, T, H and F multiples of 16.
+    a, b
+        E5M2 [T, H] and E4M3 [F, H], contiguous, T, H and F multiples of 16.
+    gate
+        E4M3, transposed: [F, T].
     inverse_a, inverse_b
         FP32 [1]: reciprocals of the scales of a and b.
     scales, maxima, slot
@@ -206,13 +208,13 @@ def fp8_product_where_positive(
     -------
     E5M2 [T, F], and transposed, [F, T]; and the sums over the rows of each of its P blocks, FP32 [P, F].
     """
-    num_rows, width = gate.shape
+    width, num_rows = gate.shape
     rows_out, columns_out = a.new_empty(num_rows, width), a.new_empty(width, num_rows)
     rows = PRODUCT["ROWS"]
     partial = torch.empty(triton.cdiv(num_rows, rows), width, dtype=torch.float32, device=a.device)
     a_rows, b_rows, *out = _operands(a, b, rows_out, columns_out)
     _product_where_positive[_num_programs(num_rows, width)](
-        a_rows, b_rows, inverse_a, inverse_b, TensorDescriptor.from_tensor(gate, [rows, PRODUCT["COLUMNS"]]),
+        a_rows, b_rows, inverse_a, inverse_b, TensorDescriptor.from_tensor(gate, [PRODUCT["COLUMNS"], rows]),
         scales, maxima, slot, *out, partial, num_rows, width, a.shape[1], **PRODUCT,
     )  # fmt: skip
     return rows_out, columns_out, partial
@@ -222,19 +224,22 @@ def fp8_product_where_positive(
 def _(
     a: Tensor, b: Tensor, inverse_a: Tensor, inverse_b: Tensor, gate: Tensor, scales: Tensor, maxima: Tensor, slot: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    num_rows, width = gate.shape
+    width, num_rows = gate.shape
     partial = a.new_empty(triton.cdiv(num_rows, PRODUCT["ROWS"]), width, dtype=torch.float32)
     return a.new_empty(num_rows, width), a.new_empty(width, num_rows), partial
 
 
-def product(
-    a: Tensor, b: Tensor, inverse_a: Tensor, inverse_b: Tensor, exact: bool, bias: Tensor | None = None
-) -> Tensor:
+def product(a: Tensor, b: Tensor, inverse_a: Tensor, inverse_b: Tensor, bias: Tensor | None = None) -> Tensor:
     """Compute a @ b.T + bias in BF16 from FP8: [M, K], [N, K], [1], [1], [N] -> [M, N].
 
-    `exact` sums in FP32; otherwise the matrix unit's own sums have 14 bits, which is enough for a forward.
+    The matrix units' own sums have 14 bits, which is enough for a forward.
     """
-    return torch._scaled_mm(a, b.t(), inverse_a, inverse_b, bias, out_dtype=torch.bfloat16, use_fast_accum=not exact)
+    return torch._scaled_mm(a, b.t(), inverse_a, inverse_b, bias, out_dtype=torch.bfloat16, use_fast_accum=True)
+
+
+def gradient_product(a: Tensor, b: Tensor, inverse_a: Tensor, inverse_b: Tensor, dtype: torch.dtype) -> Tensor:
+    """Compute a @ b.T from FP8: [M, K], [N, K], [1], [1] -> [M, N]. Sums, of as much as all tokens, are in FP32."""
+    return torch._scaled_mm(a, b.t(), inverse_a, inverse_b, out_dtype=dtype)
 
 
 def reciprocals(scales: Tensor) -> Tensor:
@@ -250,8 +255,8 @@ def one(values: Tensor, slot: int) -> Tensor:
 class Fp8Linear(torch.autograd.Function):
     """Compute x @ weight.T + bias in FP8, and return x beside it for the residual connection.
 
-    [T, H], [F, H], [F] or None -> [T, F], [T, H]. Of x the backward keeps the transposed cast alone, half as much
-    memory as in BF16.
+    [T, H], [F, H], [F] or None -> [T, F], [T, H]; the weight may have any dtype, the rest is BF16. The backward keeps
+    the transposed cast of x alone, half as much memory as in BF16.
 
     Parameters
     ----------
@@ -274,8 +279,8 @@ class Fp8Linear(torch.autograd.Function):
         inverse = reciprocals(forward_scales)
         inverse_x, inverse_weight = one(inverse, of_x), one(inverse, of_weight)
         ctx.save_for_backward(x_columns, weight_columns, inverse_x, inverse_weight, backward_scales, backward_maxima)
-        ctx.number, ctx.has_bias = number, bias is not None
-        return product(x_rows, weight_rows, inverse_x, inverse_weight, False, bias), x.view_as(x)
+        ctx.number, ctx.has_bias, ctx.dtype = number, bias is not None, weight.dtype
+        return product(x_rows, weight_rows, inverse_x, inverse_weight, bias), x.view_as(x)
 
     @staticmethod
     @once_differentiable
@@ -284,8 +289,8 @@ class Fp8Linear(torch.autograd.Function):
         slot = backward_slot(ctx.number)
         rows, columns = fp8_cast(grad.contiguous(), scales, maxima, slot, True, True)
         inverse = one(reciprocals(scales), slot)
-        grad_x = grad_residual + product(rows, weight, inverse, inverse_weight, True)
-        grad_weight = product(columns, x, inverse, inverse_x, True)
+        grad_x = grad_residual + gradient_product(rows, weight, inverse, inverse_weight, grad.dtype)
+        grad_weight = gradient_product(columns, x, inverse, inverse_x, ctx.dtype)
         grad_bias = grad.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
         return grad_x, grad_weight, grad_bias, *(None,) * 6
 
@@ -293,9 +298,9 @@ class Fp8Linear(torch.autograd.Function):
 class Fp8FeedForward(torch.autograd.Function):
     """Compute relu(x @ expand.T + bias) @ contract.T in FP8, and return x beside it for the residual connection.
 
-    [T, H], [F, H], [F], [H, F] -> [T, H], [T, H]; the other parameters are those of `Fp8Linear`. The hidden tensor and
-    its gradient exist in FP8 alone. A value that is zero there has no gradient, though it may have been positive: below
-    2**-10 of E4M3's unit, a two-millionth of the tensor's maximum.
+    [T, H], [F, H], [F], [H, F] -> [T, H], [T, H]; the weights may have any dtype, the rest is BF16. Other parameters
+    are those of `Fp8Linear`. The hidden tensor and its gradient exist in FP8 alone. What is zero there has no gradient,
+    though it may have been positive: by less than two millionths of the tensor's maximum.
     """
 
     @staticmethod
@@ -314,24 +319,25 @@ class Fp8FeedForward(torch.autograd.Function):
             x_rows, expand_rows, inverse_x, inverse_expand, bias, forward_scales, forward_maxima, of_hidden, record
         )
         ctx.save_for_backward(
-            x_columns, expand_columns, hidden_rows, hidden_columns, contract_columns, *inverses, backward_scales,
+            x_columns, expand_columns, hidden_columns, contract_columns, *inverses, backward_scales,
             backward_maxima,
         )  # fmt: skip
-        return product(hidden_rows, contract_rows, inverse_hidden, inverse_contract, False), x.view_as(x)
+        ctx.dtype = expand.dtype
+        return product(hidden_rows, contract_rows, inverse_hidden, inverse_contract), x.view_as(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, grad_residual: Tensor) -> tuple[Tensor | None, ...]:
-        x, expand, gate, hidden, contract, *inverses, scales, maxima = ctx.saved_tensors
+        x, expand, hidden, contract, *inverses, scales, maxima = ctx.saved_tensors
         inverse_x, inverse_expand, inverse_hidden, inverse_contract = inverses
         inverse = reciprocals(scales)
         of_hidden, of_out = backward_slot(EXPAND), backward_slot(CONTRACT)
         rows, columns = fp8_cast(grad.contiguous(), scales, maxima, of_out, True, True)
         inverse_out, inverse_grad = one(inverse, of_out), one(inverse, of_hidden)
         hidden_rows, hidden_columns, partial = fp8_product_where_positive(
-            rows, contract, inverse_out, inverse_contract, gate, scales, maxima, of_hidden
+            rows, contract, inverse_out, inverse_contract, hidden, scales, maxima, of_hidden
         )
-        grad_x = grad_residual + product(hidden_rows, expand, inverse_grad, inverse_expand, True)
-        grad_expand = product(hidden_columns, x, inverse_grad, inverse_x, True)
-        grad_contract = product(columns, hidden, inverse_out, inverse_hidden, True)
+        grad_x = grad_residual + gradient_product(hidden_rows, expand, inverse_grad, inverse_expand, grad.dtype)
+        grad_expand = gradient_product(hidden_columns, x, inverse_grad, inverse_x, ctx.dtype)
+        grad_contract = gradient_product(columns, hidden, inverse_out, inverse_hidden, ctx.dtype)
         return grad_x, grad_expand, partial.sum(0).to(grad.dtype), grad_contract, *(None,) * 5
