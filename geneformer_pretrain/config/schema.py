@@ -31,6 +31,11 @@ class Config:
     training: TrainingConfig
     data: DataConfig
 
+    @property
+    def fp8_by_kernels(self) -> bool:
+        """True if PyTorch layers compute in FP8, by this project's kernels."""
+        return self.training.use_fp8 and not self.model.use_te_layers
+
     def __post_init__(self) -> None:
         for key in PATH_KEYS:
             group, name = key.split(".")
@@ -67,19 +72,18 @@ class Config:
             "training.keep_best=True needs held-out cells to compare checkpoints by: set data.validation_path or "
             "data.validation_fraction, and training.validate_every_n_steps.",
         )
-        by_kernels = self.training.use_fp8 and not self.model.use_te_layers
         require(
-            not by_kernels or self.training.fp8_recipe is Fp8Recipe.delayed,
+            not self.fp8_by_kernels or self.training.fp8_recipe is Fp8Recipe.delayed,
             f"training.fp8_recipe={self.training.fp8_recipe} needs model.use_te_layers=True; PyTorch layers have "
             "training.fp8_recipe=delayed.",
         )
         require(
-            not by_kernels or self.model.hidden_act == "relu",
+            not self.fp8_by_kernels or self.model.hidden_act == "relu",
             f"training.use_fp8=True with PyTorch layers needs model.hidden_act=relu, not {self.model.hidden_act}; set "
             "model.use_te_layers=True, or training.use_fp8=False for BF16.",
         )
         require(
-            not by_kernels or self.data.packing,
+            not self.fp8_by_kernels or self.data.packing,
             "training.use_fp8=True with PyTorch layers needs data.packing=True; set model.use_te_layers=True, or "
             "training.use_fp8=False for BF16.",
         )

@@ -278,16 +278,17 @@ class Fp8Linear(torch.autograd.Function):
         weight_rows, weight_columns = fp8_cast(weight, forward_scales, forward_maxima, of_weight, False, record)
         inverse = reciprocals(forward_scales)
         inverse_x, inverse_weight = one(inverse, of_x), one(inverse, of_weight)
-        ctx.save_for_backward(x_columns, weight_columns, inverse_x, inverse_weight, backward_scales, backward_maxima)
+        ctx.save_for_backward(x_columns, weight_columns, inverse_x, inverse_weight, backward_scales)
+        ctx.maxima = backward_maxima  # Not saved: each backward changes them, and none depends on them.
         ctx.number, ctx.has_bias, ctx.dtype = number, bias is not None, weight.dtype
         return product(x_rows, weight_rows, inverse_x, inverse_weight, bias), x.view_as(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, grad_residual: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, inverse_x, inverse_weight, scales, maxima = ctx.saved_tensors
+        x, weight, inverse_x, inverse_weight, scales = ctx.saved_tensors
         slot = backward_slot(ctx.number)
-        rows, columns = fp8_cast(grad.contiguous(), scales, maxima, slot, True, True)
+        rows, columns = fp8_cast(grad.contiguous(), scales, ctx.maxima, slot, True, True)
         inverse = one(reciprocals(scales), slot)
         grad_x = grad_residual + gradient_product(rows, weight, inverse, inverse_weight, grad.dtype)
         grad_weight = gradient_product(columns, x, inverse, inverse_x, ctx.dtype)
@@ -318,24 +319,21 @@ class Fp8FeedForward(torch.autograd.Function):
         hidden_rows, hidden_columns = fp8_expand(
             x_rows, expand_rows, inverse_x, inverse_expand, bias, forward_scales, forward_maxima, of_hidden, record
         )
-        ctx.save_for_backward(
-            x_columns, expand_columns, hidden_columns, contract_columns, *inverses, backward_scales,
-            backward_maxima,
-        )  # fmt: skip
-        ctx.dtype = expand.dtype
+        ctx.save_for_backward(x_columns, expand_columns, hidden_columns, contract_columns, *inverses, backward_scales)
+        ctx.maxima, ctx.dtype = backward_maxima, expand.dtype
         return product(hidden_rows, contract_rows, inverse_hidden, inverse_contract), x.view_as(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, grad_residual: Tensor) -> tuple[Tensor | None, ...]:
-        x, expand, hidden, contract, *inverses, scales, maxima = ctx.saved_tensors
+        x, expand, hidden, contract, *inverses, scales = ctx.saved_tensors
         inverse_x, inverse_expand, inverse_hidden, inverse_contract = inverses
         inverse = reciprocals(scales)
         of_hidden, of_out = backward_slot(EXPAND), backward_slot(CONTRACT)
-        rows, columns = fp8_cast(grad.contiguous(), scales, maxima, of_out, True, True)
+        rows, columns = fp8_cast(grad.contiguous(), scales, ctx.maxima, of_out, True, True)
         inverse_out, inverse_grad = one(inverse, of_out), one(inverse, of_hidden)
         hidden_rows, hidden_columns, partial = fp8_product_where_positive(
-            rows, contract, inverse_out, inverse_contract, hidden, scales, maxima, of_hidden
+            rows, contract, inverse_out, inverse_contract, hidden, scales, ctx.maxima, of_hidden
         )
         grad_x = grad_residual + gradient_product(hidden_rows, expand, inverse_grad, inverse_expand, grad.dtype)
         grad_expand = gradient_product(hidden_columns, x, inverse_grad, inverse_x, ctx.dtype)

@@ -64,13 +64,15 @@ def use_triton_attention(model: ModelConfig, device: torch.device, compute_dtype
     return chosen
 
 
-def use_triton_fused(model: ModelConfig, device: torch.device, compute_dtype: torch.dtype) -> bool:
+def use_triton_fused(model: ModelConfig, device: torch.device, compute_dtype: torch.dtype, fp8: bool = False) -> bool:
     """Decide whether the fused element-wise kernels are used: as `model.fused_kernels` says, or where they are faster.
+
+    FP8 of PyTorch layers is theirs: with `fp8` they are used wherever they run.
 
     Raises
     ------
     ConfigError
-        Kernels asked for where they do not run.
+        Kernels asked for where they do not run, FP8 included.
     """
     unsupported = _unsupported(model, device, compute_dtype, model.hidden_size)
     for name, most in (("hidden_size", MAX_WIDTH), ("vocab_size", MAX_VOCABULARY)):
@@ -81,32 +83,19 @@ def use_triton_fused(model: ModelConfig, device: torch.device, compute_dtype: to
         unsupported.append("needs the shared memory of compute capability 9 or 10")
     for name in ("hidden_size", "intermediate_size"):
         value = getattr(model, name)
-        if value % WIDTH_MULTIPLE:
-            unsupported.append(f"supports multiples of {WIDTH_MULTIPLE} as model.{name}, not {value:,}")
-    return _use_triton("model.fused_kernels", model.fused_kernels, unsupported, is_hopper(device))
-
-
-def require_fp8_kernels(model: ModelConfig, fused: Kernel) -> None:
-    """Check that PyTorch layers can compute in FP8.
-
-    Raises
-    ------
-    ConfigError
-        They cannot, with the reason.
-    """
-    remedy = "set model.use_te_layers=true for Transformer Engine's, or training.use_fp8=false for BF16."
-    if fused is not Kernel.triton:
-        raise ConfigError(
-            "training.use_fp8=true with PyTorch layers needs model.fused_kernels=triton, which `auto` chooses "
-            f"on Hopper GPUs; {remedy}"
-        )
-    for name in ("hidden_size", "intermediate_size"):
-        value = getattr(model, name)
-        if value % FP8_WIDTH_MULTIPLE:
+        multiple = FP8_WIDTH_MULTIPLE if fp8 else WIDTH_MULTIPLE
+        if value % multiple:
+            unsupported.append(f"supports multiples of {multiple} as model.{name}, not {value:,}")
+    if fp8:
+        if model.fused_kernels is Kernel.torch:
+            unsupported.insert(0, "needs model.fused_kernels=triton")
+        if unsupported:
             raise ConfigError(
-                f"training.use_fp8=true with PyTorch layers needs model.{name} to be a multiple of "
-                f"{FP8_WIDTH_MULTIPLE}, not {value:,}; {remedy}"
+                f"training.use_fp8=true with PyTorch layers {unsupported[0]}; set model.use_te_layers=true for "
+                "Transformer Engine's, or training.use_fp8=false for BF16."
             )
+        return True
+    return _use_triton("model.fused_kernels", model.fused_kernels, unsupported, is_hopper(device))
 
 
 def _use_triton(key: str, choice: Kernel, unsupported: list[str], tuned: bool) -> bool:

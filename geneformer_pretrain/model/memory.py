@@ -27,9 +27,12 @@ def layer_activations(config: Config, itemsize: int) -> int:
 
     PyTorch layers keep its input, query, key and value, the attention's output, both sums before LayerNorm, the
     first half's output, each of width H, and the activation of width F; dropout masks are computed again. In FP8, what
-    the matrix products of Transformer Engine keep is counted in one byte, and the activation twice.
+    matrix products keep is counted in one byte, and neither of a layer's inputs is kept besides. Transformer Engine
+    keeps the activation twice and its input once.
     """
     h, f = config.model.hidden_size, config.model.intermediate_size
+    if config.fp8_by_kernels:
+        return 15 * h + f
     if config.training.use_fp8:
         return 15 * h + 3 * f
     return itemsize * (8 * h + f)
@@ -108,8 +111,8 @@ def peak_memory(
 
     root = (model.vocab_size + model.max_position_embeddings) * model.hidden_size
     weights_of_layer = (num_parameters - root) // layers
-    # What is cast stays for the backward: a copy in BF16, or two in FP8, by rows and by columns.
-    copies = 2 if training.use_fp8 or itemsize < WEIGHT else 0
+    # What is cast stays for the backward: a copy in BF16, or one in FP8; Transformer Engine keeps two of these.
+    copies = 1 if config.fp8_by_kernels else 2 if training.use_fp8 or itemsize < WEIGHT else 0
     working = copies * (root + kept * weights_of_layer)
     if shards:
         # The gradients of two layers as they come and in FP32, on their way to their owners.

@@ -42,6 +42,7 @@ def check_machine(config: Config, device: torch.device) -> None:
             f"model.use_te_layers=True needs Transformer Engine, which is not installed; install it, or {remedy}",
         )
     if fp8:
+        require(on_gpu, "training.use_fp8=True needs a CUDA GPU, and none is visible here; set training.use_fp8=False.")
         capability = torch.cuda.get_device_capability(device)
         require(
             capability >= FP8_CAPABILITY,

@@ -14,7 +14,7 @@ from geneformer_pretrain.distributed.agreement import Ranks
 from geneformer_pretrain.distributed.engines import shard_group_size
 from geneformer_pretrain.distributed.world import World
 from geneformer_pretrain.errors import ConfigError
-from geneformer_pretrain.kernels.select import require_fp8_kernels, use_triton_attention, use_triton_fused
+from geneformer_pretrain.kernels.select import use_triton_attention, use_triton_fused
 from geneformer_pretrain.model.memory import estimate_peak, num_parameters
 from geneformer_pretrain.model.precision import check_machine
 
@@ -69,16 +69,14 @@ def resolve(config: Config, world: World) -> Resolved:
     on_gpu = device.type == "cuda"
     dtype = resolve_dtype(config.training.compute_dtype, device)
     compiled = on_gpu and config.data.packing if config.training.compile is None else config.training.compile
-    fused = Kernel.triton if use_triton_fused(config.model, device, DTYPES[dtype]) else Kernel.torch
-    if config.training.use_fp8 and not config.model.use_te_layers:
-        require_fp8_kernels(config.model, fused)
+    fused = use_triton_fused(config.model, device, DTYPES[dtype], fp8=config.fp8_by_kernels)
     return Resolved(
         compute_dtype=dtype,
         compile=compiled,
         cuda_graphs=use_cuda_graphs(config, world, compiled),
         reshard_after_forward=_reshard(config, world, dtype),
         attention_kernel=Kernel.triton if use_triton_attention(config.model, device, DTYPES[dtype]) else Kernel.torch,
-        fused_kernels=fused,
+        fused_kernels=Kernel.triton if fused else Kernel.torch,
         world_size=world.size,
         device=torch.cuda.get_device_name(device) if on_gpu else "cpu",
         cuda=str(torch.version.cuda) if on_gpu else "none",

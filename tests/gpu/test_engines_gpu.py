@@ -35,16 +35,30 @@ COMMON = [
     "training.hang_timeout_seconds=0",
 ]
 FSDP2, NVFSDP, TE = "training.use_fsdp2=true", "training.use_nvfsdp=true", "model.use_te_layers=true"
-FP8 = [TE, "training.use_fp8=true"]
+KERNELS_FP8 = "training.use_fp8=true"
+FP8 = [TE, KERNELS_FP8]
 CURRENT, BLOCK = "training.fp8_recipe=current", "training.fp8_recipe=block"
 LINKS = {
     "bf16": [[], [FSDP2], [NVFSDP], ["training.cuda_graphs=false"], [TE], [FSDP2, TE], [NVFSDP, TE]],
     "fp8": [
-        *[FP8, [FSDP2, *FP8], [NVFSDP, *FP8], [*FP8, CURRENT], [FSDP2, *FP8, CURRENT], [NVFSDP, *FP8, CURRENT]],
+        *[
+            [KERNELS_FP8],
+            FP8,
+            [FSDP2, KERNELS_FP8],
+            [FSDP2, *FP8],
+            [NVFSDP, *FP8],
+            [NVFSDP, KERNELS_FP8],
+            [*FP8, CURRENT],
+            [FSDP2, *FP8, CURRENT],
+        ],
+        [NVFSDP, *FP8, CURRENT],
         *[[*FP8, BLOCK], [FSDP2, *FP8, BLOCK], [NVFSDP, *FP8, BLOCK]],
     ],
 }
-LINKS_OF_GROUPS = {"bf16": [[FSDP2], [NVFSDP], [FSDP2, TE]], "fp8": [[FSDP2, *FP8], [NVFSDP, *FP8]]}
+LINKS_OF_GROUPS = {
+    "bf16": [[FSDP2], [NVFSDP], [FSDP2, TE]],
+    "fp8": [[FSDP2, *FP8], [FSDP2, KERNELS_FP8], [NVFSDP, *FP8]],
+}
 
 
 def sizes() -> list[int]:

@@ -40,13 +40,15 @@ ENGINES = {
     "ddp": "training.cuda_graphs=false",
     "fsdp2": "training.use_fsdp2=true",
 }
+PRECISIONS = {"bf16": "training.use_fp8=false", "fp8": "training.use_fp8=true"}
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("engine", ENGINES)
-def test_steps_neither_synchronise_nor_recompile(overrides, engine):
+def test_steps_neither_synchronise_nor_recompile(overrides, engine, precision):
     torch._dynamo.reset()
     with distributed_world() as world:
-        trainer = Trainer(load_config("10m", [*overrides, ENGINES[engine]]), world)
+        trainer = Trainer(load_config("10m", [*overrides, ENGINES[engine], PRECISIONS[precision]]), world)
         with trainer.loader() as loader:
             for step in range(3):
                 trainer.step.run(loader, step)
@@ -75,11 +77,11 @@ def losses(folder):
     return [record["loss"] for record in records(folder)]
 
 
-@pytest.mark.parametrize("kernel", ["torch", "triton"])
-def test_deterministic_runs_and_resumptions_are_bitwise_equal(overrides, tmp_path, kernel, monkeypatch):
+@pytest.mark.parametrize(("kernel", "precision"), [("torch", "bf16"), ("triton", "bf16"), ("triton", "fp8")])
+def test_deterministic_runs_and_resumptions_are_bitwise_equal(overrides, tmp_path, kernel, precision, monkeypatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     common = [*overrides, "training.deterministic=true"]
-    common += [f"model.attention_kernel={kernel}", f"model.fused_kernels={kernel}"]
+    common += [f"model.attention_kernel={kernel}", f"model.fused_kernels={kernel}", PRECISIONS[precision]]
     try:
         fit([*common, f"training.checkpoint_dir={tmp_path}/a"], 8)
         fit([*common, f"training.checkpoint_dir={tmp_path}/b"], 5)
@@ -92,12 +94,14 @@ def test_deterministic_runs_and_resumptions_are_bitwise_equal(overrides, tmp_pat
         assert torch.equal(value, b[name]), name
 
 
-def test_cuda_graphs_change_no_bit(overrides, tmp_path, monkeypatch):
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_cuda_graphs_change_no_bit(overrides, tmp_path, monkeypatch, precision):
     """With dropout, several micro-batches a step, and validation in between."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     dropout = ["model.hidden_dropout_prob=0.1", "model.attention_probs_dropout_prob=0.1"]
     held_out = [f"data.validation_path={tmp_path}/cells.parquet", "training.validate_every_n_steps=3"]
     common = [*overrides, *dropout, *held_out, "training.gradient_accumulation_steps=3", "data.validation_packs=2"]
+    common += [PRECISIONS[precision]]
     try:
         for graphs in ("true", "false"):
             folder = f"training.checkpoint_dir={tmp_path}/{graphs}"
@@ -110,12 +114,12 @@ def test_cuda_graphs_change_no_bit(overrides, tmp_path, monkeypatch):
 
 
 TE = ["model.use_te_layers=true"]
-LAYERS = {"torch": [], "te": TE, "fp8": [*TE, "training.use_fp8=true"]}
+LAYERS = {"torch": [], "fp8": ["training.use_fp8=true"], "te": TE, "te-fp8": [*TE, "training.use_fp8=true"]}
 
 
 @pytest.mark.parametrize("layers", LAYERS)
 def test_recomputing_changes_memory_and_nothing_else(overrides, tmp_path, layers):
-    if layers != "torch":
+    if layers.startswith("te"):
         pytest.importorskip("transformer_engine.pytorch")
     dropout = ["model.hidden_dropout_prob=0.3", "model.attention_probs_dropout_prob=0.3"]
     common = [*overrides, *LAYERS[layers], *dropout, "model.num_hidden_layers=6", "model.micro_batch_size=64"]

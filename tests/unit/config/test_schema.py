@@ -119,7 +119,6 @@ MISTAKES = [
     ("training.mlm_probability=15", "training.mlm_probability"),
     ("training.adam_beta2=1.0", "training.adam_beta2"),
     ("training.keep_last_n=0", "training.keep_last_n"),
-    ("training.use_fp8=true", "training.use_fp8=True needs model.use_te_layers=True"),
     ("training.reshard_after_forward=false", "training.reshard_after_forward=False.*training.use_fsdp2=True"),
     ("training.shard_group_size=8", "training.shard_group_size is 8.*training.use_fsdp2=True"),
     ("training.recompute_every_n_layers=-1", "training.recompute_every_n_layers"),
@@ -127,6 +126,21 @@ MISTAKES = [
     ("data.num_special_tokens=30000", "data.num_special_tokens.*model.vocab_size"),
     ("data.max_cells_per_pack=0", "data.max_cells_per_pack"),
 ]
+
+
+FP8_MISTAKES = [
+    ("training.fp8_recipe=current", "training.fp8_recipe=current needs model.use_te_layers=True"),
+    ("model.hidden_act=gelu", "needs model.hidden_act=relu, not gelu"),
+    ("data.packing=false", "needs data.packing=True"),
+]
+
+
+@pytest.mark.parametrize(("override", "message"), FP8_MISTAKES, ids=[override for override, _ in FP8_MISTAKES])
+def test_what_fp8_of_pytorch_layers_needs(override, message):
+    assert load_config("l0_sanity", ["training.use_fp8=true"]).fp8_by_kernels
+    with pytest.raises(ConfigError, match=message):
+        load_config("l0_sanity", ["training.use_fp8=true", override])
+    load_config("l0_sanity", ["training.use_fp8=true", "model.use_te_layers=true", override])
 
 
 @pytest.mark.parametrize(("override", "message"), MISTAKES, ids=[override for override, _ in MISTAKES])

@@ -14,11 +14,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.testing import assert_close
+from triton.runtime import interpreter
 
-from geneformer_pretrain.kernels import attention, linear, norm
+from geneformer_pretrain.kernels import attention, fp8, linear, norm
+from geneformer_pretrain.kernels.adapters import TritonFp8
 from geneformer_pretrain.kernels.dropout import dropout_constants
+from geneformer_pretrain.kernels.fp8_scaling import DelayedScaling
 
 SEED = 11
+interpreted_conversion = interpreter._convert_float
 # Compiled Triton wraps silently around at 32 bits, and weights of masked keys overflow on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -37,8 +41,19 @@ def grad_of_scores(weights, grad_weights, minus_delta, a, rotated, b, threshold)
     return weights * (minus_delta + tl.where(dropped, 0.0, grad_weights))
 
 
+def convert_float(values, source, target, rounding):
+    """Triton's conversion, except to FP8, where the interpreter loses carries: PyTorch's, and saturated as on GPUs."""
+    kinds = {"fp8e4nv": (torch.float8_e4m3fn, 448.0), "fp8e5": (torch.float8_e5m2, 57344.0)}
+    if str(target) not in kinds:
+        return interpreted_conversion(values, source, target, rounding)
+    kind, largest = kinds[str(target)]
+    wide = interpreted_conversion(values, source, tl.float32, None).view(np.float32) if source != tl.float32 else values
+    return torch.from_numpy(wide.clip(-largest, largest)).to(kind).view(torch.uint8).numpy()
+
+
 @pytest.fixture(autouse=True)
 def _small_and_without_ptx(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interpreter, "_convert_float", convert_float)
     monkeypatch.setattr(attention, "_drop", drop)
     monkeypatch.setattr(attention, "_grad_of_scores", grad_of_scores)
     monkeypatch.setattr(norm, "MULTIPROCESSORS", 1)
@@ -174,3 +189,105 @@ def test_feed_forward_and_its_residual_gradient(rows):
     assert_close(out[0].double(), expected, atol=1e-3, rtol=1e-4)
     for found, wanted in zip(leaves, exact, strict=True):
         assert_close(found.grad.double(), wanted.grad, atol=2e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("is_gradient", "dtype"), [(False, torch.float8_e4m3fn), (True, torch.float8_e5m2)])
+@pytest.mark.parametrize("record", [True, False])
+def test_fp8_cast(record, is_gradient, dtype):
+    x = torch.randn(80, 144)
+    x[70, 130] = -1e6
+    scales, maxima = torch.tensor([1.0, 40.0]), torch.tensor([5.0, 5.0])
+    rows, columns = fp8.fp8_cast(x, scales, maxima, 1, is_gradient, record)
+    largest = torch.finfo(dtype).max
+    assert torch.equal(rows.view(torch.uint8), (40 * x).clamp(-largest, largest).to(dtype).view(torch.uint8))
+    assert torch.equal(columns.view(torch.uint8), rows.view(torch.uint8).T)
+    assert maxima.tolist() == [5.0, 1e6 if record else 5.0]
+
+
+def test_fp8_products_with_epilogues():
+    """Reference in float64 from the casts; sums of these products are exact in FP32."""
+    rows, inner, width = 144, 32, 48
+    a, b, bias = (torch.randint(-4, 5, shape) / 4.0 for shape in ((rows, inner), (width, inner), (width,)))
+    one, scales, maxima = torch.ones(1), torch.tensor([1.0, 0.3]), torch.zeros(2)
+    hidden, transposed = fp8.fp8_expand(
+        a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn), 2 * one, one / 4, bias, scales, maxima, 1, True
+    )
+    expected = (a.double() @ b.double().T / 2 + bias.double()).relu().float()
+    assert maxima.tolist() == [0.0, expected.max()]
+    assert torch.equal(hidden.float(), (expected * scales[1]).to(torch.float8_e4m3fn).float())
+    assert torch.equal(transposed.float(), hidden.float().T)
+
+    maxima.zero_()
+    grad, transposed_grad, partial = fp8.fp8_product_where_positive(
+        a.to(torch.float8_e5m2), b.to(torch.float8_e4m3fn), 2 * one, one / 4, transposed, scales, maxima, 1
+    )
+    expected = (a.double() @ b.double().T / 2 * (hidden.double() > 0)).float()
+    assert maxima.tolist() == [0.0, expected.abs().max()]
+    assert torch.equal(grad.float(), (expected * scales[1]).to(torch.float8_e5m2).float())
+    assert torch.equal(transposed_grad.float(), grad.float().T)
+    assert_close(partial.sum(0), expected.sum(0))
+
+
+def quantized(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor as FP8 holds it, in float64."""
+    largest = torch.finfo(dtype).max
+    return (x.float() * scale).clamp(-largest, largest).to(dtype).double() / scale.double()
+
+
+def test_linear_layers_in_fp8():
+    """Outputs and gradients are those of float64 on tensors rounded to FP8; scales are those of the step before."""
+    size, wide, rows = 32, 64, 96
+    scaling = DelayedScaling(1, torch.device("cpu"))
+    kernels = TritonFp8(scaling.layer(0))
+    x, *weights = (torch.randn(*s) for s in ((rows, size), (3 * size, size), (size, size), (wide, size), (size, wide)))
+    x, biases = x.bfloat16(), [torch.randn(width).bfloat16() for width in (3 * size, wide)]
+    grads = [(1e-4 * torch.randn(rows, width)).bfloat16() for width in (3 * size, size, size, size, size)]
+
+    def run(training: bool = True) -> list[Tensor]:
+        leaves = [leaf.detach().requires_grad_(training) for leaf in (x, *weights, *biases)]
+        x_, qkv, project, expand, contract, of_qkv, of_hidden = leaves
+        projected, residual = kernels.linear_with_residual(x_, qkv, of_qkv)
+        out, other = kernels.feed_forward(x_, expand, of_hidden, contract)
+        outputs = [projected, residual, kernels.linear(x_, project), out, other]
+        if training:
+            torch.autograd.backward(outputs, grads)
+        return [*outputs, *(leaf.grad for leaf in leaves)]
+
+    run()
+    scaling.update()
+    found = run()
+    before = scaling.layer(0).forward_maxima.clone()
+    with torch.no_grad():  # Validation leaves no trace.
+        weights[0] *= 9
+        run(training=False)
+        weights[0] /= 9
+    assert torch.equal(scaling.layer(0).forward_maxima, before)
+
+    scales = scaling.layer(0)
+    low, gradient = torch.float8_e4m3fn, torch.float8_e5m2
+    xs = [quantized(x, scales.forward_scales[3 * i], low) for i in range(3)]
+    qkv, project, expand, contract = (
+        quantized(weight, scales.forward_scales[3 * i + 1], low) for i, weight in enumerate(weights)
+    )
+    hidden = quantized((xs[2] @ expand.T + biases[1].double()).relu(), scales.forward_scales[9], low)
+    of_qkv, of_project, of_out = (
+        quantized(grads[place], scales.backward_scales[2 * i], gradient) for place, i in ((0, 0), (2, 1), (3, 3))
+    )
+    of_hidden = of_out @ contract * (hidden > 0)
+    rounded = quantized(of_hidden, scales.backward_scales[4], gradient)
+    expected = {
+        "qkv": xs[0] @ qkv.T + biases[0].double(),
+        "residual": x,
+        "projected": xs[1] @ project.T,
+        "feed-forward": hidden @ contract.T,
+        "other residual": x,
+        "x": of_qkv @ qkv + of_project @ project + rounded @ expand + grads[1].double() + grads[4].double(),
+        "query, key, value": of_qkv.T @ xs[0],
+        "project": of_project.T @ xs[1],
+        "expand": rounded.T @ xs[2],
+        "contract": of_out.T @ hidden,
+        "qkv bias": grads[0].double().sum(0),
+        "hidden bias": of_hidden.sum(0),
+    }
+    for (name, wanted), tensor in zip(expected.items(), found, strict=True):
+        assert (tensor.double() - wanted).norm() < 0.01 * wanted.double().norm(), name

@@ -104,3 +104,24 @@ def test_head_sizes_that_flash_attention_refuses_are_found_at_the_start(choose, 
 def test_head_sizes_up_to_256_run(choose):
     assert choose("torch", hidden_size=1024, num_attention_heads=4) is FlashAttention
     assert choose("auto", hidden_size=96, num_attention_heads=4) is FlashAttention
+
+
+@pytest.mark.parametrize(
+    ("kernel", "capability", "width", "reason"),
+    [
+        ("auto", (9, 0), 512, None),
+        ("auto", (10, 0), 512, None),
+        ("triton", (9, 0), 512, None),
+        ("torch", (9, 0), 512, "needs model.fused_kernels=triton"),
+        ("auto", (8, 9), 512, "needs compute capability 9.0"),
+        ("auto", (9, 0), 520, "supports multiples of 16 as model.intermediate_size, not 520"),
+    ],
+)
+def test_fp8_of_pytorch_layers_uses_the_fused_kernels_or_says_why_not(monkeypatch, kernel, capability, width, reason):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    model = load_config("10m", [f"model.fused_kernels={kernel}", f"model.intermediate_size={width}"]).model
+    if reason is None:
+        assert kernels.use_triton_fused(model, torch.device("cuda"), torch.bfloat16, fp8=True)
+    else:
+        with pytest.raises(ConfigError, match=rf"use_fp8=true with PyTorch layers {reason}.*model\.use_te_layers=true"):
+            kernels.use_triton_fused(model, torch.device("cuda"), torch.bfloat16, fp8=True)

@@ -15,7 +15,8 @@ class PlainKernels:
     """The fused kernels, written out; counts its calls."""
 
     def __init__(self):
-        self.calls = dict.fromkeys(("residual_norm", "linear_with_residual", "feed_forward", "linear_cross_entropy"), 0)
+        names = ("residual_norm", "linear", "linear_with_residual", "feed_forward", "linear_cross_entropy")
+        self.calls = dict.fromkeys(names, 0)
 
     def residual_norm(self, x, b, residual, weight, bias, eps, dropout):
         self.calls["residual_norm"] += 1
@@ -24,6 +25,10 @@ class PlainKernels:
         assert b is not None
         assert not dropout
         return F.layer_norm(residual + x + b, weight.shape, weight, bias, eps)
+
+    def linear(self, x, weight):
+        self.calls["linear"] += 1
+        return F.linear(x, weight)
 
     def linear_with_residual(self, x, weight, bias):
         self.calls["linear_with_residual"] += 1
@@ -56,6 +61,7 @@ def test_fused_kernels_are_given_what_they_need():
     layers = len(ours.bert.encoder["layer"])
     assert given.calls == {
         "residual_norm": 2 * layers,
+        "linear": layers,
         "linear_with_residual": layers,
         "feed_forward": layers,
         "linear_cross_entropy": 1,

@@ -71,7 +71,7 @@ def failure(arguments: Sequence[str]) -> str:
             "training.use_fp8=False and model.use_te_layers=False",
         ),
         (["training.use_nvfsdp=true"], "training.use_nvfsdp=True", "training.use_fsdp2=True"),
-        (["training.use_fp8=true"], "training.use_fp8=True", "model.use_te_layers=True"),
+        (["training.use_fp8=true"], "training.use_fp8=True needs a CUDA GPU", "training.use_fp8=False"),
         (["model.hidden_act=rellu"], "model.hidden_act", "relu"),
         (["model.hidden_size=33"], "model.hidden_size (33)", "model.num_attention_heads (2)"),
         (["data.vocab_path=none.txt"], "data.vocab_path", "data.vocab_path=null"),
