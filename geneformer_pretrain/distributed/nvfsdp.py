@@ -7,8 +7,9 @@ hold. Of the same part it keeps *compute weights*, in the compute dtype: these a
 Whoever changes main weights pushes them into the compute weights. With FP32 as compute dtype, both are one buffer.
 """
 
+import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -75,17 +76,27 @@ def make_sharding(
         # Compute weights get the dtype of the parameters; main weights would get their rounded values.
         for name, parameter in parameters.items():
             parameter.data = exact[name].to(compute_dtype)
+        original = type(module)
         fully_shard(module, mesh, placements, policy)
-        for group in module.parameter_groups:
+        module.__class__ = sharded_class(original, reshard_after_forward)
+        for group in cast(Any, module).parameter_groups:
             group.__class__ = ParameterGroup
             whole = [exact[name] for name in group.parameter_names]
             group.main_weight.local_buffer.copy_(DBuffer.distribute_tensors(whole, mesh, weights).local_buffer)
             group.sync_model_weight_from_main_weight()
-        if not reshard_after_forward:
-            kind = type(module)
-            module.__class__ = type(kind.__name__, (KeepsWeights, kind), {})
 
     return shard
+
+
+@functools.cache
+def sharded_class(original: type[nn.Module], reshard_after_forward: bool) -> type[nn.Module]:
+    """Derive the class of sharded modules from that which they had: one for all of them.
+
+    Compiled code is made for the class of its layer. Megatron-FSDP makes a class for each module: layers would be
+    compiled one by one, and from the ninth on not at all.
+    """
+    bases = (FsdpModule, original) if reshard_after_forward else (KeepsWeights, FsdpModule, original)
+    return type(f"Sharded{original.__name__}", bases, {})
 
 
 def sharded_modules(model: nn.Module) -> list[FsdpModule]:

@@ -2,8 +2,7 @@
 
 import contextlib
 import functools
-import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -82,7 +81,7 @@ def without_cuda() -> Iterator[None]:
         for name in ("all_reduce", "reduce_scatter_tensor"):
             stack.enter_context(mock.patch.object(dist, name, averaged(getattr(dist, name))))
         stack.enter_context(mock.patch.object(dist, "all_gather", gather_uneven))
-        stack.enter_context(mock.patch.object(torch.Tensor, "record_stream", nothing))
+        stack.enter_context(mock.patch.object(torch.Tensor, "record_stream", lambda *_: None))
         stack.enter_context(mock.patch.object(resolving, "check_machine", nothing))
         yield
 
@@ -120,7 +119,7 @@ def assert_equal_losses(found: Path, wanted: Path) -> None:
 
 
 def test_losses_are_those_of_fsdp2(tmp_path: Path, run_workers: RunWorkers) -> None:
-    """With weights gathered in BF16 or FP32, once or twice; and where one engine goes on from the other's checkpoint."""
+    """With weights in BF16 or FP32, gathered once or twice; and where one goes on from the other's checkpoint."""
     first = "training.num_train_steps=3"
     runs = [
         run_of(tmp_path, "fp32", FSDP2),
@@ -195,3 +194,32 @@ def test_forward_uses_the_main_weights_in_bf16(tmp_path: Path, run_workers: RunW
         "changed and pushed": True,
     }
     assert run_workers(weights_at_each_stage, 2, overrides(tmp_path)) == [expected] * 2
+
+
+def graphs_compiled(rank: int, size: int, runs: list[list[str]]) -> list[int]:
+    """Number of graphs that each of several runs compiles."""
+    found: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
+        found[-1] += 1
+        return graph.forward
+
+    with without_cuda(), mock.patch.object(torch, "compile", functools.partial(torch.compile, backend=backend)):
+        for given in runs:
+            torch._dynamo.reset()
+            found.append(0)
+            build(rank, size, given).fit()
+    return found
+
+
+def test_layers_share_compiled_code(tmp_path: Path, run_workers: RunWorkers) -> None:
+    """For which they have to be of one class; megatron-fsdp makes a class for each."""
+    common = [NVFSDP, BF16, "training.compile=true", "training.num_train_steps=1"]
+    runs = [
+        run_of(tmp_path, "few", *common, AGAIN, "model.num_hidden_layers=2"),
+        run_of(tmp_path, "many", *common, AGAIN, "model.num_hidden_layers=5"),
+        run_of(tmp_path, "kept", *common, KEPT, "model.num_hidden_layers=5"),
+    ]
+    for counts in run_workers(graphs_compiled, 2, runs):
+        assert counts[0] > 0
+        assert counts == counts[:1] * 3
