@@ -76,7 +76,7 @@ def make_sharding(
         # Compute weights get the dtype of the parameters; main weights would get their rounded values.
         for name, parameter in parameters.items():
             parameter.data = exact[name].to(compute_dtype)
-        original = type(module)
+        original: Any = type(module)
         fully_shard(module, mesh, placements, policy)
         module.__class__ = sharded_class(original, reshard_after_forward)
         for group in cast(Any, module).parameter_groups:

@@ -81,7 +81,7 @@ def without_cuda() -> Iterator[None]:
         for name in ("all_reduce", "reduce_scatter_tensor"):
             stack.enter_context(mock.patch.object(dist, name, averaged(getattr(dist, name))))
         stack.enter_context(mock.patch.object(dist, "all_gather", gather_uneven))
-        stack.enter_context(mock.patch.object(torch.Tensor, "record_stream", lambda *_: None))
+        stack.enter_context(mock.patch.object(torch.Tensor, "record_stream", NoStream.wait_stream))
         stack.enter_context(mock.patch.object(resolving, "check_machine", nothing))
         yield
 
