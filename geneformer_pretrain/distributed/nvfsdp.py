@@ -27,7 +27,7 @@ class ParameterGroup(FsdpParameterGroup):
     """The weights of one module, whose gradients are reduced in the dtype of the main weights."""
 
     def allocate_partial_grad_buffer(self) -> DBuffer:
-        """Allocate the buffer that is reduced over the ranks. Gradients are converted when they are copied into it."""
+        """Allocate the buffer that is reduced over the ranks."""
         owned = self.main_grad
         return DBuffer(
             mesh=self.mesh,
@@ -36,6 +36,13 @@ class ParameterGroup(FsdpParameterGroup):
             dtype=owned.dtype,
             device=owned.device,
         )
+
+    def copy_gradients_to_partial_buffer(self, partial_grad: DBuffer) -> None:
+        """Copy gradients into the buffer that is reduced, and convert them, in one launch for all."""
+        parts = [partial_grad.get_local_tensor(index) for index in range(len(self.unsharded_parameters))]
+        torch._foreach_copy_(parts, [parameter.grad for parameter in self.unsharded_parameters])
+        for parameter in self.unsharded_parameters:
+            parameter.grad = None
 
 
 class KeepsWeights:

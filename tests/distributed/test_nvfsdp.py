@@ -130,7 +130,7 @@ def test_losses_are_those_of_fsdp2(tmp_path: Path, run_workers: RunWorkers) -> N
         run_of(tmp_path, "bf16_resumed", FSDP2, BF16, first),
         run_of(tmp_path, "bf16_resumed", NVFSDP, BF16, KEPT),
     ]
-    run_workers(train_all, 2, runs)
+    run_workers(train_all, 2, runs, timeout=250)
     for name in ("fp32_again", "bf16_again", "bf16_kept", "bf16_resumed"):
         assert_equal_losses(tmp_path / name, tmp_path / name.partition("_")[0])
     assert read_metrics(tmp_path / "bf16")[-1]["loss"] != read_metrics(tmp_path / "fp32")[-1]["loss"]
@@ -142,6 +142,7 @@ def test_losses_in_two_groups_are_those_of_fsdp2(tmp_path: Path, run_workers: Ru
         train_all,
         4,
         [run_of(tmp_path, "fsdp2", FSDP2, *groups), run_of(tmp_path, "nvfsdp", NVFSDP, *groups, KEPT)],
+        timeout=250,
     )
     assert_equal_losses(tmp_path / "nvfsdp", tmp_path / "fsdp2")
 
@@ -220,6 +221,6 @@ def test_layers_share_compiled_code(tmp_path: Path, run_workers: RunWorkers) -> 
         run_of(tmp_path, "many", *common, AGAIN, "model.num_hidden_layers=5"),
         run_of(tmp_path, "kept", *common, KEPT, "model.num_hidden_layers=5"),
     ]
-    for counts in run_workers(graphs_compiled, 2, runs):
+    for counts in run_workers(graphs_compiled, 2, runs, timeout=250):
         assert counts[0] > 0
         assert counts == counts[:1] * 3
