@@ -93,10 +93,10 @@ class TrainingConfig:
     use_fsdp2: bool
     """Shard with PyTorch's FSDP2 instead of DDP."""
     reshard_after_forward: bool | None
-    """FSDP2 frees a layer's gathered weights after its forward and gathers them again for its backward. false keeps
-    them, for a step's further micro-batches too: at least a quarter less communication, for the memory of the whole
-    model in BF16 (5.8 GB for 4b) on each GPU. null keeps them where the estimate with them stays below 85% of the GPU's
-    memory; the start says which."""
+    """FSDP2 and nvFSDP free a layer's gathered weights after its forward and gather them again for its backward. false
+    keeps them, for a step's further micro-batches too: at least a quarter less communication, for the memory of the
+    whole model in BF16 (5.8 GB for 4b) on each GPU. null keeps them where the estimate with them stays below 85% of the
+    GPU's memory; the start says which."""
     shard_group_size: int | None
     """Ranks that share one copy of weights and optimizer state; groups of so many ranks are replicas of each other
     (hybrid sharding, such as 8 on nodes of 8 GPUs). null: all ranks share one copy. Needs an engine that shards."""
@@ -198,9 +198,9 @@ class TrainingConfig:
             "that shards: training.use_fsdp2=True or training.use_nvfsdp=True.",
         )
         require(
-            self.reshard_after_forward is None or self.use_fsdp2,
-            f"training.reshard_after_forward={self.reshard_after_forward} is a choice of FSDP2 alone: set "
-            "training.use_fsdp2=True as well.",
+            self.reshard_after_forward is None or self.use_fsdp2 or self.use_nvfsdp,
+            f"training.reshard_after_forward={self.reshard_after_forward} is a choice of engines that shard: set "
+            "training.use_fsdp2=True or training.use_nvfsdp=True as well.",
         )
         require(
             self.hang_timeout_seconds <= 1e6,

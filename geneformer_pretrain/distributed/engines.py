@@ -9,7 +9,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -53,6 +52,10 @@ class Engine:
         Gathers a tensor that may be sharded; collective.
     prepare_for_checkpoint
         Exchanges the bounds of uneven shards, in place, before tensors are saved or loaded; collective.
+    push_weights
+        Gives changed weights to forward and backward, where these use copies of their own: after a load or an update.
+    require_pushed
+        Raises TrainingError where such copies are not the weights.
     """
 
     name: str
@@ -63,6 +66,8 @@ class Engine:
     reshard: Callable[[], None] = lambda: None
     gather_full: Callable[[Tensor], Tensor] = full_tensor
     prepare_for_checkpoint: Callable[[dict[str, Tensor]], object] = lambda tensors: None
+    push_weights: Callable[[], None] = lambda: None
+    require_pushed: Callable[[], None] = lambda: None
 
 
 def sharding(config: Config, world: World, resolved: Resolved, compute_dtype: torch.dtype) -> Shard | None:
@@ -70,7 +75,9 @@ def sharding(config: Config, world: World, resolved: Resolved, compute_dtype: to
     if config.training.use_fsdp2:
         return fsdp2_sharding(sharding_mesh(config, world), compute_dtype, resolved.reshard_after_forward)
     if config.training.use_nvfsdp:
-        return nvfsdp_sharding(sharding_mesh(config, world))
+        from geneformer_pretrain.distributed import nvfsdp
+
+        return nvfsdp.make_sharding(sharding_mesh(config, world), compute_dtype, resolved.reshard_after_forward)
     return None
 
 
@@ -169,56 +176,23 @@ def _fsdp2(
     return Engine("fsdp2", model, model, float(world.size), accumulation_context, reshard)
 
 
-def nvfsdp_sharding(mesh: DeviceMesh) -> Callable[[nn.Module], None]:
-    """Make the function that shards a module by Megatron-FSDP's second interface.
-
-    Parameters stay FP32, so that main weights and compute weights are one buffer: weights are gathered and
-    gradients reduced in FP32, and the model casts weights where it uses them, as under DDP.
-    """
-    import megatron_fsdp.experimental as nvfsdp
-    from megatron_fsdp import MixedPrecisionPolicy as NvfsdpPolicy
-
-    # Between micro-batches, gradients stay unreduced over the replicas; the last one's reduction averages them.
-    flat, replicas = [nvfsdp.Flat()], mesh.ndim - 1
-    weights = [nvfsdp.Replicate()] * replicas + flat
-    gradient = [nvfsdp.Partial(dist.ReduceOp.AVG)] * replicas + flat
-    axes = list(mesh.mesh_dim_names or ())
-    placements = nvfsdp.Placements(dp_axes=axes, parameter=weights, gradient=gradient, optimizer=weights)
-    policy = NvfsdpPolicy(main_params_dtype=torch.float32)
-
-    def shard(module: nn.Module) -> None:
-        nvfsdp.fully_shard(module, mesh, placements, policy)
-
-    return shard
-
-
 def _nvfsdp(model: BertForMaskedLM, shard: Callable[[nn.Module], None], world: World) -> Engine:
     from megatron_fsdp.experimental import microbatch
     from megatron_fsdp.uneven_dtensor import preprocess_state_dict_for_uneven_dtensor, uneven_dtensor_to_full_tensor
 
+    from geneformer_pretrain.distributed import nvfsdp
+
     shard(model)
-    _keep_gradients_until_reduced(model)
+    nvfsdp.keep_gradients_until_reduced(model)
     return Engine(
         "nvfsdp",
         model,
         model,
         float(world.size),
-        lambda last: microbatch(model, last),
+        accumulation_context=lambda last: microbatch(model, last),
+        reshard=lambda: nvfsdp.free_gathered(model),
         gather_full=uneven_dtensor_to_full_tensor,
         prepare_for_checkpoint=preprocess_state_dict_for_uneven_dtensor,
+        push_weights=lambda: nvfsdp.push_weights(model),
+        require_pushed=lambda: nvfsdp.require_pushed(model),
     )
-
-
-def _keep_gradients_until_reduced(model: nn.Module) -> None:
-    """Tell the allocator which stream reads the buffers that hold the first step's gradients.
-
-    With replicas, megatron-fsdp replaces each of them as soon as their sum over the replicas is under way. The memory,
-    which is this stream's, would go to the backward's next tensors while it is still being read.
-    """
-    from megatron_fsdp.experimental.module import FsdpModule
-
-    sharded = [module for module in model.modules() if isinstance(module, FsdpModule)]
-    sharded[0]._lazy_init_context()  # the root's: makes the stream
-    for module in sharded:
-        for group in module.parameter_groups:
-            group.main_grad.local_buffer.record_stream(module.context.reduce_scatter_stream)

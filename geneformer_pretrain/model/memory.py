@@ -119,8 +119,10 @@ def peak_memory(
         reduced = 2 * (itemsize + GRADIENT) * weights_of_layer
         # Two layers and the root are gathered at a time, or everything.
         gathered = root + (2 if reshards else layers) * weights_of_layer
-        # FSDP2 gathers in the compute dtype, and Transformer Engine then keeps no copies.
-        working = reduced + (itemsize * gathered if training.use_fsdp2 else WEIGHT * gathered + working)
+        working = reduced + itemsize * gathered
+        if training.use_nvfsdp:  # It keeps shards of what it gathers, and Transformer Engine keeps its copies under it.
+            working += itemsize * owned if itemsize < WEIGHT else 0
+            working += 2 * kept * weights_of_layer if training.use_fp8 else 0
 
     gradients = GRADIENT * owned
     # Gradients are there from the start where DDP or nvFSDP keep buffers, and from the second micro-batch on.
@@ -152,7 +154,7 @@ def remedies(config: Config) -> list[str]:
         found.append("training.recompute_every_n_layers=1 (or 2: half of the layers)")
     if not (training.use_fsdp2 or training.use_nvfsdp):
         found.append("several GPUs and training.use_fsdp2=True")
-    elif training.use_fsdp2 and training.reshard_after_forward is not True:
+    elif training.reshard_after_forward is not True:
         found.append("training.reshard_after_forward=True")
     if model.micro_batch_size > 1:
         found.append(f"for a new run a model.micro_batch_size below {model.micro_batch_size}")

@@ -130,11 +130,12 @@ def use_cuda_graphs(config: Config, world: World, compiled: bool) -> bool:
 
 
 def _reshard(config: Config, world: World, dtype: ComputeDtype) -> bool:
-    """Decide whether FSDP2 frees gathered weights until the backward: if asked, or if keeping them may not fit."""
-    asked = config.training.reshard_after_forward
+    """Decide whether gathered weights are freed until the backward: if asked, or if keeping them may not fit."""
+    training = config.training
+    asked = training.reshard_after_forward
     if asked is not None:
         return asked
-    if not config.training.use_fsdp2 or world.device.type != "cuda":
+    if not (training.use_fsdp2 or training.use_nvfsdp) or world.device.type != "cuda":
         return True
     room = KEEP_GATHERED_BELOW * torch.cuda.get_device_properties(world.device).total_memory
     itemsize = DTYPES[dtype].itemsize

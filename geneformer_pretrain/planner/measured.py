@@ -83,7 +83,7 @@ class Measurement:
             use_fp8=self.use_fp8,
             use_fsdp2=self.engine == "fsdp2",
             use_nvfsdp=self.engine == "nvfsdp",
-            reshard_after_forward=self.reshard_after_forward if self.engine == "fsdp2" else None,
+            reshard_after_forward=self.reshard_after_forward if self.engine != "ddp" else None,
             shard_group_size=None,
             gradient_accumulation_steps=1,
             recompute_every_n_layers=self.recompute_every_n_layers,

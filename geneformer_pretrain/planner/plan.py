@@ -227,7 +227,8 @@ def _memory(config: Config, cluster: Cluster, parameters: int) -> tuple[bool, Pe
 
     reshards = training.reshard_after_forward
     if reshards is None:
-        kept = training.use_fsdp2 and peak(False).total <= KEEP_GATHERED_BELOW * cluster.card.memory_gib * GIB
+        shards = training.use_fsdp2 or training.use_nvfsdp
+        kept = shards and peak(False).total <= KEEP_GATHERED_BELOW * cluster.card.memory_gib * GIB
         reshards = not kept
     return reshards, peak(reshards)
 

@@ -176,8 +176,8 @@ def communication_seconds(
         reshards=reshards,
         pads=training.use_fsdp2,
     )
-    weight = 2 if training.use_fsdp2 else 4  # FSDP2 gathers BF16, nvFSDP FP32; both reduce FP32.
-    seconds = (group - 1) / group * (weight * traffic.gathered + 4 * traffic.scattered) / cluster.bus(group)
+    # Weights are gathered in BF16, gradients reduced in FP32.
+    seconds = (group - 1) / group * (2 * traffic.gathered + 4 * traffic.scattered) / cluster.bus(group)
     if group > cluster.gpus_per_node:
         seconds += (traffic.gathers + traffic.scatters) * group / cluster.gpus_per_node * HOP_SECONDS
     replicas = gpus // group

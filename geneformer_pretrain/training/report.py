@@ -65,7 +65,7 @@ def describe_start(run: StartFacts) -> str:
         f"engine      {run.engine} on {run.device.type}",
         f"output      {config.training.checkpoint_dir}",
     ]
-    if config.training.use_fsdp2:
+    if config.training.use_fsdp2 or config.training.use_nvfsdp:
         gathered = "for the forward and again for the backward" if resolved.reshard_after_forward else "once a step"
         lines.append(f"weights     gathered {gathered}")
     if run.device.type == "cuda":

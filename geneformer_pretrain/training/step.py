@@ -146,6 +146,7 @@ class TrainStep:
         scale = (self.engine.gradient_divisor / totals[1].clamp(min=1.0) + 0.0 * totals[0]).float()
         norm = clip_and_step(self.optimizer, scale, self.config.max_grad_norm)
         self.optimizer.zero_grad(set_to_none=True)
+        self.engine.push_weights()
         host, ready = _to_host(torch.cat([totals, norm.double()[None]]))
         return PendingStep(step + 1, rate, host, ready, time.perf_counter(), infos, waited)
 

@@ -20,7 +20,7 @@ from geneformer_pretrain.distributed.agreement import Ranks
 from geneformer_pretrain.distributed.engines import make_engine, sharding
 from geneformer_pretrain.distributed.watchdog import Watchdog
 from geneformer_pretrain.distributed.world import World
-from geneformer_pretrain.errors import ConfigError
+from geneformer_pretrain.errors import ConfigError, TrainingError
 from geneformer_pretrain.model.build import build_model
 from geneformer_pretrain.model.precision import make_precision
 from geneformer_pretrain.model.resolve import DTYPES, resolve_on_all_ranks
@@ -80,6 +80,8 @@ class Trainer:
         self.store = CheckpointStore(self.folder, keep_last_n=training.keep_last_n)
         self.saver = Saver(self.store, self.engine, self.optimizer, self.precision, config, self.data, self.say)
         self.progress = self._resume()
+        self.engine.push_weights()
+        ranks.run_on_all_ranks(self.engine.require_pushed, TrainingError)
         self.saver.settle_best(self.progress)
         self.accumulation = accumulation_steps(self.progress.packs_per_step, world.size)
         self.stream = self.data.stream(self.progress.epoch, self.progress.epoch_first_pack)
