@@ -62,12 +62,13 @@ def test_products_with_epilogues(rows, inner, width):
     assert relative_error(partial.sum(0), expected.sum(0)) < 2e-3
 
 
-def test_the_model_is_near_float32_stock():
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_model_is_near_float32_stock(compiled):
     from geneformer_pretrain.kernels.adapters import TritonAttention, TritonFp8, TritonFused
     from geneformer_pretrain.kernels.fp8_scaling import DelayedScaling
 
     stock = stock_model()
-    model: BertForMaskedLM = our_model(stock)
+    model: BertForMaskedLM = our_model(stock, compiled)
     layers = list(model.bert.encoder["layer"].children())
     scaling = DelayedScaling(len(layers), torch.device("cuda"))
     model.set_attention(TritonAttention())
