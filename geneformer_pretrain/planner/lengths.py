@@ -15,6 +15,8 @@ from geneformer_pretrain.errors import DataError
 
 QUANTILES = 4096
 """Cells of a simulated sample."""
+V1_LONGEST = 2048
+"""Longest cell of Geneformer V1 and of Genecorpus-30M, in tokens."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,23 +62,57 @@ class CutLengths:
     attended: float
 
 
-def lognormal(median: float, sigma: float, shortest: int, longest: int) -> np.ndarray:
-    """Return quantiles of exp(N(ln median, sigma)), clipped; int64 [QUANTILES]."""
-    normal = NormalDist(math.log(median), sigma)
-    quantiles = [normal.inv_cdf((i + 0.5) / QUANTILES) for i in range(QUANTILES)]
-    return np.clip(np.exp(quantiles), shortest, longest).astype(np.int64)
+@dataclass(frozen=True)
+class Lognormal:
+    """Lengths exp(N(ln median, sigma)), cut to [shortest, longest].
+
+    Attributes
+    ----------
+    median, shortest, longest
+        Tokens.
+    sigma
+        Standard deviation of the logarithm.
+    """
+
+    median: float
+    sigma: float
+    shortest: int
+    longest: int
+
+    def quantiles(self) -> np.ndarray:
+        """Return evenly spaced quantiles; int64 [QUANTILES]."""
+        normal = NormalDist(math.log(self.median), self.sigma)
+        values = [normal.inv_cdf((i + 0.5) / QUANTILES) for i in range(QUANTILES)]
+        return np.clip(np.exp(values), self.shortest, self.longest).astype(np.int64)
+
+    def draw(self, cells: int, seed: int = 0) -> np.ndarray:
+        """Draw lengths; int64 [cells]."""
+        drawn = np.exp(np.random.default_rng(seed).normal(math.log(self.median), self.sigma, cells))
+        return np.clip(drawn, self.shortest, self.longest).astype(np.int64)
+
+
+KINDS = ("lognormal", "genecorpus")
+"""Kinds of simulated lengths: the first is kind to padding, the second has the many short cells of real corpora."""
+
+
+def simulated(kind: str, seq_length: int) -> Lognormal:
+    """Return simulated lengths of one of KINDS, for cells of up to `seq_length` tokens.
+
+    genecorpus is like Genecorpus-30M up to 2,048 tokens, where half of the cells have at most 255 tokens and 7% are at
+    the cap, and like Genecorpus-104M, 1,440 tokens a cell, for longer ones.
+    """
+    if kind == "lognormal":
+        return Lognormal(900, 0.557, 200, seq_length)
+    if seq_length <= V1_LONGEST:
+        return Lognormal(255, 1.41, 16, V1_LONGEST)
+    return Lognormal(1100, 0.83, 16, 4096)
 
 
 def genecorpus(seq_length: int) -> CellLengths:
-    """Return the published size of Genecorpus with simulated lengths.
-
-    Genecorpus-30M for cells of up to 2,048 tokens: half of the cells have at most 255 tokens and 7% are at the cap.
-    Genecorpus-104M for longer ones.
-    """
-    if seq_length <= 2048:
-        sample = lognormal(255, 1.41, 16, 2048)
+    """Return the published size of Genecorpus with simulated lengths: 30M up to 2,048 tokens, 104M for longer cells."""
+    sample = simulated("genecorpus", seq_length).quantiles()
+    if seq_length <= V1_LONGEST:
         return CellLengths(sample, 27_400_000, 15_200_000_000, "Genecorpus-30M's size, simulated lengths")
-    sample = lognormal(1100, 0.83, 16, 4096)
     return CellLengths(sample, 104_000_000, 150_000_000_000, "Genecorpus-104M's size, simulated lengths")
 
 

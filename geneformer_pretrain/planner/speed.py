@@ -12,7 +12,7 @@ from geneformer_pretrain.config.schema import Config
 from geneformer_pretrain.errors import ConfigError, require
 from geneformer_pretrain.model.resolve import MAX_GRAPH_WIDTH
 from geneformer_pretrain.planner.arithmetic import attention_flops, head_flops, layer_flops, sharding_traffic
-from geneformer_pretrain.planner.lengths import genecorpus, lognormal
+from geneformer_pretrain.planner.lengths import simulated
 from geneformer_pretrain.planner.measured import SEQ_LENGTH, Card, Measurement, measured_like
 
 MATRIX_BF16, MATRIX_FP8 = 0.69, 0.70
@@ -204,7 +204,7 @@ def modelled_seconds(
 
 def modelled_measurement(row: Measurement, config: Config, card: Card, num_parameters: int) -> float:
     """Return what the model gives for a measured run of the same model as `config`."""
-    sample = lognormal(900, 0.557, 200, 2048) if row.lengths == "lognormal" else genecorpus(2048).sample
+    sample = simulated(row.lengths, 2048).quantiles()
     attended = float((sample.astype(float) ** 2).sum() / sample.sum())
     cluster = Cluster(row.gpu, card, row.gpus)
     return modelled_seconds(

@@ -20,7 +20,7 @@ from geneformer_pretrain.data.packing import BatchShape, pack_cells, permutation
 from geneformer_pretrain.errors import ConfigError, DataError
 from geneformer_pretrain.model.memory import num_parameters, peak_memory
 from geneformer_pretrain.planner.arithmetic import flops_per_token, layer_shapes, root_shapes, size
-from geneformer_pretrain.planner.lengths import CellLengths, genecorpus, lognormal, of_corpus, of_tokens
+from geneformer_pretrain.planner.lengths import CellLengths, genecorpus, of_corpus, of_tokens, simulated
 from geneformer_pretrain.planner.measured import Measurement, card, measurements
 from geneformer_pretrain.planner.plan import GIB, Plan, make_plan
 from geneformer_pretrain.planner.saving import save_interval, saving
@@ -59,7 +59,7 @@ def test_parameters_are_those_of_the_model(configs: dict[str, Config], name: str
 
 @pytest.mark.parametrize(("name", "millions"), [("10m", 47.9), ("106m", 666), ("4b", 18_437)])
 def test_flops_are_those_of_the_documentation(configs: dict[str, Config], name: str, millions: float) -> None:
-    lengths = lognormal(900, 0.557, 200, 2048)
+    lengths = simulated("lognormal", 2048).quantiles()
     attended = (lengths.astype(float) ** 2).sum() / lengths.sum()
     assert flops_per_token(configs[name].model, 0.15, attended) / 1e6 == pytest.approx(millions, rel=2e-3)
 
@@ -130,7 +130,7 @@ def test_measurements_are_those_of_the_documentation() -> None:
 
 def test_measured_step_is_given_as_measured(configs: dict[str, Config]) -> None:
     """The newest run of the same engine, GPUs and micro-batch decides; others are marked as estimates."""
-    lengths = lognormal(900, 0.557, 200, 2048)
+    lengths = simulated("lognormal", 2048).quantiles()
     attended = (lengths.astype(float) ** 2).sum() / lengths.sum()
 
     def step(name: str, gpu: str, gpus: int, config: Config | None = None) -> tuple[float, bool]:
