@@ -1,7 +1,7 @@
 """Lengths of the cells that a run would train on: of a corpus, or simulated after published figures."""
 
-import glob
 import math
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import NormalDist
@@ -11,6 +11,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from geneformer_pretrain.data.corpus import open_corpus
+from geneformer_pretrain.data.parquet_cells import inspect_parquet
+from geneformer_pretrain.data.sources import find_parquet, read_description
 from geneformer_pretrain.errors import DataError
 
 QUANTILES = 4096
@@ -38,11 +41,12 @@ class CellLengths:
     tokens: int
     source: str
 
-    def cut(self, seq_length: int) -> "CutLengths":
-        """Cut cells to their first `seq_length` tokens."""
+    def cut(self, seq_length: int, held_out: float = 0.0) -> "CutLengths":
+        """Leave out a share of the cells, and cut the others to their first `seq_length` tokens."""
         kept = np.minimum(self.sample, seq_length).astype(np.float64)
-        share = kept.sum() / self.sample.sum()
-        return CutLengths(self.cells, self.tokens * share, float((kept**2).sum() / kept.sum()))
+        trained = 1 - held_out
+        tokens = trained * self.tokens * kept.sum() / self.sample.sum()
+        return CutLengths(max(1, round(trained * self.cells)), float(tokens), float((kept**2).sum() / kept.sum()))
 
 
 @dataclass(frozen=True)
@@ -124,44 +128,37 @@ def of_tokens(tokens: int, seq_length: int) -> CellLengths:
 
 
 def of_corpus(path: Path) -> CellLengths:
-    """Read the lengths of a corpus: parquet files, a folder or glob of them, or a save_to_disk folder.
+    """Read the lengths of a corpus, anything that `data.path` takes.
 
     Parquet files with a column `length`, as `tokenize` writes them, are not read beyond it.
 
     Raises
     ------
     DataError
-        Nothing is found, or a file has neither `length` nor `input_ids`.
+        Nothing is found, or a file is not a corpus.
     """
-    if (path / "state.json").is_file():
-        from geneformer_pretrain.data.corpus import open_corpus
-
-        lengths = open_corpus(path, path).lengths.astype(np.int64)  # A saved folder needs no cache.
+    if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        with tempfile.TemporaryDirectory() as cache:  # used for a folder that selects rows
+            lengths = open_corpus(path, cache).lengths.astype(np.int64)
     else:
-        files = (
-            sorted(path.glob("*.parquet"))
-            if path.is_dir()
-            else [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
-        )
-        if not files:
-            raise DataError(f"--corpus {path}: no parquet file and no save_to_disk folder there; correct the path.")
+        description = read_description(path)
+        files = find_parquet(path) if description is None else description.parts
         lengths = np.concatenate([_of_parquet(file) for file in files])
     if not len(lengths):
-        raise DataError(f"--corpus {path}: the corpus has no cells.")
+        raise DataError(f"{path}: the corpus has no cells.")
     return CellLengths(lengths, len(lengths), int(lengths.sum()), str(path))
 
 
 def _of_parquet(file: Path) -> np.ndarray:
+    if not inspect_parquet(file).rows:
+        return np.empty(0, np.int64)
     try:
-        names = pq.read_schema(file).names
-        if "length" in names:
+        if "length" in pq.read_schema(file).names:
             return pq.read_table(file, columns=["length"])["length"].to_numpy().astype(np.int64)
-        if "input_ids" not in names:
-            raise DataError(f"{file}: neither a column length nor input_ids; give a corpus that tokenize wrote.")
         lengths = [
             pc.list_value_length(batch.column(0)).to_numpy(zero_copy_only=False).astype(np.int64)
             for batch in pq.ParquetFile(file).iter_batches(columns=["input_ids"])
         ]
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{file}: not readable as parquet ({error}).") from error
-    return np.concatenate(lengths) if lengths else np.empty(0, np.int64)
+        raise DataError(f"{file}: cannot be read as parquet ({error}).") from error
+    return np.concatenate(lengths)

@@ -3,6 +3,12 @@
 from geneformer_pretrain.planner.measured import Card
 from geneformer_pretrain.planner.plan import GIB, USABLE_SHARE, EnginePlan, Plan
 
+KEYS = {
+    "DDP": "training.use_fsdp2=false training.use_nvfsdp=false",
+    "FSDP2": "training.use_fsdp2=true training.use_nvfsdp=false",
+    "nvFSDP": "training.use_nvfsdp=true training.use_fsdp2=false",
+}
+"""Keys that choose an engine."""
 COLUMNS = "{:2}{:20} {:>10} {:>8} {:>10} {:>10} {:>6} {:>9} {:>10} {:>8}"
 
 
@@ -10,7 +16,7 @@ def describe(plan: Plan) -> list[str]:
     """Return the lines that `plan` prints."""
     cluster, card = plan.cluster, plan.cluster.card
     nodes = f", {cluster.nodes} nodes of {cluster.gpus_per_node}" if cluster.nodes > 1 else ""
-    configured = next(engine for engine in plan.engines if engine.is_configured)
+    configured = plan.configured
     epochs = plan.num_train_steps / plan.steps_per_epoch
     lines = [
         f"model        {plan.num_parameters:,} parameters",
@@ -37,7 +43,7 @@ def describe(plan: Plan) -> list[str]:
     if not configured.fits:
         lines.append(
             f"! {configured.engine} does not fit: {configured.memory.total / GIB:.1f} GiB, and {USABLE_SHARE:.0%} of "
-            f"{card.memory_gib} GiB may be planned with. {_remedy(configured)}"
+            f"{card.memory_gib} GiB may be planned with. {_remedy(configured, plan.engines)}"
         )
     if any(not engine.step.is_measured for engine in plan.engines):
         lines += [
@@ -47,7 +53,8 @@ def describe(plan: Plan) -> list[str]:
     cost = "" if configured.cost_of_run is None else f", cost {configured.cost_of_run:,.0f}"
     lines.append(
         f"The whole run, {configured.engine}: {plan.num_train_steps:,} steps, "
-        f"{configured.gpu_hours_of_run / cluster.gpus:,.1f} hours, {configured.gpu_hours_of_run:,.0f} GPU-hours{cost}."
+        f"{_time(3600 * configured.gpu_hours_of_run / cluster.gpus)}, {configured.gpu_hours_of_run:,.1f} "
+        f"GPU-hours{cost}."
     )
     return lines
 
@@ -99,7 +106,10 @@ def _row(engine: EnginePlan) -> str:
     )
 
 
-def _remedy(engine: EnginePlan) -> str:
+def _remedy(engine: EnginePlan, engines: list[EnginePlan]) -> str:
+    others = [other.engine for other in engines if other.fits]
+    if others:
+        return f"{others[0]} does: set {KEYS[others[0].split(',')[0]]}."
     if engine.largest_micro_batch:
         return f"model.micro_batch_size={engine.largest_micro_batch} does; so may training.recompute_every_n_layers=2."
     return "Set training.recompute_every_n_layers=1, shard over more GPUs, or use GPUs with more memory."
@@ -126,4 +136,4 @@ def _time(seconds: float) -> str:
         return f"{seconds / 3600:.1f} h"
     if seconds >= 60:
         return f"{seconds / 60:.1f} min"
-    return f"{seconds:.2g} s" if seconds >= 1 else f"{1e3 * seconds:.2g} ms"
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
