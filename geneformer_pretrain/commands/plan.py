@@ -4,7 +4,6 @@ import argparse
 import json
 import math
 from dataclasses import asdict
-from pathlib import Path
 
 from geneformer_pretrain.console import Summary
 
@@ -30,9 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--disk", type=float, default=0.54, metavar="GBPS", help="GB/s that checkpoints are written with, all ranks"
     )
     corpus = parser.add_mutually_exclusive_group()
-    corpus.add_argument(
-        "--corpus", type=Path, metavar="PATH", help="corpus whose lengths count; default: data.path, if given"
-    )
+    corpus.add_argument("--corpus", metavar="PATH", help="corpus whose lengths count; default: data.path, if given")
     corpus.add_argument(
         "--tokens", type=float, metavar="N", help="tokens of a corpus with lengths like Genecorpus, such as 2e9"
     )
@@ -65,7 +62,7 @@ def run(arguments: argparse.Namespace) -> Summary:
     elif arguments.tokens is not None:
         lengths = of_tokens(int(arguments.tokens), config.model.seq_length)
     elif any(override.startswith("data.path=") for override in arguments.overrides):
-        lengths = of_corpus(Path(config.data.path))
+        lengths = of_corpus(config.data.path)
     else:
         lengths = genecorpus(config.model.seq_length)
     plan = make_plan(config, cluster, lengths, price=arguments.price, disk=1e9 * arguments.disk)

@@ -127,7 +127,7 @@ def of_tokens(tokens: int, seq_length: int) -> CellLengths:
     return CellLengths(like.sample, cells, tokens, "--tokens, lengths as simulated for Genecorpus")
 
 
-def of_corpus(path: Path) -> CellLengths:
+def of_corpus(path: str) -> CellLengths:
     """Read the lengths of a corpus, anything that `data.path` takes.
 
     Parquet files with a column `length`, as `tokenize` writes them, are not read beyond it.
@@ -137,16 +137,17 @@ def of_corpus(path: Path) -> CellLengths:
     DataError
         Nothing is found, or a file is not a corpus.
     """
-    if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+    folder = Path(path)
+    if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
         with tempfile.TemporaryDirectory() as cache:  # used for a folder that selects rows
-            lengths = open_corpus(path, cache).lengths.astype(np.int64)
+            lengths = open_corpus(folder, cache).lengths.astype(np.int64)
     else:
-        description = read_description(path)
+        description = read_description(folder)
         files = find_parquet(path) if description is None else description.parts
         lengths = np.concatenate([_of_parquet(file) for file in files])
     if not len(lengths):
         raise DataError(f"{path}: the corpus has no cells.")
-    return CellLengths(lengths, len(lengths), int(lengths.sum()), str(path))
+    return CellLengths(lengths, len(lengths), int(lengths.sum()), path)
 
 
 def _of_parquet(file: Path) -> np.ndarray:

@@ -8,8 +8,10 @@ it is a guess.
 
 from dataclasses import dataclass
 
+from geneformer_pretrain.config.model import Kernel
 from geneformer_pretrain.config.schema import Config
 from geneformer_pretrain.errors import ConfigError, require
+from geneformer_pretrain.kernels.select import FLASH_HEAD_SIZES
 from geneformer_pretrain.model.resolve import MAX_GRAPH_WIDTH
 from geneformer_pretrain.planner.arithmetic import attention_flops, head_flops, layer_flops, sharding_traffic
 from geneformer_pretrain.planner.measured import Card
@@ -69,13 +71,25 @@ class Cluster:
 
 
 def check_card(config: Config, cluster: Cluster) -> None:
-    """Raise ConfigError for a precision that the planner, or the GPU, does not have."""
+    """Raise ConfigError for a precision that the planner or the GPU does not have, and for heads without a kernel."""
     require(config.data.packing, "plan sizes packed runs; data.packing=false is the slow reference path.")
     require(
         config.training.compute_dtype.value != "float32",
         "plan sizes runs in BF16 and FP8; leave training.compute_dtype=auto.",
     )
-    if config.training.use_fp8 and cluster.card.fp8_tflops is None:
+    model, training = config.model, config.training
+    if training.use_fp8 and not (model.use_te_layers or cluster.card.is_hopper or model.fused_kernels is Kernel.triton):
+        raise ConfigError(
+            f"{cluster.card.name}: FP8 with PyTorch layers is for Hopper GPUs; set model.use_te_layers=true, or "
+            "training.use_fp8=false for BF16."
+        )
+    head_size = model.hidden_size // model.num_attention_heads
+    require(
+        head_size in FLASH_HEAD_SIZES,
+        f"model.hidden_size={model.hidden_size} and model.num_attention_heads={model.num_attention_heads} make heads "
+        f"of size {head_size}; attention needs multiples of 8 up to 256. Change one of them.",
+    )
+    if training.use_fp8 and cluster.card.fp8_tflops is None:
         raise ConfigError(
             f"{cluster.card.name} has no FP8: set training.use_fp8=false model.use_te_layers=false for BF16."
         )

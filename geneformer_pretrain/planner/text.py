@@ -18,6 +18,7 @@ def describe(plan: Plan) -> list[str]:
     nodes = f", {cluster.nodes} nodes of {cluster.gpus_per_node}" if cluster.nodes > 1 else ""
     configured = plan.configured
     epochs = plan.num_train_steps / plan.steps_per_epoch
+    of_run = f"{epochs:,.0f}" if epochs >= 100 else f"{epochs:.2g}" if epochs >= 1e-3 else "less than 0.001"
     lines = [
         f"model        {plan.num_parameters:,} parameters",
         f"FLOPs        {_si(plan.flops_per_token)} a token, forward and backward: "
@@ -27,7 +28,8 @@ def describe(plan: Plan) -> list[str]:
         f"GPUs         {cluster.gpus} x {card.name}{nodes}",
         f"step         {plan.tokens_per_step:,.0f} tokens, {plan.cells_per_step:,.0f} cells: {cluster.gpus} x "
         f"{plan.accumulation} micro-batches of {plan.micro_batch_tokens:,} tokens",
-        f"epoch        {plan.steps_per_epoch:,.0f} steps; the run has {plan.num_train_steps:,}, {epochs:.2g} epochs",
+        f"epoch        {plan.steps_per_epoch:,.0f} steps; the run has {plan.num_train_steps:,}, {of_run} epochs",
+        *(["             a step takes more cells than the corpus has"] if plan.steps_per_epoch < 1 else []),
         f"checkpoint   {_bytes(plan.checkpoint_bytes)} each; the run's folder {_bytes(plan.disk_bytes)}, "
         f"the corpus in data.cache_dir {_bytes(plan.cache_bytes)}",
         *_saving(configured),
@@ -126,7 +128,7 @@ def _bytes(value: float) -> str:
     for size, unit in ((1e12, "TB"), (1e9, "GB")):
         if value >= size:
             return f"{value / size:.3g} {unit}"
-    return f"{value / 1e6:.3g} MB"
+    return f"{value / 1e6:.3g} MB" if value >= 1e6 else f"{value / 1e3:,.0f} kB"
 
 
 def _time(seconds: float) -> str:

@@ -26,10 +26,10 @@ def test_lengths_of_each_kind_of_corpus(tmp_path: Path) -> None:
         (folder / "part-1.parquet", 1),
         (tmp_path / "saved", 1),
     ):
-        found = of_corpus(path)
+        found = of_corpus(str(path))
         assert found.sample.tolist() == [3, 1, 4] * copies
         assert (found.cells, found.tokens) == (3 * copies, 8 * copies)
-    cut = of_corpus(folder).cut(3)
+    cut = of_corpus(str(folder)).cut(3)
     assert (cut.tokens, cut.attended) == (pytest.approx(14), pytest.approx(19 / 7))
 
 
@@ -37,22 +37,22 @@ def test_a_saved_folder_that_selects_rows_is_left_as_it_is(tmp_path: Path) -> No
     saved = datasets.Dataset.from_dict({"input_ids": [[5, 6, 7], [8], [9, 10]]})
     saved.select([2, 0]).save_to_disk(tmp_path / "saved")
     before = sorted(tmp_path.rglob("*"))
-    assert sorted(of_corpus(tmp_path / "saved").sample.tolist()) == [2, 3]
+    assert sorted(of_corpus(str(tmp_path / "saved")).sample.tolist()) == [2, 3]
     assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_corpora_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such file or folder"):
-        of_corpus(tmp_path / "none")
+        of_corpus(str(tmp_path / "none"))
     (tmp_path / "bad.parquet").write_text("no")
     with pytest.raises(DataError, match=r"bad\.parquet: cannot be read as parquet"):
-        of_corpus(tmp_path / "bad.parquet")
+        of_corpus(str(tmp_path / "bad.parquet"))
     pq.write_table(pa.table({"cells": [1]}), tmp_path / "other.parquet")
     with pytest.raises(DataError, match="input_ids"):
-        of_corpus(tmp_path / "other.parquet")
+        of_corpus(str(tmp_path / "other.parquet"))
     pq.write_table(pa.table({"input_ids": pa.array([], pa.list_(pa.int32()))}), tmp_path / "empty.parquet")
     with pytest.raises(DataError, match="no cells"):
-        of_corpus(tmp_path / "empty.parquet")
+        of_corpus(str(tmp_path / "empty.parquet"))
 
 
 def test_held_out_cells_are_left_out(tmp_path: Path) -> None:

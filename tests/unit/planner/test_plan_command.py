@@ -51,6 +51,9 @@ def test_plan_prints_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[s
         (["--tokens", "0"], "--tokens 0.0: it must be a number of at least 1"),
         (["--tokens", "inf"], "--tokens inf: it must be a number"),
         (["--price", "nan"], "--price nan: it must be a number"),
+        (["data.path=s3://bucket/cells"], "s3://bucket/cells: a remote address"),
+        (["model.hidden_size=300"], "make heads of size 75"),
+        (["training.use_fp8=true", "--gpu", "l40s"], "FP8 with PyTorch layers is for Hopper GPUs"),
         (["data.path=none.parquet"], "none.parquet: no such file or folder"),
         (["data.gene_set=none"], "data.gene_set: none"),
         (["--config-name", "4b", "--gpu", "a100"], "has no FP8: set training.use_fp8=false"),
@@ -84,6 +87,7 @@ def test_another_engine_that_fits_is_the_remedy(capsys: pytest.CaptureFixture[st
 def test_data_path_is_the_corpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pq.write_table(pa.table({"input_ids": [[5, 6, 7], [8]]}), tmp_path / "cells.parquet")
     _, out, _ = run_plan(capsys, f"data.path={tmp_path}/cells.parquet", "data.validation_fraction=0.5")
+    assert "a step takes more cells than the corpus has" in out
     assert f"1 cells, 2 tokens ({tmp_path}/cells.parquet)" in out
 
 
