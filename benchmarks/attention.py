@@ -22,7 +22,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.lognormal_corpus import lognormal_lengths
+from geneformer_pretrain.planner.lengths import simulated
 from modeling_bert_te import FlashAttention
 
 HEAD_SIZE = 64
@@ -31,7 +31,7 @@ KERNELS = {"forward": "FORWARD", "keys": "BACKWARD_KEYS", "queries": "BACKWARD_Q
 
 def pack(num_tokens: int) -> Tensor:
     """int32 cu_seqlens of cells that fill `num_tokens`, the last one cut."""
-    ends = torch.from_numpy(lognormal_lengths(num_tokens // 200).cumsum()).clamp(max=num_tokens)
+    ends = torch.from_numpy(simulated("lognormal", 2048).draw(num_tokens // 200).cumsum()).clamp(max=num_tokens)
     return torch.nn.functional.pad(ends.unique(), (1, 0)).int().cuda()
 
 

@@ -2,15 +2,20 @@
 
 import argparse
 import json
+import math
 from dataclasses import asdict
-from pathlib import Path
 
 from geneformer_pretrain.console import Summary
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `plan`."""
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="keys of the configuration to change")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="keys of the configuration to change; data.path=CORPUS has its lengths read",
+    )
     parser.add_argument("--config-name", default="l0_sanity", metavar="NAME", help="configuration, as for train.py")
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs of the run")
     parser.add_argument(
@@ -24,9 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--disk", type=float, default=0.54, metavar="GBPS", help="GB/s that checkpoints are written with, all ranks"
     )
     corpus = parser.add_mutually_exclusive_group()
-    corpus.add_argument(
-        "--corpus", type=Path, metavar="PATH", help="corpus whose lengths count, anything that data.path takes"
-    )
+    corpus.add_argument("--corpus", metavar="PATH", help="corpus whose lengths count; default: data.path, if given")
     corpus.add_argument(
         "--tokens", type=float, metavar="N", help="tokens of a corpus with lengths like Genecorpus, such as 2e9"
     )
@@ -36,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> Summary:
     """Plan the run that the arguments describe."""
     from geneformer_pretrain.config.compose import load_config
+    from geneformer_pretrain.data.vocabulary import apply_gene_set
     from geneformer_pretrain.errors import require
     from geneformer_pretrain.planner.lengths import genecorpus, of_corpus, of_tokens
     from geneformer_pretrain.planner.measured import card
@@ -43,16 +47,22 @@ def run(arguments: argparse.Namespace) -> Summary:
     from geneformer_pretrain.planner.speed import Cluster
     from geneformer_pretrain.planner.text import describe
 
-    require(arguments.disk > 0, f"--disk {arguments.disk}: it must be positive.")
-    require(arguments.tokens is None or arguments.tokens >= 1, f"--tokens {arguments.tokens}: it must be at least 1.")
-    require(arguments.price is None or arguments.price >= 0, f"--price {arguments.price}: it must not be negative.")
+    for option, least in (("disk", 1e-6), ("tokens", 1), ("price", 0), ("network", 1e-6)):
+        value = getattr(arguments, option)
+        require(
+            value is None or (math.isfinite(value) and value >= least),
+            f"--{option} {value}: it must be a number of at least {least:g}.",
+        )
     gpu = arguments.gpu.lower()
     cluster = Cluster(gpu, card(gpu), arguments.gpus, arguments.gpus_per_node, arguments.network)
     config = load_config(arguments.config_name, arguments.overrides)
+    apply_gene_set(config)
     if arguments.corpus is not None:
         lengths = of_corpus(arguments.corpus)
     elif arguments.tokens is not None:
         lengths = of_tokens(int(arguments.tokens), config.model.seq_length)
+    elif any(override.startswith("data.path=") for override in arguments.overrides):
+        lengths = of_corpus(config.data.path)
     else:
         lengths = genecorpus(config.model.seq_length)
     plan = make_plan(config, cluster, lengths, price=arguments.price, disk=1e9 * arguments.disk)

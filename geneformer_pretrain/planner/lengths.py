@@ -1,7 +1,7 @@
 """Lengths of the cells that a run would train on: of a corpus, or simulated after published figures."""
 
-import glob
 import math
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import NormalDist
@@ -11,10 +11,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from geneformer_pretrain.data.corpus import open_corpus
+from geneformer_pretrain.data.parquet_cells import inspect_parquet
+from geneformer_pretrain.data.sources import find_parquet, read_description
 from geneformer_pretrain.errors import DataError
 
 QUANTILES = 4096
 """Cells of a simulated sample."""
+V1_LONGEST = 2048
+"""Longest cell of Geneformer V1 and of Genecorpus-30M, in tokens."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,11 +41,12 @@ class CellLengths:
     tokens: int
     source: str
 
-    def cut(self, seq_length: int) -> "CutLengths":
-        """Cut cells to their first `seq_length` tokens."""
+    def cut(self, seq_length: int, held_out: float = 0.0) -> "CutLengths":
+        """Leave out a share of the cells, and cut the others to their first `seq_length` tokens."""
         kept = np.minimum(self.sample, seq_length).astype(np.float64)
-        share = kept.sum() / self.sample.sum()
-        return CutLengths(self.cells, self.tokens * share, float((kept**2).sum() / kept.sum()))
+        trained = 1 - held_out
+        tokens = trained * self.tokens * kept.sum() / self.sample.sum()
+        return CutLengths(max(1, round(trained * self.cells)), float(tokens), float((kept**2).sum() / kept.sum()))
 
 
 @dataclass(frozen=True)
@@ -60,23 +66,57 @@ class CutLengths:
     attended: float
 
 
-def lognormal(median: float, sigma: float, shortest: int, longest: int) -> np.ndarray:
-    """Return quantiles of exp(N(ln median, sigma)), clipped; int64 [QUANTILES]."""
-    normal = NormalDist(math.log(median), sigma)
-    quantiles = [normal.inv_cdf((i + 0.5) / QUANTILES) for i in range(QUANTILES)]
-    return np.clip(np.exp(quantiles), shortest, longest).astype(np.int64)
+@dataclass(frozen=True)
+class Lognormal:
+    """Lengths exp(N(ln median, sigma)), cut to [shortest, longest].
+
+    Attributes
+    ----------
+    median, shortest, longest
+        Tokens.
+    sigma
+        Standard deviation of the logarithm.
+    """
+
+    median: float
+    sigma: float
+    shortest: int
+    longest: int
+
+    def quantiles(self) -> np.ndarray:
+        """Return evenly spaced quantiles; int64 [QUANTILES]."""
+        normal = NormalDist(math.log(self.median), self.sigma)
+        values = [normal.inv_cdf((i + 0.5) / QUANTILES) for i in range(QUANTILES)]
+        return np.clip(np.exp(values), self.shortest, self.longest).astype(np.int64)
+
+    def draw(self, cells: int, seed: int = 0) -> np.ndarray:
+        """Draw lengths; int64 [cells]."""
+        drawn = np.exp(np.random.default_rng(seed).normal(math.log(self.median), self.sigma, cells))
+        return np.clip(drawn, self.shortest, self.longest).astype(np.int64)
+
+
+KINDS = ("lognormal", "genecorpus")
+"""Kinds of simulated lengths: the first is kind to padding, the second has the many short cells of real corpora."""
+
+
+def simulated(kind: str, seq_length: int) -> Lognormal:
+    """Return simulated lengths of one of KINDS, for cells of up to `seq_length` tokens.
+
+    genecorpus is like Genecorpus-30M up to 2,048 tokens, where half of the cells have at most 255 tokens and 7% are at
+    the cap, and like Genecorpus-104M, 1,440 tokens a cell, for longer ones.
+    """
+    if kind == "lognormal":
+        return Lognormal(900, 0.557, 200, seq_length)
+    if seq_length <= V1_LONGEST:
+        return Lognormal(255, 1.41, 16, V1_LONGEST)
+    return Lognormal(1100, 0.83, 16, 4096)
 
 
 def genecorpus(seq_length: int) -> CellLengths:
-    """Return the published size of Genecorpus with simulated lengths.
-
-    Genecorpus-30M for cells of up to 2,048 tokens: half of the cells have at most 255 tokens and 7% are at the cap.
-    Genecorpus-104M for longer ones.
-    """
-    if seq_length <= 2048:
-        sample = lognormal(255, 1.41, 16, 2048)
+    """Return the published size of Genecorpus with simulated lengths: 30M up to 2,048 tokens, 104M for longer cells."""
+    sample = simulated("genecorpus", seq_length).quantiles()
+    if seq_length <= V1_LONGEST:
         return CellLengths(sample, 27_400_000, 15_200_000_000, "Genecorpus-30M's size, simulated lengths")
-    sample = lognormal(1100, 0.83, 16, 4096)
     return CellLengths(sample, 104_000_000, 150_000_000_000, "Genecorpus-104M's size, simulated lengths")
 
 
@@ -87,45 +127,39 @@ def of_tokens(tokens: int, seq_length: int) -> CellLengths:
     return CellLengths(like.sample, cells, tokens, "--tokens, lengths as simulated for Genecorpus")
 
 
-def of_corpus(path: Path) -> CellLengths:
-    """Read the lengths of a corpus: parquet files, a folder or glob of them, or a save_to_disk folder.
+def of_corpus(path: str) -> CellLengths:
+    """Read the lengths of a corpus, anything that `data.path` takes.
 
     Parquet files with a column `length`, as `tokenize` writes them, are not read beyond it.
 
     Raises
     ------
     DataError
-        Nothing is found, or a file has neither `length` nor `input_ids`.
+        Nothing is found, or a file is not a corpus.
     """
-    if (path / "state.json").is_file():
-        from geneformer_pretrain.data.corpus import open_corpus
-
-        lengths = open_corpus(path, path).lengths.astype(np.int64)  # A saved folder needs no cache.
+    folder = Path(path)
+    if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        with tempfile.TemporaryDirectory() as cache:  # used for a folder that selects rows
+            lengths = open_corpus(folder, cache).lengths.astype(np.int64)
     else:
-        files = (
-            sorted(path.glob("*.parquet"))
-            if path.is_dir()
-            else [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
-        )
-        if not files:
-            raise DataError(f"--corpus {path}: no parquet file and no save_to_disk folder there; correct the path.")
+        description = read_description(folder)
+        files = find_parquet(path) if description is None else description.parts
         lengths = np.concatenate([_of_parquet(file) for file in files])
     if not len(lengths):
-        raise DataError(f"--corpus {path}: the corpus has no cells.")
-    return CellLengths(lengths, len(lengths), int(lengths.sum()), str(path))
+        raise DataError(f"{path}: the corpus has no cells.")
+    return CellLengths(lengths, len(lengths), int(lengths.sum()), path)
 
 
 def _of_parquet(file: Path) -> np.ndarray:
+    if not inspect_parquet(file).rows:
+        return np.empty(0, np.int64)
     try:
-        names = pq.read_schema(file).names
-        if "length" in names:
+        if "length" in pq.read_schema(file).names:
             return pq.read_table(file, columns=["length"])["length"].to_numpy().astype(np.int64)
-        if "input_ids" not in names:
-            raise DataError(f"{file}: neither a column length nor input_ids; give a corpus that tokenize wrote.")
         lengths = [
             pc.list_value_length(batch.column(0)).to_numpy(zero_copy_only=False).astype(np.int64)
             for batch in pq.ParquetFile(file).iter_batches(columns=["input_ids"])
         ]
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{file}: not readable as parquet ({error}).") from error
-    return np.concatenate(lengths) if lengths else np.empty(0, np.int64)
+        raise DataError(f"{file}: cannot be read as parquet ({error}).") from error
+    return np.concatenate(lengths)

@@ -9,8 +9,8 @@ from typing import Any
 from geneformer_pretrain.config.schema import Config
 from geneformer_pretrain.errors import ConfigError
 
-SEQ_LENGTH = 2048
-"""`model.seq_length` of all measured runs."""
+LAYERS = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
+"""Keys of `model` that decide what a layer computes."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,8 @@ class Measurement:
 
     Attributes
     ----------
+    model
+        Name of its architecture in `data.json`.
     lengths
         lognormal: exp(N(ln 900, 0.557)) in [200, 2048]. genecorpus: exp(N(ln 255, 1.41)) in [16, 2048].
     step_ms, memory_gib
@@ -75,9 +77,20 @@ class Measurement:
     outdated: bool
     source: str
 
+    @property
+    def architecture(self) -> dict[str, Any]:
+        """Keys of `model` with this run's values."""
+        values: dict[str, Any] = _data()["architectures"][self.model]
+        return values
+
     def applied_to(self, config: Config) -> Config:
-        """Return a configuration of the same model with this run's shape, engine and precision."""
-        model = replace(config.model, micro_batch_size=self.micro_batch_size, use_te_layers=self.use_te_layers)
+        """Return this run's configuration: its model, shape, engine and precision, the rest as in `config`."""
+        model = replace(
+            config.model,
+            **self.architecture,
+            micro_batch_size=self.micro_batch_size,
+            use_te_layers=self.use_te_layers,
+        )
         training = replace(
             config.training,
             use_fp8=self.use_fp8,
@@ -91,7 +104,9 @@ class Measurement:
         return replace(config, model=model, training=training)
 
     def __str__(self) -> str:
-        return f"{self.date}, {self.gpus} x {self.gpu}, {self.engine}, {self.source}"
+        tokens = self.micro_batch_size * self.architecture["seq_length"]
+        engine = "" if self.gpus == 1 else f", {self.engine}"
+        return f"{self.date}, {self.model} on {self.gpus} x {self.gpu}{engine}, {tokens:,} tokens a GPU ({self.source})"
 
 
 @cache
@@ -125,17 +140,10 @@ def measured_like(config: Config, gpu: str) -> list[Measurement]:
 
     What a configuration is called does not matter, and its vocabulary and longest cell may differ.
     """
-    shape = [
-        config.model.num_hidden_layers,
-        config.model.hidden_size,
-        config.model.intermediate_size,
-        config.model.num_attention_heads,
-    ]
-    names = [name for name, known in _data()["architectures"].items() if known == shape]
     return [
         row
         for row in measurements()
-        if row.model in names
+        if all(row.architecture[key] == getattr(config.model, key) for key in LAYERS)
         and row.gpu == gpu
         and row.step_ms is not None
         and not row.outdated

@@ -5,19 +5,20 @@ from math import gcd
 
 from geneformer_pretrain.config.schema import Config
 from geneformer_pretrain.errors import require
+from geneformer_pretrain.kernels.select import MAX_OFFSET
 from geneformer_pretrain.model.memory import PeakMemory, num_parameters, peak_memory
 from geneformer_pretrain.model.resolve import KEEP_GATHERED_BELOW
 from geneformer_pretrain.planner.arithmetic import flops_per_token
+from geneformer_pretrain.planner.estimate import StepTime, step_time
 from geneformer_pretrain.planner.lengths import CellLengths
 from geneformer_pretrain.planner.saving import CHECKPOINT_BYTES, MODEL_BYTES, TO_DISK, Saving, kept_checkpoints, saving
-from geneformer_pretrain.planner.speed import PACK_FILL, Cluster, StepTime, check_card, replays_graphs, step_time
+from geneformer_pretrain.planner.speed import PACK_FILL, Cluster, check_card, replays_graphs
 
 GIB = 2**30
 ITEMSIZE = 2
 """Bytes of BF16."""
 USABLE_SHARE = 0.92
 """Of a GPU's memory: the estimate may be some percent off, and the CUDA context and NCCL want 1 to 2 GiB."""
-LARGEST_MICRO_BATCH = 4096
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,11 @@ class Plan:
     cache_bytes: float
     engines: list[EnginePlan]
 
+    @property
+    def configured(self) -> EnginePlan:
+        """The engine that the configuration asks for."""
+        return next(engine for engine in self.engines if engine.is_configured)
+
 
 def make_plan(
     config: Config, cluster: Cluster, lengths: CellLengths, *, price: float | None = None, disk: float = TO_DISK
@@ -111,7 +117,7 @@ def make_plan(
     check_card(config, cluster)
     model, training = config.model, config.training
     parameters = num_parameters(model)
-    cut = lengths.cut(model.seq_length)
+    cut = lengths.cut(model.seq_length, config.data.validation_fraction or 0.0)
     flops = flops_per_token(model, training.mlm_probability, cut.attended)
     tokens_per_step = PACK_FILL * model.token_budget * training.gradient_accumulation_steps * cluster.gpus
     steps = cut.tokens / tokens_per_step
@@ -234,14 +240,14 @@ def _memory(config: Config, cluster: Cluster, parameters: int) -> tuple[bool, Pe
 
 
 def _largest_micro_batch(config: Config, cluster: Cluster, parameters: int) -> int:
-    """Return the largest micro-batch whose peak fits, by bisection: the peak grows with it."""
+    """Return the largest micro-batch whose peak fits and that the attention kernels take, by bisection."""
 
     def fits(size: int) -> bool:
         tried = replace(config, model=replace(config.model, micro_batch_size=size * step))
         return _memory(tried, cluster, parameters)[1].total <= _room(cluster)
 
     step = 128 // gcd(config.model.seq_length, 128)  # Token budgets are multiples of 128.
-    low, high = 0, LARGEST_MICRO_BATCH
+    low, high = 0, MAX_OFFSET // (3 * config.model.hidden_size * config.model.seq_length * step)
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)

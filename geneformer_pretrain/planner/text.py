@@ -3,6 +3,12 @@
 from geneformer_pretrain.planner.measured import Card
 from geneformer_pretrain.planner.plan import GIB, USABLE_SHARE, EnginePlan, Plan
 
+KEYS = {
+    "DDP": "training.use_fsdp2=false training.use_nvfsdp=false",
+    "FSDP2": "training.use_fsdp2=true training.use_nvfsdp=false",
+    "nvFSDP": "training.use_nvfsdp=true training.use_fsdp2=false",
+}
+"""Keys that choose an engine."""
 COLUMNS = "{:2}{:20} {:>10} {:>8} {:>10} {:>10} {:>6} {:>9} {:>10} {:>8}"
 
 
@@ -10,8 +16,9 @@ def describe(plan: Plan) -> list[str]:
     """Return the lines that `plan` prints."""
     cluster, card = plan.cluster, plan.cluster.card
     nodes = f", {cluster.nodes} nodes of {cluster.gpus_per_node}" if cluster.nodes > 1 else ""
-    configured = next(engine for engine in plan.engines if engine.is_configured)
+    configured = plan.configured
     epochs = plan.num_train_steps / plan.steps_per_epoch
+    of_run = f"{epochs:,.0f}" if epochs >= 100 else f"{epochs:.2g}" if epochs >= 1e-3 else "less than 0.001"
     lines = [
         f"model        {plan.num_parameters:,} parameters",
         f"FLOPs        {_si(plan.flops_per_token)} a token, forward and backward: "
@@ -21,7 +28,8 @@ def describe(plan: Plan) -> list[str]:
         f"GPUs         {cluster.gpus} x {card.name}{nodes}",
         f"step         {plan.tokens_per_step:,.0f} tokens, {plan.cells_per_step:,.0f} cells: {cluster.gpus} x "
         f"{plan.accumulation} micro-batches of {plan.micro_batch_tokens:,} tokens",
-        f"epoch        {plan.steps_per_epoch:,.0f} steps; the run has {plan.num_train_steps:,}, {epochs:.2g} epochs",
+        f"epoch        {plan.steps_per_epoch:,.0f} steps; the run has {plan.num_train_steps:,}, {of_run} epochs",
+        *(["             a step takes more cells than the corpus has"] if plan.steps_per_epoch < 1 else []),
         f"checkpoint   {_bytes(plan.checkpoint_bytes)} each; the run's folder {_bytes(plan.disk_bytes)}, "
         f"the corpus in data.cache_dir {_bytes(plan.cache_bytes)}",
         *_saving(configured),
@@ -37,7 +45,7 @@ def describe(plan: Plan) -> list[str]:
     if not configured.fits:
         lines.append(
             f"! {configured.engine} does not fit: {configured.memory.total / GIB:.1f} GiB, and {USABLE_SHARE:.0%} of "
-            f"{card.memory_gib} GiB may be planned with. {_remedy(configured)}"
+            f"{card.memory_gib} GiB may be planned with. {_remedy(configured, plan.engines)}"
         )
     if any(not engine.step.is_measured for engine in plan.engines):
         lines += [
@@ -47,7 +55,8 @@ def describe(plan: Plan) -> list[str]:
     cost = "" if configured.cost_of_run is None else f", cost {configured.cost_of_run:,.0f}"
     lines.append(
         f"The whole run, {configured.engine}: {plan.num_train_steps:,} steps, "
-        f"{configured.gpu_hours_of_run / cluster.gpus:,.1f} hours, {configured.gpu_hours_of_run:,.0f} GPU-hours{cost}."
+        f"{_time(3600 * configured.gpu_hours_of_run / cluster.gpus)}, {configured.gpu_hours_of_run:,.1f} "
+        f"GPU-hours{cost}."
     )
     return lines
 
@@ -99,7 +108,10 @@ def _row(engine: EnginePlan) -> str:
     )
 
 
-def _remedy(engine: EnginePlan) -> str:
+def _remedy(engine: EnginePlan, engines: list[EnginePlan]) -> str:
+    others = [other.engine for other in engines if other.fits]
+    if others:
+        return f"{others[0]} does: set {KEYS[others[0].split(',')[0]]}."
     if engine.largest_micro_batch:
         return f"model.micro_batch_size={engine.largest_micro_batch} does; so may training.recompute_every_n_layers=2."
     return "Set training.recompute_every_n_layers=1, shard over more GPUs, or use GPUs with more memory."
@@ -116,7 +128,7 @@ def _bytes(value: float) -> str:
     for size, unit in ((1e12, "TB"), (1e9, "GB")):
         if value >= size:
             return f"{value / size:.3g} {unit}"
-    return f"{value / 1e6:.3g} MB"
+    return f"{value / 1e6:.3g} MB" if value >= 1e6 else f"{value / 1e3:,.0f} kB"
 
 
 def _time(seconds: float) -> str:
@@ -126,4 +138,4 @@ def _time(seconds: float) -> str:
         return f"{seconds / 3600:.1f} h"
     if seconds >= 60:
         return f"{seconds / 60:.1f} min"
-    return f"{seconds:.2g} s" if seconds >= 1 else f"{1e3 * seconds:.2g} ms"
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"

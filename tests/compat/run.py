@@ -1,7 +1,7 @@
 """Load an export in other releases of transformers, each in an environment of its own: `make compat`.
 
-Environments are made in FOLDER (build/compat) once and kept; each needs the network and 1 GB. With several Pythons
-named, those that exist are tried as well.
+Environments are made in FOLDER (build/compat) once and kept. They need the network; those of one Python share torch, 1
+GB without CUDA and 5 GB with it. Several Pythons can be named: `make compat ARGS='--pythons python3.11 python3.13'`.
 """
 
 import argparse
@@ -41,14 +41,24 @@ def write_export(folder: Path) -> None:
     torch.save(cells | {"loss": outputs.loss}, folder / "cells.pt")
 
 
-def environment(folder: Path, python: str, release: str) -> Path:
-    """Return the interpreter of an environment with this release of transformers and today's torch, made if needed."""
-    place = folder / f"{Path(python).name}-transformers-{release}"
-    interpreter, stamp = place / "bin/python", place / ".installed"
+def environment(folder: Path, packages: list[str], python: str, base: Path | None = None) -> Path:
+    """Return the interpreter of an environment with these packages, made if it is not there.
+
+    Parameters
+    ----------
+    base
+        Interpreter of an environment whose packages this one has too.
+    """
+    interpreter, stamp = folder / "bin/python", folder / ".installed"
     if not stamp.exists():
-        subprocess.run([python, "-m", "venv", "--clear", place], check=True)
-        wanted = [f"torch=={version('torch').split('+')[0]}", f"transformers=={release}", "numpy"]
-        subprocess.run([interpreter, "-m", "pip", "install", "--quiet", *wanted], check=True)
+        subprocess.run([python, "-m", "venv", "--clear", folder], check=True)
+        if base is not None:
+            site = "import sysconfig; print(sysconfig.get_path('purelib'))"
+            own, others = (
+                subprocess.check_output([each, "-c", site], text=True).strip() for each in (interpreter, base)
+            )
+            (Path(own) / "base.pth").write_text(others + "\n")
+        subprocess.run([interpreter, "-m", "pip", "install", "--quiet", *packages], check=True)
         stamp.touch()
     return interpreter
 
@@ -61,13 +71,23 @@ def main() -> None:
     parser.add_argument("--releases", nargs="+", default=list(RELEASES), help="of transformers")
     options = parser.parse_args()
     failed = []
-    for python in filter(shutil.which, options.pythons):
+    missing = [python for python in options.pythons if not shutil.which(python)]
+    if missing:
+        parser.error(f"no such interpreter: {', '.join(missing)}")
+    torch_version = version("torch").split("+")[0]
+    for python in options.pythons:
+        name = subprocess.check_output(
+            [python, "-c", "import sys; print('python%d.%d' % sys.version_info[:2])"], text=True
+        )
+        place = options.folder / name.strip()
+        base = environment(place / f"torch-{torch_version}", [f"torch=={torch_version}", "numpy"], python)
         for release in options.releases:
+            own = environment(place / f"transformers-{release}", [f"transformers=={release}"], python, base)
             with tempfile.TemporaryDirectory() as scratch:
                 write_export(Path(scratch))
                 if RELEASES.get(release, True):
                     shutil.copy(ROOT / "modeling_bert_te.py", scratch)
-                check = [environment(options.folder, python, release), "-I", ROOT / "tests/compat/check.py", scratch]
+                check = [own, "-I", ROOT / "tests/compat/check.py", scratch]
                 if subprocess.run(check, cwd=scratch).returncode:
                     failed.append(f"transformers {release} with {python}")
     raise SystemExit(f"failed: {', '.join(failed)}" if failed else 0)

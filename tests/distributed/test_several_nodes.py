@@ -1,12 +1,7 @@
-"""Two nodes on one machine: separate torchrun agents that meet over loopback, one process each."""
+"""Two nodes on one machine: separate torchrun agents that meet over loopback."""
 
-import os
 import shutil
 import signal
-import socket
-import sys
-import uuid
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -14,6 +9,11 @@ import pytest
 
 from geneformer_pretrain.config.compose import load_config
 from geneformer_pretrain.training import main as train
+from tests.agents import (
+    StartNodes,
+    complete,
+    stop_by_one_signal,
+)
 from tests.conftest import ROOT, TorchrunProcess
 from tests.distributed.test_signals import ENDLESS, has_steps, stopped_at, wait_until
 from tests.distributed.test_training import assert_same_run, into, long_run
@@ -26,57 +26,6 @@ from tests.tiny import (
     read_metrics,
     write_parquet,
 )
-
-StartNodes = Callable[..., list[TorchrunProcess]]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-@pytest.fixture
-def start_nodes(tmp_path: Path) -> Iterator[StartNodes]:
-    """Return `start(args, more=((), ()), folders=(ROOT, ROOT), code=(ROOT, ROOT), join_timeout=120)`.
-
-    It starts an agent for each entry of `more`, overrides of that node alone, in that node's folder and with that
-    node's copy of the code; two nodes are waited for.
-    """
-    started: list[TorchrunProcess] = []
-
-    def start(
-        args: list[str],
-        more: tuple[tuple[str, ...], ...] = ((), ()),
-        folders: tuple[Path, Path] = (ROOT, ROOT),
-        code: tuple[Path, Path] = (ROOT, ROOT),
-        join_timeout: int = 120,
-    ) -> list[TorchrunProcess]:
-        port = free_port()
-        nodes = []
-        for number, own in enumerate(more):
-            command = [
-                *("env", f"--chdir={folders[number]}", sys.executable, "-m", "torch.distributed.run"),
-                *("--nnodes=2", "--nproc-per-node=1", "--local-addr=127.0.0.1", "--rdzv-backend=c10d"),
-                *(f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=test"),
-                f"--rdzv-conf=is_host={int(number == 0)},join_timeout={join_timeout}",
-                *(str(code[number] / "train.py"), *args, *own),
-            ]
-            environment = os.environ | {
-                "TEST_RUN_ID": uuid.uuid4().hex,
-                "GLOO_SOCKET_IFNAME": "lo",
-                "OMP_NUM_THREADS": "1",
-                "CUDA_VISIBLE_DEVICES": "",
-                "PYTHONUNBUFFERED": "1",
-            }
-            nodes.append(TorchrunProcess(command, environment, tmp_path / f"node{number}-{port}.log"))
-            started.append(nodes[-1])
-        return nodes
-
-    yield start
-    for node in started:
-        node.kill()
 
 
 def outputs(nodes: list[TorchrunProcess]) -> list[str]:
@@ -95,12 +44,32 @@ def test_two_nodes_train_as_one_process(tmp_path: Path, start_nodes: StartNodes)
     write_parquet(tmp_path / "held_out.parquet", make_cells(70, seed=1))
     assert train.run(load_config(overrides=long_run(tmp_path, *into(tmp_path / "one", 1)))) == 0
     nodes = start_nodes(long_run(tmp_path, *into(tmp_path / "two", 2)))
-    for node in nodes:
-        completed = node.wait(120)
-        assert completed.returncode == 0, completed.stdout[-4000:]
+    complete(nodes)
     assert_same_run(tmp_path / "two", tmp_path / "one")
     assert read_exit(tmp_path / "two") == {"reason": "completed", "exit_code": 0, "step": 6}
     assert "2 processes x 6 micro-batches" in nodes[0].output
+
+
+@pytest.mark.slow
+def test_a_copy_of_the_weights_on_each_node(tmp_path: Path, start_nodes: StartNodes) -> None:
+    """FSDP2 in groups of a node's ranks; the second part of the run goes on from a checkpoint that both nodes wrote."""
+    write_parquet(tmp_path / "held_out.parquet", make_cells(70, seed=1))
+    constant = "training.lr_schedule=constant"  # a linear one would fall faster in the first, shorter part
+    assert train.run(load_config(overrides=long_run(tmp_path, *into(tmp_path / "one", 1, constant)))) == 0
+    given = [*into(tmp_path / "two", 4, constant), "training.use_fsdp2=true", "training.shard_group_size=2"]
+    for steps in (4, 6):
+        complete(start_nodes(long_run(tmp_path, *given, f"training.num_train_steps={steps}"), nproc=2))
+    assert_same_run(tmp_path / "two", tmp_path / "one")
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_node_stops_all_and_other_sharding_resumes(tmp_path: Path, start_nodes: StartNodes) -> None:
+    """Groups of one rank on each node, then full sharding across nodes."""
+    given = overrides(tmp_path, *ENDLESS, "training.use_fsdp2=true")
+    step = stop_by_one_signal(start_nodes([*given, "training.shard_group_size=1"]), tmp_path / "run", 3)
+    complete(start_nodes([*given, f"training.num_train_steps={step + 2}"]))
+    assert [record["step"] for record in read_metrics(tmp_path / "run")] == list(range(1, step + 3))
+    assert read_exit(tmp_path / "run")["reason"] == "completed"
 
 
 def test_nodes_with_different_data_are_refused(tmp_path: Path, start_nodes: StartNodes) -> None:

@@ -1,6 +1,6 @@
 """The memory estimate and the advice of an error for want of memory.
 
-tests/unit/test_planner.py compares the estimate with measured peaks.
+tests/unit/planner/test_measured.py compares the estimate with measured peaks.
 """
 
 from types import SimpleNamespace

@@ -19,6 +19,11 @@ from geneformer_pretrain.model.build import build_model
 from geneformer_pretrain.model.memory import num_parameters
 from geneformer_pretrain.model.resolve import resolve
 from geneformer_pretrain.planner.arithmetic import sharding_traffic
+from geneformer_pretrain.planner.lengths import of_tokens
+from geneformer_pretrain.planner.measured import card
+from geneformer_pretrain.planner.plan import EnginePlan, make_plan
+from geneformer_pretrain.planner.speed import Cluster
+from tests.conftest import ROOT
 
 WORLD = 512
 
@@ -93,6 +98,26 @@ def test_packs_of_512_ranks_cost_the_same(name: str, micro_batch: int, most: flo
     of_pack = np.cumsum(in_order) // shape.token_budget
     assert waits(costs) < most
     assert waits(np.bincount(of_pack, weights=in_order**2)) > 1.15  # cells put into packs as they come
+
+
+@pytest.mark.parametrize(("column", "name"), [(0, "10m"), (1, "106m"), (2, "4b")])
+def test_the_table_of_512_gpus_is_the_planners(column: int, name: str) -> None:
+    """Rows of docs/scaling.md."""
+    section = (ROOT / "docs/scaling.md").read_text().partition("## 100 million cells on 512 GPUs")[2]
+    rows = [line.split("|")[1:-1] for line in section.splitlines() if line.startswith("| ")]
+    table = {cells[0].strip(): cells[1 + column].strip() for cells in rows}
+    config = load_config(name, ["training.use_fsdp2=true"] if name == "4b" else [])
+
+    def planned(network: float) -> EnginePlan:
+        found = make_plan(config, Cluster("h100", card("h100"), WORLD, 8, network), of_tokens(55_500_000_000, 2048))
+        assert found.cells == pytest.approx(100e6, rel=1e-3)
+        assert f"{found.tokens_per_step / 1e6:.1f} million" == table["tokens a step"]
+        return found.configured
+
+    fast, slow = planned(400), planned(100)
+    assert f"{1e3 * fast.step.seconds:.1f} ms" == table["step, estimated by `plan`"]
+    assert f"{1e3 * slow.step.seconds:.1f} ms" == table["the same at 100 Gb/s a GPU"]
+    assert fast.gpu_hours_per_epoch == pytest.approx(float(table["GPU-hours an epoch"]), rel=0.03)
 
 
 def test_a_plan_takes_a_number_a_cell() -> None:

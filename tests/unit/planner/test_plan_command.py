@@ -1,0 +1,96 @@
+"""`plan` as users type it."""
+
+import json
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from geneformer_pretrain.cli import main
+from geneformer_pretrain.errors import ConfigError
+from geneformer_pretrain.planner.measured import card
+
+
+def run_plan(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as ending:
+        main(["plan", *arguments])
+    captured = capsys.readouterr()
+    return int(ending.value.code or 0), captured.out, captured.err
+
+
+def test_plan_prints_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = tmp_path / "plan.json"
+    started = time.monotonic()
+    code, out, _ = run_plan(
+        capsys,
+        *("--config-name", "106m", "--gpus", "8", "--gpu", "H100", "--price", "2.5", "--report", str(report)),
+        "training.num_train_steps=5000",
+    )
+    assert time.monotonic() - started < 10
+    assert code == 0
+    values = json.loads(report.read_text())
+    assert values["num_parameters"] == 106_775_122
+    assert values["num_train_steps"] == 5000
+    assert [engine["engine"] for engine in values["engines"]] == ["DDP", "FSDP2", "FSDP2, groups of 4"]
+    memory = values["engines"][0]["memory"]
+    assert memory["total"] == sum(size for part, size in memory.items() if part != "total")
+    for text in ("106,775,122 parameters", "Genecorpus-30M", "activations", "~ estimated", "GPU-hours, cost"):
+        assert text in out
+    assert max(map(len, out.splitlines())) <= 190
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--gpu", "v100"], "--gpu v100: not among the GPUs that are known: h100, h200"),
+        (["--gpus", "0"], "--gpus 0: it must be positive"),
+        (["--gpus", "12"], "--gpus 12 is no multiple of --gpus-per-node 8"),
+        (["--network", "0"], "--network 0.0: it must be a number of at least 1e-06"),
+        (["--tokens", "0"], "--tokens 0.0: it must be a number of at least 1"),
+        (["--tokens", "inf"], "--tokens inf: it must be a number"),
+        (["--price", "nan"], "--price nan: it must be a number"),
+        (["data.path=s3://bucket/cells"], "s3://bucket/cells: a remote address"),
+        (["model.hidden_size=300"], "make heads of size 75"),
+        (["training.use_fp8=true", "--gpu", "l40s"], "FP8 with PyTorch layers is for Hopper GPUs"),
+        (["data.path=none.parquet"], "none.parquet: no such file or folder"),
+        (["data.gene_set=none"], "data.gene_set: none"),
+        (["--config-name", "4b", "--gpu", "a100"], "has no FP8: set training.use_fp8=false"),
+        (["--gpus", "4", "training.use_fsdp2=true", "training.shard_group_size=3"], "does not divide the 4 GPUs"),
+        (["data.packing=false"], "plan sizes packed runs"),
+        (["training.compute_dtype=float32"], "plan sizes runs in BF16 and FP8"),
+        (["training.sede=1"], "did you mean training.seed"),
+        (["--corpus", "none.parquet"], "none.parquet: no such file or folder"),
+    ],
+)
+def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], said: str) -> None:
+    code, out, err = run_plan(capsys, *arguments)
+    assert (code, out) == (1, "")
+    (line,) = err.splitlines()
+    assert said in line
+
+
+def test_what_does_not_fit_is_said_with_a_remedy(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = run_plan(capsys, "--config-name", "4b", "--gpu", "h100")
+    assert "! one GPU does not fit: 86.5 GiB" in out
+    assert "model.micro_batch_size=7 does" in out
+    _, out, _ = run_plan(capsys, "--config-name", "4b", "--gpu", "rtx4090", "--gpus", "2", "training.use_fsdp2=true")
+    assert "shard over more GPUs" in out
+
+
+def test_another_engine_that_fits_is_the_remedy(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = run_plan(capsys, "--config-name", "4b", "--gpu", "h100", "--gpus", "8")
+    assert "! DDP does not fit: 97.4 GiB, and 92% of 79.2 GiB may be planned with. FSDP2 does: set training." in out
+
+
+def test_data_path_is_the_corpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pq.write_table(pa.table({"input_ids": [[5, 6, 7], [8]]}), tmp_path / "cells.parquet")
+    _, out, _ = run_plan(capsys, f"data.path={tmp_path}/cells.parquet", "data.validation_fraction=0.5")
+    assert "a step takes more cells than the corpus has" in out
+    assert f"1 cells, 2 tokens ({tmp_path}/cells.parquet)" in out
+
+
+def test_unknown_gpu_is_a_config_error() -> None:
+    with pytest.raises(ConfigError, match="h100"):
+        card("tpu")
