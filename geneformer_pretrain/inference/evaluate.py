@@ -264,9 +264,8 @@ def token_presence(tokens: NDArray[np.integer[Any]], offsets: IntArray, vocab_si
     return sparse.csr_array((ones, tokens.astype(np.int64), offsets), shape=(len(offsets) - 1, vocab_size))
 
 
-def log_normalised(counts: sparse.csr_array) -> sparse.csr_array:
+def log_normalised(counts: sparse.csr_array, totals: NDArray[np.float64]) -> sparse.csr_array:
     """Return log(1 + count / total * 10,000), [n, genes]; cells without counts stay 0."""
-    totals = np.asarray(counts.sum(axis=1), np.float64).ravel()
     scale = TARGET_SUM / np.where(totals > 0, totals, 1)
     return sparse.csr_array(counts.astype(np.float64).multiply(scale[:, None])).log1p()
 

@@ -21,8 +21,6 @@ from threadpoolctl import threadpool_limits
 from geneformer_pretrain.commands import evaluate
 from geneformer_pretrain.console import Summary
 from geneformer_pretrain.errors import ConfigError, DataError, OutputError
-from geneformer_pretrain.inference.cells import CountsOptions
-from geneformer_pretrain.inference.evaluate_counts import counts_of_cells
 from geneformer_pretrain.tokenization.gene_set import GeneSet
 from tests.tiny import one_cpu_thread  # noqa: F401
 
@@ -138,26 +136,6 @@ def test_counts_are_one_more_baseline(world: World, given: str) -> None:
     assert all(rows[name]["logistic"]["macro_f1"] > 0.7 for name in rows if name != "random weights")
     assert summary.values["folds"] == 3
     assert "hold out whole groups (donor_id)" in (world.report / "report.md").read_text()
-
-
-def test_counts_of_chosen_cells_in_their_order(world: World, tmp_path: Path) -> None:
-    def read(paths: list[Path], cells: list[str]) -> np.ndarray:
-        return counts_of_cells(paths, cells, CountsOptions()).toarray()
-
-    np.testing.assert_array_equal(read([world.h5ad], ["c5", "c80", "c3"]), world.counts[[5, 80, 3]])
-    other = anndata.read_h5ad(world.h5ad)[::-1, ::-1].copy()
-    other.obs_names = [f"other{name}" for name in other.obs_names]
-    other.write_h5ad(tmp_path / "other.h5ad")  # genes in another order
-    found = read([world.h5ad, tmp_path / "other.h5ad"], ["otherc7", "c7"])
-    np.testing.assert_array_equal(found, world.counts[[7, 7]])
-    with pytest.raises(DataError, match="cell 'c777' is in none of the files"):
-        read([world.h5ad], ["c1", "c777"])
-    with pytest.raises(DataError, match="some ids of the cells occur twice"):
-        read([world.h5ad], ["c1", "c1"])
-    other.obs_names = world.obs.index
-    other.write_h5ad(tmp_path / "again.h5ad")
-    with pytest.raises(DataError, match="cell 'c1' is there 2 times"):
-        read([world.h5ad, tmp_path / "again.h5ad"], ["c1"])
 
 
 def test_cells_are_drawn_if_there_are_more(world: World, capsys: pytest.CaptureFixture[str]) -> None:
