@@ -250,7 +250,9 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description="Fine-tune an exported model to name cell types.")
     parser.add_argument("model", type=Path, help="a run's final_model, or any Hugging Face BERT on genes")
-    parser.add_argument("--cells", type=Path, help="corpus to learn from: a parquet file or a folder (default: simulated)")
+    parser.add_argument(
+        "--cells", type=Path, help="corpus to learn from: a parquet file or a folder (default: simulated)"
+    )
     parser.add_argument("--test-cells", type=Path, help="corpus for the result, which nothing is chosen by")
     parser.add_argument("--label", default="cell_type", help="column of types of both (%(default)s)")
     parser.add_argument("--output", type=Path, default=Path("finetuned"), help="folder of the result (%(default)s)")
@@ -269,7 +271,9 @@ def main() -> None:
     logging.disable_progress_bar()
     results = finetune(arguments)
     for name, values in results.items():
-        numbers = ", ".join(f"{metric.replace('_', ' ')} {values[metric]:.3f}" for metric in score(np.zeros(1), np.zeros(1)))
+        numbers = ", ".join(
+            f"{metric.replace('_', ' ')} {values[metric]:.3f}" for metric in score(np.zeros(1), np.zeros(1))
+        )
         print(f"{name}: {numbers}")
     (arguments.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
 
