@@ -2,7 +2,7 @@
 
     python examples/finetune_cell_types.py checkpoints/l0_sanity/final_model                  # all weights
     python examples/finetune_cell_types.py checkpoints/l0_sanity/final_model --lora           # low-rank adapters only
-    python examples/finetune_cell_types.py MODEL --cells CORPUS --test-cells OTHER --label cell_type    # one's own cells
+    python examples/finetune_cell_types.py MODEL --cells CORPUS --test-cells OTHER --label cell_type  # one's own cells
 
 A run's `final_model` is a plain BERT: `BertForSequenceClassification` loads it, puts a new head on the vector of the
 first token (a cell's top gene, or `<cls>`) and `transformers.Trainer` trains it. `--lora` leaves the weights as they
@@ -10,17 +10,19 @@ are and learns small additions to the matrices of its layers with peft.
 
 Three sets of cells: the model learns on the first; the second chooses among the learning rates; the third is looked at
 once, for the result. The first two are 3/4 and 1/4 of `--cells`, stratified by type; the third is `--test-cells`, best
-of donors that the others lack (`geneformer-pretrain split --by donor_id`). Without options, simulated cells serve: those
-of `sample_data`, and 500 fresh ones of the same world.
+of donors that the others lack (`geneformer-pretrain split --by donor_id`). Without options, simulated cells serve:
+those of `sample_data`, and 500 fresh ones of the same world.
 
-The result stands beside three baselines: the same training from random weights (what did pretraining bring?), a logistic
-regression on which genes a cell has, and the largest type. A model that does not beat them has not earned its keep.
+The result stands beside three baselines: the same training from random weights (what did pretraining bring?), a
+logistic regression on which genes a cell has, and the largest type. A model that does not beat them has not earned its
+keep.
 """
 
 import argparse
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +42,10 @@ MIN_CELLS = 10
 """Cells that a type needs to be learned and tested."""
 
 LEARNING_RATES = [3e-4, 1e-3, 3e-3]
-LORA_LEARNING_RATES = [3e-3, 1e-2, 3e-2]
 TEST_CELLS = 500
 """Fresh simulated cells."""
 
+METRICS = ("accuracy", "balanced_accuracy", "macro_f1")
 PAD_TOKEN = 0
 Scores = dict[str, float]
 
@@ -131,7 +133,7 @@ def collate(cells: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 
 def make_model(folder: Path, names: list[str], *, lora: bool, pretrained: bool = True) -> Any:
-    """Load an export, or its architecture with random weights, with a new head; with LoRA, freeze it and add adapters."""
+    """Load an export, or its architecture with random weights, with a new head; with LoRA, freeze all but the head."""
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: number for number, name in enumerate(names)}}
     if pretrained:
         model = BertForSequenceClassification.from_pretrained(folder, num_labels=len(names), **labels)
@@ -150,11 +152,12 @@ def make_model(folder: Path, names: list[str], *, lora: bool, pretrained: bool =
 
 def score(truth: np.ndarray, answer: np.ndarray) -> Scores:
     """Return accuracy, and two means over the types: of the share found (balanced accuracy) and of F1."""
-    return {
-        "accuracy": float(accuracy_score(truth, answer)),
-        "balanced_accuracy": float(balanced_accuracy_score(truth, answer)),
-        "macro_f1": float(f1_score(truth, answer, average="macro", zero_division=0)),
-    }
+    values = (
+        accuracy_score(truth, answer),
+        balanced_accuracy_score(truth, answer),
+        f1_score(truth, answer, average="macro", zero_division=0),
+    )
+    return dict(zip(METRICS, map(float, values), strict=True))
 
 
 def train(make: Callable[[], Any], learn: Cells, learning_rate: float, arguments: argparse.Namespace) -> Trainer:
@@ -190,12 +193,10 @@ def score_model(trainer: Trainer, cells: Cells) -> Scores:
     return score(cells.types, trainer.predict(cells.examples()).predictions.argmax(axis=1))  # type: ignore[arg-type]
 
 
-def train_best(
-    make: Callable[[], Any], sets: list[Cells], rates: list[float], arguments: argparse.Namespace
-) -> tuple[Trainer, float]:
+def train_best(make: Callable[[], Any], sets: list[Cells], arguments: argparse.Namespace) -> tuple[Trainer, float]:
     """Train once for each learning rate; return the model with the best macro F1 on the second set, and its rate."""
     best, found = -1.0, None
-    for rate in rates:
+    for rate in arguments.learning_rates:
         trainer = train(make, sets[0], rate, arguments)
         macro_f1 = score_model(trainer, sets[1])["macro_f1"]
         print(f"  learning rate {rate:g}: macro F1 {macro_f1:.3f} on the cells to choose by", flush=True)
@@ -226,18 +227,13 @@ def gene_baselines(sets: list[Cells]) -> dict[str, Scores]:
 def finetune(arguments: argparse.Namespace) -> dict[str, Scores]:
     """Fine-tune, and score on the third set beside the baselines."""
     sets, names = three_sets(arguments)
-    rates = arguments.learning_rates or (LORA_LEARNING_RATES if arguments.lora else LEARNING_RATES)
     print(f"{', '.join(f'{len(cells.types):,}' for cells in sets)} cells to learn from, to choose by, to test on")
     results = {}
     for pretrained in (True, False):
         name = ("LoRA" if arguments.lora else "fine-tuned") if pretrained else "the same from random weights"
         print(f"{name}:", flush=True)
-        trainer, rate = train_best(
-            lambda: make_model(arguments.model, names, lora=arguments.lora, pretrained=pretrained),  # noqa: B023
-            sets,
-            rates,
-            arguments,
-        )
+        make = partial(make_model, arguments.model, names, lora=arguments.lora, pretrained=pretrained)
+        trainer, rate = train_best(make, sets, arguments)
         results[name] = score_model(trainer, sets[2]) | {"learning_rate": rate}
         if pretrained:
             learning = sum(weight.numel() for weight in trainer.model.parameters() if weight.requires_grad)
@@ -259,8 +255,8 @@ def main() -> None:
     parser.add_argument("--lora", action="store_true", help="train low-rank adapters and the head only")
     parser.add_argument("--epochs", type=float, default=12, help="passes over the training cells (%(default)s)")
     parser.add_argument(
-        "--learning-rates", type=float, nargs="+", metavar="RATE",
-        help=f"rates to choose among ({LEARNING_RATES}, with --lora {LORA_LEARNING_RATES}: fit for small models)",
+        "--learning-rates", type=float, nargs="+", metavar="RATE", default=LEARNING_RATES,
+        help="rates to choose among (%(default)s: fit for small models)",
     )  # fmt: skip
     parser.add_argument("--max-tokens", type=int, default=256, help="top genes of a cell that are used (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the split, the new head and the order (%(default)s)")
@@ -271,9 +267,7 @@ def main() -> None:
     logging.disable_progress_bar()
     results = finetune(arguments)
     for name, values in results.items():
-        numbers = ", ".join(
-            f"{metric.replace('_', ' ')} {values[metric]:.3f}" for metric in score(np.zeros(1), np.zeros(1))
-        )
+        numbers = ", ".join(f"{metric.replace('_', ' ')} {values[metric]:.3f}" for metric in METRICS)
         print(f"{name}: {numbers}")
     (arguments.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
 
