@@ -6,7 +6,7 @@
 
 A run's `final_model` is a plain BERT: `BertForSequenceClassification` loads it, puts a new head on the vector of the
 first token (a cell's top gene, or `<cls>`) and `transformers.Trainer` trains it. `--lora` leaves the weights as they
-are and learns small additions to the matrices of its layers with peft.
+are and learns small additions to the matrices of its layers and to the vectors of its genes with peft.
 
 Three sets of cells: the model learns on the first; the second chooses among the learning rates; the third is looked at
 once, for the result. The first two are 3/4 and 1/4 of `--cells`, stratified by type; the third is `--test-cells`, best
@@ -143,10 +143,10 @@ def make_model(folder: Path, names: list[str], *, lora: bool, pretrained: bool =
         return model
     from peft import LoraConfig, TaskType, get_peft_model
 
-    # The head is new, and so is the pooler before it: they are trained whole.
-    layers = r".*\.encoder\..*\.(query|key|value|dense)"
+    # The vectors of genes adapt too. The head is new, and so is the pooler before it: they are trained whole.
+    adapted = r".*(word_embeddings|encoder\..*\.(query|key|value|dense))"
     whole = ["classifier", "pooler"]
-    config = LoraConfig(TaskType.SEQ_CLS, r=16, lora_alpha=32, target_modules=layers, modules_to_save=whole)
+    config = LoraConfig(TaskType.SEQ_CLS, r=16, lora_alpha=32, target_modules=adapted, modules_to_save=whole)
     return get_peft_model(model, config)
 
 
@@ -253,7 +253,7 @@ def main() -> None:
     parser.add_argument("--label", default="cell_type", help="column of types of both (%(default)s)")
     parser.add_argument("--output", type=Path, default=Path("finetuned"), help="folder of the result (%(default)s)")
     parser.add_argument("--lora", action="store_true", help="train low-rank adapters and the head only")
-    parser.add_argument("--epochs", type=float, default=12, help="passes over the training cells (%(default)s)")
+    parser.add_argument("--epochs", type=float, default=20, help="passes over the training cells (%(default)s)")
     parser.add_argument(
         "--learning-rates", type=float, nargs="+", metavar="RATE", default=LEARNING_RATES,
         help="rates to choose among (%(default)s: fit for small models)",

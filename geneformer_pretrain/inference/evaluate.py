@@ -119,10 +119,12 @@ def select_classes(
     kept = np.flatnonzero(usable)
     names, codes = np.unique(text[kept].astype(str), return_inverse=True)
     if len(names) < 2:
-        why = "; ".join(f"{reason}: {count:,}" for reason, count in left_out.items()) or "no cell was left out"
+        reasons = [f"{reason}: {count:,}" for reason, count in left_out.items()]
+        more = f"; and {len(reasons) - 3:,} more" if len(reasons) > 3 else ""
+        why = "; ".join(reasons[:3]) + more if reasons else "no cell was left out"
         raise DataError(
-            f"--label {label}: {len(names)} class remains, and a comparison needs two (left out: {why}); choose "
-            "another column."
+            f"--label {label}: {'one class remains' if len(names) else 'no class remains'}, and a comparison needs two "
+            f"(left out: {why}); choose another column."
         )
     group_codes = None
     if groups is not None:

@@ -111,9 +111,14 @@ def test_a_donor_effect_is_not_taken_for_a_class() -> None:
 @pytest.mark.parametrize(
     ("labels", "groups", "message"),
     [
-        (["a"] * 20, None, r"--label kind: 1 class remains.*no cell was left out.*choose another column"),
-        (["a"] * 20 + ["b"] * 9, None, r"1 class remains.*left out: b \(fewer than 10 cells\): 9"),
-        ([None] * 20, None, r"0 class remains.*no label: 20"),
+        (["a"] * 20, None, r"--label kind: one class remains.*no cell was left out.*choose another column"),
+        (["a"] * 20 + ["b"] * 9, None, r"one class remains.*left out: b \(fewer than 10 cells\): 9"),
+        ([None] * 20, None, r"no class remains.*no label: 20"),
+        (
+            list(range(50)),
+            None,
+            r"no class remains.*left out: 0 \(fewer than 10 cells\): 1; 1 .*; 10 .*; and 47 more\)",
+        ),
         (["a", "b"] * 20, ["D1"] * 40, r"--groups donor: all cells are of one group, so none can be held out"),
         (["a"] * 20 + ["b"] * 20, ["D1"] * 20 + ["D2"] * 20, r"a \(one donor only\): 20; b \(one donor only\): 20"),
     ],
