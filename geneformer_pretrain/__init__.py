@@ -1,3 +1,3 @@
 """Fast, exact and restartable pretraining of Geneformer."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -15,6 +15,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
 
+from geneformer_pretrain import __version__
+
 COMMANDS: dict[str, str] = {
     "gene-set": "import, build, show and export gene sets: vocabularies with the medians that rank genes",
     "tokenize": "turn counts of genes in cells into a corpus of tokens",
@@ -85,6 +87,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         description="From counts to a pretrained Geneformer and what it knows. Training itself: torchrun train.py.",
         epilog="`geneformer-pretrain COMMAND --help` explains a command.",
     )
+    parser.add_argument("--version", action="version", version=f"geneformer-pretrain {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     named = next((argument for argument in arguments if not argument.startswith("-")), None)
     for name, text in COMMANDS.items():

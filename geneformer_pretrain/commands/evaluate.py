@@ -48,6 +48,8 @@ def run(arguments: argparse.Namespace) -> Summary:
 
 
 def _evaluate(arguments: argparse.Namespace, work: Path) -> Summary:
+    import numpy as np
+
     from geneformer_pretrain.console import Summary, say
     from geneformer_pretrain.files import new_folder
     from geneformer_pretrain.inference.cells import is_corpus, open_cells
@@ -66,7 +68,7 @@ def _evaluate(arguments: argparse.Namespace, work: Path) -> Summary:
         save_random_weights,
         write_corpus,
     )
-    from geneformer_pretrain.inference.evaluate_counts import counts_of_cells
+    from geneformer_pretrain.inference.evaluate_counts import Wanted, counts_of_cells, options_of_corpus
     from geneformer_pretrain.inference.evaluate_report import MODEL, report_values, summary_lines, write_report
     from geneformer_pretrain.inference.model import load_model
 
@@ -76,10 +78,17 @@ def _evaluate(arguments: argparse.Namespace, work: Path) -> Summary:
     chosen = choose_cells(cells, arguments.label, arguments.groups, max_cells=arguments.max_cells, seed=seed)
     folds = split_folds(chosen.classes, seed)
     features: dict[str, Features] = {}
-    counts = arguments.counts or [path for path in arguments.cells if not is_corpus(path)]
-    if counts:  # first, as it can fail in the shortest time
-        matrix = counts_of_cells(counts, chosen.ids, options)
-        features["PCA of log-normalised counts"] = principal_components(log_normalised(matrix), seed)
+    if is_corpus(arguments.cells[0]):
+        paths, options = arguments.counts, options_of_corpus(arguments.cells[0], options)
+    else:
+        paths = arguments.counts or arguments.cells
+    if paths:  # first, as it can fail in the shortest time
+        cells.require_columns(["cell_id"], "--counts finds cells by it")
+        wanted = Wanted(chosen.ids, chosen.classes.kept, lambda: cells.ids(np.arange(cells.num_cells)).to_pylist())
+        counts = counts_of_cells(paths, wanted, model.gene_set, options)
+        features["PCA of log-normalised counts"] = principal_components(
+            log_normalised(counts.matrix, counts.totals), seed
+        )
     presence = token_presence(chosen.tokens, chosen.offsets, model.vocab_size)
     features["PCA of token presence"] = principal_components(presence, seed)
     corpus = write_corpus(chosen, model.gene_set, work / "corpus")

@@ -9,7 +9,7 @@ from geneformer_pretrain.errors import ConfigError, require
 
 if TYPE_CHECKING:
     from geneformer_pretrain.tokenization.gene_set import GeneSet
-    from geneformer_pretrain.tokenization.gene_set_build import GeneSetBuilder
+    from geneformer_pretrain.tokenization.gene_set_build import Counted, GeneSetBuilder
 
 BUILD = """
 Medians are those of the non-zero count / n_counts * 10,000 of each gene over all cells, within 0.5% of the exact ones
@@ -22,7 +22,6 @@ that need other options (--layer, --n-counts-column) can be partial results of t
 
 READING = ("gene_id_column", "layer", "raw", "n_counts_column", "filter_column", "allow_noninteger", "allow_low_match")
 CHOOSING = ("genes", "gene_table", "biotypes")
-SUMS = ("matched_counts", "counts")
 FINISHING = ("min_cells", "special_tokens", "max_tokens", "name", "species")
 
 
@@ -150,7 +149,7 @@ def _build(arguments: argparse.Namespace) -> Summary:
     _check_build(arguments)
     output = Path(arguments.output)
     require_new(output, overwrite=arguments.overwrite)
-    exact, report = None, Summary()
+    exact, result = None, None
     if arguments.merge is not None:
         from geneformer_pretrain.tokenization.counted_genes import merge
 
@@ -159,31 +158,57 @@ def _build(arguments: argparse.Namespace) -> Summary:
         builder = _builder(arguments)
         result = builder.count()
         counted = result.genes
-        matched, counts = (sum(getattr(source, name) for source in counted.sources) for name in SUMS)
-        report.lines.append(f"genes of the set hold {matched / counts:.1%} of the counts; in the file with the least:")
-        report.lines += [f"  {line}" for line in result.match.lines(result.column_counts)]
-        report.values = {
-            "share_of_counts": matched / counts,
-            "least_match": result.match.values(result.column_counts),
-        }
         if arguments.exact:
             exact = builder.exact_medians(counted)
     if arguments.partial:
         counted.save(output, overwrite=arguments.overwrite)
-        report.lines.insert(0, f"{output}: partial result of {counted.counted_cells:,} cells; merge it with --merge")
-        report.values |= {"cells": counted.counted_cells, "genes": len(counted.gene_ids)}
-        return report
-    gene_set = counted.to_gene_set(
-        name=arguments.name or output.resolve().name,
-        species=arguments.species,
-        special_tokens=arguments.special_tokens or "v1",
-        max_tokens=arguments.max_tokens,
-        min_cells=1 if arguments.min_cells is None else arguments.min_cells,
-        exact=exact,
+        summary = Summary(
+            [f"{output}: partial result of {counted.counted_cells:,} cells; merge it with --merge"],
+            {"cells": counted.counted_cells, "genes": len(counted.gene_ids)},
+        )
+        genes = counted.gene_ids
+    else:
+        gene_set = counted.to_gene_set(
+            name=arguments.name or output.resolve().name,
+            species=arguments.species,
+            special_tokens=arguments.special_tokens or "v1",
+            max_tokens=arguments.max_tokens,
+            min_cells=1 if arguments.min_cells is None else arguments.min_cells,
+            exact=exact,
+        )
+        gene_set.save(output, overwrite=arguments.overwrite)
+        summary = _describe(gene_set, output)
+        genes = gene_set.tokens
+    if result is not None:
+        _add_shares(summary, result, genes, arguments)
+    return summary
+
+
+def _add_shares(summary: Summary, result: "Counted", genes: list[str], arguments: argparse.Namespace) -> None:
+    """Add the share of the counts that these genes hold and, where genes were chosen beforehand, how files match.
+
+    Parameters
+    ----------
+    genes
+        Genes of the result: those that were counted, less what `--min-cells` left out.
+    """
+    inside = set(genes)
+    held = sum(
+        count for gene, count in zip(result.genes.gene_ids, result.gene_counts.tolist(), strict=True) if gene in inside
     )
-    gene_set.save(output, overwrite=arguments.overwrite)
-    summary = _describe(gene_set, output)
-    return Summary(summary.lines + report.lines, summary.values | report.values)
+    share = held / sum(source.counts for source in result.genes.sources)
+    counted = len(result.genes.gene_ids)
+    left_out = counted - len(inside.intersection(result.genes.gene_ids))
+    line = f"  these genes hold {share:.1%} of the counts"
+    if left_out:
+        fewer = "no cell" if arguments.min_cells in (None, 1) else f"fewer than {arguments.min_cells:,} cells"
+        line += f"; {left_out:,} of {counted:,} genes have counts in {fewer} and were left out"
+    summary.lines.append(line)
+    summary.values |= {"share_of_counts": share, "genes_left_out": left_out}
+    if arguments.genes is not None or arguments.gene_table is not None:
+        summary.lines.append("chosen genes, in the file in which they hold the least of the counts:")
+        summary.lines += [f"  {line}" for line in result.match.lines(result.column_counts)]
+        summary.values["least_match"] = result.match.values(result.column_counts)
 
 
 def _builder(arguments: argparse.Namespace) -> "GeneSetBuilder":

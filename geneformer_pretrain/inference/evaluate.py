@@ -119,10 +119,12 @@ def select_classes(
     kept = np.flatnonzero(usable)
     names, codes = np.unique(text[kept].astype(str), return_inverse=True)
     if len(names) < 2:
-        why = "; ".join(f"{reason}: {count:,}" for reason, count in left_out.items()) or "no cell was left out"
+        reasons = [f"{reason}: {count:,}" for reason, count in left_out.items()]
+        more = f"; and {len(reasons) - 3:,} more" if len(reasons) > 3 else ""
+        why = "; ".join(reasons[:3]) + more if reasons else "no cell was left out"
         raise DataError(
-            f"--label {label}: {len(names)} class remains, and a comparison needs two (left out: {why}); choose "
-            "another column."
+            f"--label {label}: {'one class remains' if len(names) else 'no class remains'}, and a comparison needs two "
+            f"(left out: {why}); choose another column."
         )
     group_codes = None
     if groups is not None:
@@ -264,9 +266,8 @@ def token_presence(tokens: NDArray[np.integer[Any]], offsets: IntArray, vocab_si
     return sparse.csr_array((ones, tokens.astype(np.int64), offsets), shape=(len(offsets) - 1, vocab_size))
 
 
-def log_normalised(counts: sparse.csr_array) -> sparse.csr_array:
+def log_normalised(counts: sparse.csr_array, totals: NDArray[np.float64]) -> sparse.csr_array:
     """Return log(1 + count / total * 10,000), [n, genes]; cells without counts stay 0."""
-    totals = np.asarray(counts.sum(axis=1), np.float64).ravel()
     scale = TARGET_SUM / np.where(totals > 0, totals, 1)
     return sparse.csr_array(counts.astype(np.float64).multiply(scale[:, None])).log1p()
 

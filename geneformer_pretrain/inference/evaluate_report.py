@@ -27,6 +27,9 @@ MODEL = "model"
 MAX_DRAWN = 5000
 """Cells of the picture, drawn at random if there are more."""
 
+MAX_REASONS = 4
+"""Reasons for leaving cells out that the terminal lists."""
+
 LABELLED_CLASSES = 40
 """Classes up to which a legend is legible."""
 
@@ -225,5 +228,7 @@ def summary_lines(values: Mapping[str, Any], folder: Path) -> list[str]:
         losses = ", ".join(f"{name} {loss:.3f}" for name, loss in values["masked_loss"].items())
         lines.append(f"  masked-token loss, nats: {losses}")
     if values["left_out"]:
-        lines.append(f"  left out: {_left_out(values)}")
+        cells, reasons = sum(values["left_out"].values()), len(values["left_out"])
+        few = _left_out(values) if reasons <= MAX_REASONS else f"{cells:,} cells for {reasons} reasons, see report.md"
+        lines.append(f"  left out: {few}")
     return [*lines, f"Written: {folder}/report.md, report.json, map.png, confusion.png"]

@@ -12,6 +12,7 @@ from typing import Any
 import xxhash
 from omegaconf import OmegaConf
 
+from geneformer_pretrain import __version__
 from geneformer_pretrain.config.resolved import Resolved
 from geneformer_pretrain.config.schema import Config
 from geneformer_pretrain.files import replacing
@@ -34,8 +35,8 @@ OLD_CONFIG_PREFIX = "config_until_step_"
 
 
 def package_versions() -> dict[str, str]:
-    """Return the versions of Python and of the installed packages that matter to a run."""
-    versions = {"python": platform.python_version()}
+    """Return the versions of this project, of Python and of the installed packages that matter to a run."""
+    versions = {"geneformer-pretrain": __version__, "python": platform.python_version()}
     for name in RECORDED_PACKAGES:
         try:
             versions[name] = metadata.version(name)

@@ -34,7 +34,10 @@ def passing_cells(counts: "CountsFile", column: str | None, first: int, last: in
     """
     if column is None:
         return np.ones(last - first, bool)
-    values = _numbers(counts, column, first, last, "chooses cells; make it boolean, or 0 and 1")
+    values = _read(counts, column, first, last)
+    if not (pa.types.is_boolean(values.type) or _is_number(values.type)):
+        raise _refused(counts, column, values, "chooses cells; make it boolean, or 0 and 1")
+    values = values.cast(pa.float64())
     return np.asarray(values.fill_null(0)) == 1
 
 
@@ -46,13 +49,22 @@ def given_totals(counts: "CountsFile", column: str, first: int, last: int) -> np
     DataError
         If the column does not hold numbers.
     """
-    return np.asarray(_numbers(counts, column, first, last, "is to give the totals of cells").fill_null(np.nan))
+    values = _read(counts, column, first, last)
+    if not _is_number(values.type):
+        raise _refused(counts, column, values, "is to give the totals of cells")
+    return np.asarray(values.cast(pa.float64()).fill_null(np.nan))
 
 
-def _numbers(counts: "CountsFile", column: str, first: int, last: int, purpose: str) -> pa.Array:
-    values = counts.obs([column], first, last).column(0).combine_chunks()
-    kind = values.type
-    if not (pa.types.is_boolean(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind)):
-        example = next((value for value in values.to_pylist() if value is not None), None)
-        raise DataError(f"{counts.path}: the column {column!r} holds {kind} values such as {example!r}, but {purpose}.")
-    return values.cast(pa.float64())
+def _read(counts: "CountsFile", column: str, first: int, last: int) -> pa.Array:
+    return counts.obs([column], first, last).column(0).combine_chunks()
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind))
+
+
+def _refused(counts: "CountsFile", column: str, values: pa.Array, purpose: str) -> DataError:
+    example = next((value for value in values.to_pylist() if value is not None), None)
+    return DataError(
+        f"{counts.path}: the column {column!r} holds {values.type} values such as {example!r}, but {purpose}."
+    )

@@ -40,7 +40,7 @@ class Source:
     cells, counted_cells
         Cells of the file, and those that pass the filter and have counts.
     counts, matched_counts
-        Sum of all counts of these cells, and of those of genes of the set.
+        Sum of all counts of these cells, and of those of the genes that were counted.
     n_counts_column, filter_column
         Columns that gave the totals and chose the cells, if any did.
     """

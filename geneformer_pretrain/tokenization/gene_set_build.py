@@ -35,12 +35,15 @@ class Counted:
     ----------
     genes
         Genes and their values in bins.
+    gene_counts
+        Sum of the counts of each gene, float64 [genes].
     match, column_counts
-        Match of the file in which genes of the set hold the least share of the counts, and the sum of the counts of
-        each of its columns.
+        Match of the file in which these genes hold the least share of the counts, and the sum of the counts of each
+        of its columns.
     """
 
     genes: CountedGenes
+    gene_counts: np.ndarray
     match: GeneMatch
     column_counts: np.ndarray
 
@@ -82,18 +85,22 @@ class GeneSetBuilder:
         """
         genes, num_cells = self._survey()
         sketch = MedianSketch.empty(len(genes.gene_ids))
+        gene_counts = np.zeros(len(genes.gene_ids))
         sources: list[Source] = []
         worst: tuple[GeneMatch, np.ndarray] | None = None
         for source, match, columns in self._read(genes, sketch.add, "count genes", num_cells):
             match.require(source.file, columns.counts, allow_low_match=self.allow_low_match)
             sources.append(source)
+            known = match.token_of_column >= 0
+            np.add.at(gene_counts, match.token_of_column[known], columns.counts[known])
             if columns.counts.any() and (
                 worst is None or match.share_of_counts(columns.counts) < worst[0].share_of_counts(worst[1])
             ):
                 worst = match, columns.counts
         if worst is None:
             raise DataError(f"{self.paths[0]}: no cell that passes has counts.")
-        return Counted(CountedGenes(genes.gene_ids, genes.symbols, sketch, self._rule(genes), sources), *worst)
+        counted = CountedGenes(genes.gene_ids, genes.symbols, sketch, self._rule(genes), sources)
+        return Counted(counted, gene_counts, *worst)
 
     def exact_medians(self, counted: CountedGenes) -> np.ndarray:
         """Return the exact medians in a second pass, float64 [genes].

@@ -73,47 +73,7 @@ def _bin(bits: Any, bin_of_cell: Any) -> Any:
 
 
 @compiled
-def _values_of_cell(
-    indices: Any,
-    data: Any,
-    total: Any,
-    target_sum: Any,
-    gene_of_column: Any,
-    column_counts: Any,
-    last_cell: Any,
-    cell: Any,
-    values: Any,
-    genes: Any,
-) -> Any:
-    """Scale the counts of one cell; columns of one gene are summed.
-
-    Writes the genes that have counts into `genes` and their values into `values` (by gene). Returns their number.
-    """
-    found = 0
-    for position in range(len(indices)):
-        column = indices[position]
-        count = np.float64(data[position])
-        if count == 0:
-            continue
-        column_counts[column] += count
-        gene = gene_of_column[column]
-        if gene < 0:
-            continue
-        if last_cell[gene] == cell:
-            values[gene] += count
-        else:
-            last_cell[gene] = cell
-            values[gene] = count
-            genes[found] = gene
-            found += 1
-    for position in range(found):
-        gene = genes[position]
-        values[gene] = values[gene] / total * target_sum
-    return found
-
-
-@compiled
-def _count_values(
+def _scale_values(
     indptr: Any,
     indices: Any,
     data: Any,
@@ -121,43 +81,51 @@ def _count_values(
     target_sum: Any,
     gene_of_column: Any,
     column_counts: Any,
-    bin_of_cell: Any,
-    bins: Any,
-) -> None:
-    """Count the values of a block in the bins of its genes. Cells with a total of 0 are left out."""
-    num_genes = len(bins)
-    last_cell, values, genes = np.full(num_genes, -1), np.empty(num_genes), np.empty(num_genes, np.int32)
-    bits = values.view(np.int64)
+    num_genes: Any,
+    genes: Any,
+    values: Any,
+) -> Any:
+    """Scale the counts of a block; columns of one gene are summed. Cells with a total of 0 are left out.
+
+    Writes the genes of each cell that have counts into `genes`, their values into `values`. Returns their number.
+    """
+    last_cell, sums = np.full(num_genes, -1), np.empty(num_genes)
+    end = 0
     for cell in range(len(indptr) - 1):
         if totals[cell] == 0:
             continue
-        start, stop = indptr[cell], indptr[cell + 1]
-        found = _values_of_cell(
-            indices[start:stop],
-            data[start:stop],
-            totals[cell],
-            target_sum,
-            gene_of_column,
-            column_counts,
-            last_cell,
-            cell,
-            values,
-            genes,
-        )
-        for position in range(found):
-            gene = genes[position]
-            bins[gene, _bin(bits[gene], bin_of_cell)] += np.uint32(1)
+        start = end
+        for position in range(indptr[cell], indptr[cell + 1]):
+            column, count = indices[position], np.float64(data[position])
+            if count == 0:
+                continue
+            column_counts[column] += count
+            gene = gene_of_column[column]
+            if gene < 0:
+                continue
+            if last_cell[gene] == cell:
+                sums[gene] += count
+            else:
+                last_cell[gene], sums[gene] = cell, count
+                genes[end] = gene
+                end += 1
+        for place in range(start, end):
+            values[place] = sums[genes[place]] / totals[cell] * target_sum
+    return end
+
+
+@compiled
+def _count_values(genes: Any, bits: Any, bin_of_cell: Any, bins: Any) -> None:
+    """Count values, given by their bits, in the bins of their genes."""
+    for place in range(len(genes)):
+        bins[genes[place], _bin(bits[place], bin_of_cell)] += np.uint32(1)
 
 
 @compiled
 def _collect_values(
-    indptr: Any,
-    indices: Any,
-    data: Any,
-    totals: Any,
-    target_sum: Any,
-    gene_of_column: Any,
-    column_counts: Any,
+    genes: Any,
+    values: Any,
+    bits: Any,
     bin_of_cell: Any,
     first_bin: Any,
     last_bin: Any,
@@ -166,31 +134,12 @@ def _collect_values(
     collected: Any,
 ) -> None:
     """Write the values that lie in the bins `first_bin` to `last_bin` of their gene from `next_place` to `end`."""
-    num_genes = len(first_bin)
-    last_cell, values, genes = np.full(num_genes, -1), np.empty(num_genes), np.empty(num_genes, np.int32)
-    bits = values.view(np.int64)
-    for cell in range(len(indptr) - 1):
-        if totals[cell] == 0:
-            continue
-        start, stop = indptr[cell], indptr[cell + 1]
-        found = _values_of_cell(
-            indices[start:stop],
-            data[start:stop],
-            totals[cell],
-            target_sum,
-            gene_of_column,
-            column_counts,
-            last_cell,
-            cell,
-            values,
-            genes,
-        )
-        for position in range(found):
-            gene = genes[position]
-            if first_bin[gene] <= _bin(bits[gene], bin_of_cell) <= last_bin[gene]:
-                if next_place[gene] < end[gene]:
-                    collected[next_place[gene]] = values[gene]
-                next_place[gene] += 1
+    for place in range(len(genes)):
+        gene = genes[place]
+        if first_bin[gene] <= _bin(bits[place], bin_of_cell) <= last_bin[gene]:
+            if next_place[gene] < end[gene]:
+                collected[next_place[gene]] = values[place]
+            next_place[gene] += 1
 
 
 @compiled
@@ -242,10 +191,12 @@ class Columns:
         """Start with counts of zero."""
         return cls(gene_of_column, np.zeros(len(gene_of_column)))
 
-    def arguments(self, block: CellBlock, target_sum: float) -> tuple[Any, ...]:
-        """Return what both kernels begin with."""
-        counts = (block.indptr, block.indices, block.data, block.totals, target_sum)
-        return (*counts, self.gene_of_column, self.counts, _BIN_OF_CELL)
+    def scale(self, block: CellBlock, num_genes: int, target_sum: float) -> tuple[np.ndarray, np.ndarray]:
+        """Return gene and value of each count of a block, int32 and float64 [counts], and add to `counts`."""
+        genes, values = np.empty(len(block.data), np.int32), np.empty(len(block.data))
+        arrays = (block.indptr, block.indices, block.data, block.totals)
+        number = _scale_values(*arrays, target_sum, self.gene_of_column, self.counts, num_genes, genes, values)
+        return genes[:number], values[:number]
 
 
 class MedianSketch:
@@ -267,7 +218,8 @@ class MedianSketch:
 
     def add(self, block: CellBlock, columns: Columns, target_sum: float) -> None:
         """Count the values of a block. Runs without Python's lock, so that the next block can be read meanwhile."""
-        _count_values(*columns.arguments(block, target_sum), self.bins)
+        genes, values = columns.scale(block, len(self.bins), target_sum)
+        _count_values(genes, values.view(np.int64), _BIN_OF_CELL, self.bins)
 
     @property
     def num_cells(self) -> np.ndarray:
@@ -329,8 +281,9 @@ class ExactMedians:
 
     def add(self, block: CellBlock, columns: Columns, target_sum: float) -> None:
         """Collect the values of a block. Runs without Python's lock."""
-        arguments = columns.arguments(block, target_sum)
-        _collect_values(*arguments, self._first, self._last, self._next, self._ends, self._collected)
+        genes, values = columns.scale(block, len(self._first), target_sum)
+        bounds = (self._first, self._last, self._next, self._ends)
+        _collect_values(genes, values, values.view(np.int64), _BIN_OF_CELL, *bounds, self._collected)
 
     def medians(self) -> np.ndarray:
         """Return the medians of the genes of this pass, float64 [last_gene - first_gene]; NaN without values.

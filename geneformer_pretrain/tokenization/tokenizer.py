@@ -17,12 +17,11 @@ import pyarrow as pa
 
 from geneformer_pretrain.errors import DataError
 from geneformer_pretrain.tokenization import kernels
+from geneformer_pretrain.tokenization.cell_columns import filter_column_of, given_totals, passing_cells
 from geneformer_pretrain.tokenization.counts import CountsBlock, CountsFile
 from geneformer_pretrain.tokenization.gene_ids import MINIMUM_SHARE, GeneMatch
 from geneformer_pretrain.tokenization.gene_set import GeneSet
 
-FILTER_COLUMN = "filter_pass"
-"""Column that chooses cells if it is there and no other is named."""
 SAME_TOTAL = 1e-6
 """Relative difference up to which a given total equals the sum."""
 
@@ -190,20 +189,15 @@ def tokenize_blocks(
         neither boolean nor numeric, or a column that does not exist; if too few counts are of genes in the gene set.
     """
     genes = match_genes(counts, gene_set)
-    if filter_column is None and FILTER_COLUMN in counts.obs_columns:
-        filter_column = FILTER_COLUMN
+    filter_column = filter_column_of(counts, filter_column)
     first_token, last_token = (gene_set.special_tokens.get(name, -1) for name in ("cls", "eos"))
     most_genes = gene_set.max_tokens - (first_token >= 0) - (last_token >= 0)
     read = np.zeros(3)
     token_type = np.uint16 if gene_set.vocab_size <= 1 << 16 else np.int32
     for block in counts.blocks(first, last):
         start, end = block.first_row, block.first_row + block.num_cells
-        wanted = np.ones(block.num_cells, bool)
-        if filter_column is not None:
-            wanted = _filter(counts, filter_column, start, end)
-        totals = np.empty(0)
-        if n_counts_column is not None:
-            totals = _totals(counts, n_counts_column, start, end)
+        wanted = passing_cells(counts, filter_column, start, end)
+        totals = np.empty(0) if n_counts_column is None else given_totals(counts, n_counts_column, start, end)
         tokens = np.empty(len(block.data) + 2 * block.num_cells, token_type)
         lengths, outcome = np.empty(block.num_cells, np.int32), np.empty(block.num_cells, np.int8)
         sums = np.empty((block.num_cells, 3))
@@ -255,25 +249,6 @@ def _as_float(block: CountsBlock) -> np.ndarray:
     if data.dtype.kind == "f":
         return data
     return data.astype(np.float32 if data.dtype.itemsize <= 2 else np.float64)
-
-
-def _filter(counts: CountsFile, column: str, first: int, last: int) -> np.ndarray:
-    """Read which cells pass, [cells] bool; a missing value does not."""
-    values = counts.obs([column], first, last).column(0)
-    if not (pa.types.is_boolean(values.type) or pa.types.is_integer(values.type) or pa.types.is_floating(values.type)):
-        raise DataError(
-            f"{counts.path}: column {column!r} chooses cells, but holds {values.type} values such as "
-            f"{values[0].as_py()!r}; make it boolean, or 0 and 1."
-        )
-    return np.asarray(values.cast(pa.float64()).fill_null(0)) == 1
-
-
-def _totals(counts: CountsFile, column: str, first: int, last: int) -> np.ndarray:
-    """Read the totals of cells, [cells] float64; NaN where missing."""
-    values = counts.obs([column], first, last).column(0)
-    if not (pa.types.is_integer(values.type) or pa.types.is_floating(values.type)):
-        raise DataError(f"{counts.path}: column {column!r} holds {values.type} values, not the totals of cells.")
-    return np.asarray(values.cast(pa.float64()).fill_null(np.nan))
 
 
 def _tally(outcome: np.ndarray, sums: np.ndarray, totals: np.ndarray, tokens: int) -> Tally:

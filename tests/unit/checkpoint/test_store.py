@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from geneformer_pretrain import __version__
 from geneformer_pretrain.checkpoint import store as checkpoint
 from geneformer_pretrain.checkpoint.manifest import read_manifest, write_manifest
 from geneformer_pretrain.checkpoint.store import CheckpointStore
@@ -138,7 +139,7 @@ def test_a_checkpoint_of_a_newer_release_is_refused_in_words_and_nothing_older_i
 def test_manifests_name_format_and_release(tmp_path: Path) -> None:
     save(CheckpointStore(tmp_path, keep_last_n=1), 1)
     manifest = read_manifest(tmp_path / "step_1")
-    assert (manifest["format_version"], manifest["release"]) == (2, "0.1.0")
+    assert (manifest["format_version"], manifest["release"]) == (2, __version__)
 
 
 # Pruning

@@ -111,9 +111,14 @@ def test_a_donor_effect_is_not_taken_for_a_class() -> None:
 @pytest.mark.parametrize(
     ("labels", "groups", "message"),
     [
-        (["a"] * 20, None, r"--label kind: 1 class remains.*no cell was left out.*choose another column"),
-        (["a"] * 20 + ["b"] * 9, None, r"1 class remains.*left out: b \(fewer than 10 cells\): 9"),
-        ([None] * 20, None, r"0 class remains.*no label: 20"),
+        (["a"] * 20, None, r"--label kind: one class remains.*no cell was left out.*choose another column"),
+        (["a"] * 20 + ["b"] * 9, None, r"one class remains.*left out: b \(fewer than 10 cells\): 9"),
+        ([None] * 20, None, r"no class remains.*no label: 20"),
+        (
+            list(range(50)),
+            None,
+            r"no class remains.*left out: 0 \(fewer than 10 cells\): 1; 1 .*; 10 .*; and 47 more\)",
+        ),
         (["a", "b"] * 20, ["D1"] * 40, r"--groups donor: all cells are of one group, so none can be held out"),
         (["a"] * 20 + ["b"] * 20, ["D1"] * 20 + ["D2"] * 20, r"a \(one donor only\): 20; b \(one donor only\): 20"),
     ],
@@ -152,9 +157,9 @@ def test_baselines_equal_dense_ones() -> None:
     generator = np.random.default_rng(0)
     counts = generator.poisson(0.7, (40, 90))
     counts[3] = 0
-    normal = ev.log_normalised(sparse.csr_array(counts)).toarray()
-    totals = counts.sum(axis=1, keepdims=True)
-    assert_allclose(normal, np.log1p(counts / np.maximum(totals, 1) * 10_000), rtol=1e-12)
+    totals = counts.sum(axis=1) * np.linspace(1, 2, 40)  # of a column
+    normal = ev.log_normalised(sparse.csr_array(counts), totals).toarray()
+    assert_allclose(normal, np.log1p(counts / np.maximum(totals, 1)[:, None] * 10_000), rtol=1e-12)
     components = ev.principal_components(sparse.csr_array(normal), 0)
     expected = PCA(39, svd_solver="full").fit_transform(normal)
     assert components.shape == (40, 39)

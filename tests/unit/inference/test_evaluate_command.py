@@ -2,8 +2,8 @@
 
 import argparse
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import anndata
@@ -21,8 +21,6 @@ from threadpoolctl import threadpool_limits
 from geneformer_pretrain.commands import evaluate
 from geneformer_pretrain.console import Summary
 from geneformer_pretrain.errors import ConfigError, DataError, OutputError
-from geneformer_pretrain.inference.cells import CountsOptions
-from geneformer_pretrain.inference.evaluate_counts import counts_of_cells
 from geneformer_pretrain.tokenization.gene_set import GeneSet
 from tests.tiny import one_cpu_thread  # noqa: F401
 
@@ -140,26 +138,6 @@ def test_counts_are_one_more_baseline(world: World, given: str) -> None:
     assert "hold out whole groups (donor_id)" in (world.report / "report.md").read_text()
 
 
-def test_counts_of_chosen_cells_in_their_order(world: World, tmp_path: Path) -> None:
-    def read(paths: list[Path], cells: list[str]) -> np.ndarray:
-        return counts_of_cells(paths, cells, CountsOptions()).toarray()
-
-    np.testing.assert_array_equal(read([world.h5ad], ["c5", "c80", "c3"]), world.counts[[5, 80, 3]])
-    other = anndata.read_h5ad(world.h5ad)[::-1, ::-1].copy()
-    other.obs_names = [f"other{name}" for name in other.obs_names]
-    other.write_h5ad(tmp_path / "other.h5ad")  # genes in another order
-    found = read([world.h5ad, tmp_path / "other.h5ad"], ["otherc7", "c7"])
-    np.testing.assert_array_equal(found, world.counts[[7, 7]])
-    with pytest.raises(DataError, match="cell 'c777' is in none of the files"):
-        read([world.h5ad], ["c1", "c777"])
-    with pytest.raises(DataError, match="some ids of the cells occur twice"):
-        read([world.h5ad], ["c1", "c1"])
-    other.obs_names = world.obs.index
-    other.write_h5ad(tmp_path / "again.h5ad")
-    with pytest.raises(DataError, match="cell 'c1' is there 2 times"):
-        read([world.h5ad, tmp_path / "again.h5ad"], ["c1"])
-
-
 def test_cells_are_drawn_if_there_are_more(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     summary = world.run("--label", "cell_type", "--max-cells", 70)
     assert sum(summary.values["classes"].values()) + sum(summary.values["left_out"].values()) == 70
@@ -171,7 +149,7 @@ def test_cells_are_drawn_if_there_are_more(world: World, capsys: pytest.CaptureF
     [
         (["--label", "age"], DataError, r"cells\.parquet: no column 'age' \(--label\); it has: cell_id, cell_type"),
         (["--label", "cell_type", "--groups", "site"], DataError, r"no column 'site' \(--groups\)"),
-        (["--label", "one"], DataError, "--label one: 1 class remains"),
+        (["--label", "one"], DataError, "--label one: one class remains"),
         (["--label", "cell_type", "--groups", "one"], DataError, "--groups one: all cells are of one group"),
         (["--label", "cell_type", "--max-cells", "0"], ConfigError, "--max-cells 0: at least 1"),
     ],
@@ -186,6 +164,61 @@ def test_mistakes_are_errors_in_words(
     with pytest.raises(error, match=message):
         world.run(*words)
     assert not world.report.exists()
+
+
+def save_other_genes(world: World) -> None:
+    """The corpus says that it is of another gene set."""
+    other = replace(GeneSet.load(world.folder / "genes"), name="other", medians=np.full(V, 2.0)).describe()
+    (world.folder / "folder").mkdir()
+    world.corpus.rename(world.folder / "folder/cells.parquet")
+    facts = {"format_version": 1, "gene_set": other, "parts": [{"file": "cells.parquet", "cells": CELLS}]}
+    (world.folder / "folder/corpus.json").write_text(json.dumps(facts))
+
+
+def save_long_cell(world: World) -> None:
+    cells = pq.read_table(world.corpus)
+    tokens = cells["input_ids"].to_pylist()
+    tokens[7] = [2] * (V + 1)
+    column = pa.array(tokens, pa.list_(pa.int32()))
+    pq.write_table(cells.set_column(0, "input_ids", column), world.corpus)
+
+
+def save_nan_weight(world: World) -> None:
+    model = transformers.BertForMaskedLM.from_pretrained(world.folder / "model")
+    model.bert.encoder.layer[1].output.dense.weight.data[3, 4] = float("nan")
+    model.save_pretrained(world.folder / "model")
+
+
+def drop_ids(world: World) -> None:
+    pq.write_table(pq.read_table(world.corpus).drop_columns("cell_id"), world.corpus)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words", "message"),
+    [
+        (save_other_genes, ["{folder}/folder"], "gene set 'other'"),
+        (save_long_cell, [], rf"cells\.parquet, row 7: {V + 1} tokens; .* knows up to {V}"),
+        (save_nan_weight, [], r"encoder\.layer\.1\.output\.dense\.weight holds NaN"),
+        (drop_ids, ["{folder}/cells.parquet", "--counts", "{folder}/cells.h5ad"], r"no column 'cell_id' \(--counts"),
+    ],
+)
+def test_input_that_cannot_be_used(
+    world: World, spoil: Callable[[World], None], words: list[str], message: str
+) -> None:
+    spoil(world)
+    cells, *options = words or [str(world.corpus)]
+    given = [word.format(folder=world.folder) for word in ["--label", "cell_type", *options]]
+    with pytest.raises(DataError, match=message):
+        world.run(*given, cells=Path(cells.format(folder=world.folder)))
+    assert not world.report.exists()
+
+
+def test_a_model_that_does_not_name_its_genes(world: World) -> None:
+    parser = argparse.ArgumentParser()
+    evaluate.add_arguments(parser)
+    words = [world.folder / "model", world.corpus, "--label", "cell_type", "--output", world.report]
+    with pytest.raises(DataError, match=r"no gene_set\.json.*add --gene-set"):
+        evaluate.run(parser.parse_args([str(word) for word in words]))
 
 
 def test_an_existing_report_is_kept_unless_overwritten(world: World) -> None:

@@ -1,5 +1,6 @@
 """examples/finetune_cell_types.py on simulated cells and a small export: it runs, learns and refuses bad columns."""
 
+import argparse
 import importlib.util
 import json
 import sys
@@ -25,6 +26,7 @@ def example() -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look there
     spec.loader.exec_module(module)
     return module
 
@@ -40,20 +42,32 @@ def model(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-@pytest.fixture
-def cells(tmp_path: Path) -> Path:
+def write_cells(path: Path, number: int, seed: int) -> Path:
     """Cells of three types, whose top genes are the type's own; a rare type and cells without a type."""
-    generator = np.random.default_rng(0)
-    types = np.arange(160) % 3
+    generator = np.random.default_rng(seed)
+    types = np.arange(number) % 3
     tokens = [
         np.concatenate([2 + 20 * kind + generator.permutation(20)[:8], 62 + generator.permutation(30)[:10]])
         for kind in types
     ]
-    names = [f"type {kind}" for kind in types]
-    names[:3], names[3:6] = ["rare"] * 3, [None] * 3  # type: ignore[list-item]
-    table = pa.table({"input_ids": pa.array(tokens, pa.list_(pa.int32())), "cell_type": names})
-    pq.write_table(table, tmp_path / "cells.parquet")
-    return tmp_path / "cells.parquet"
+    names: list[str | None] = [f"type {kind}" for kind in types]
+    names[:3], names[3:6] = ["rare"] * 3, [None] * 3
+    pq.write_table(pa.table({"input_ids": pa.array(tokens, pa.list_(pa.int32())), "cell_type": names}), path)
+    return path
+
+
+@pytest.fixture
+def cells(tmp_path: Path) -> Path:
+    return write_cells(tmp_path / "cells.parquet", 160, 0)
+
+
+@pytest.fixture
+def fresh(tmp_path: Path) -> Path:
+    """A corpus in a folder, as `tokenize` writes it."""
+    (tmp_path / "fresh").mkdir()
+    (tmp_path / "fresh/corpus.json").touch()
+    write_cells(tmp_path / "fresh/part-00001.parquet", 40, 2)
+    return write_cells(tmp_path / "fresh/part-00000.parquet", 50, 1).parent
 
 
 def run(example: ModuleType, monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
@@ -70,19 +84,29 @@ def test_it_learns_what_stock_classes_can_load(
     tmp_path: Path,
     model: Path,
     cells: Path,
+    fresh: Path,
     lora: bool,
 ) -> None:
-    words = [model, "--cells", cells, "--output", tmp_path / "out", "--epochs", 12]
-    run(example, monkeypatch, *words, *(["--lora", "--learning-rate", 1e-2] if lora else ["--learning-rate", 3e-3]))
+    rates = [1e-5, 3e-3]  # of which the first learns nothing
+    words = [model, "--cells", cells, "--test-cells", fresh, "--output", tmp_path / "out", "--epochs", 12]
+    run(example, monkeypatch, *words, "--learning-rates", *rates, *(["--lora"] if lora else []))
     output = capsys.readouterr().out
-    assert "6 of 160 cells are left out" in output
+    assert "--cells: 3 of 157 cells are left out" in output
+    assert "--test-cells: 6 of 84 cells are left out" in output
+    assert "115, 39, 78 cells to learn from, to choose by, to test on" in output
     results = json.loads((tmp_path / "out/results.json").read_text())
-    mine = results["LoRA" if lora else "fine-tuned"]
+    kind = "LoRA" if lora else "fine-tuned"
+    assert list(results) == [
+        kind, "the same from random weights", "logistic regression on gene presence", "largest type",
+    ]  # fmt: skip
+    mine = results[kind]
+    assert mine["learning_rate"] == rates[1]
     # The frozen weights beneath the adapters are random here, so that these have less to work with.
     assert mine["macro_f1"] > (0.6 if lora else 0.9)
     assert results["largest type"]["accuracy"] == pytest.approx(1 / 3, abs=0.05)
+    assert results["largest type"]["balanced_accuracy"] == pytest.approx(1 / 3)
     assert results["logistic regression on gene presence"]["macro_f1"] > 0.9
-    assert f"accuracy {mine['accuracy']:.3f}, macro F1 {mine['macro_f1']:.3f}" in output
+    assert f"{kind}: accuracy {mine['accuracy']:.3f}, balanced accuracy {mine['balanced_accuracy']:.3f}" in output
     if lora:
         assert (tmp_path / "out/adapter_model.safetensors").exists()
     else:
@@ -90,29 +114,61 @@ def test_it_learns_what_stock_classes_can_load(
         assert loaded.config.id2label == {0: "type 0", 1: "type 1", 2: "type 2"}
 
 
+def test_the_rate_is_chosen_by_the_second_set(example: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that is best on the third set loses."""
+    second, third = example.Cells([], np.array([0])), example.Cells([], np.array([1]))
+    found = {(0.1, 0): 0.2, (0.2, 0): 0.9, (0.3, 0): 0.5, (0.3, 1): 1.0}
+    monkeypatch.setattr(example, "train", lambda make, learn, rate, arguments: rate)
+    monkeypatch.setattr(example, "score_model", lambda rate, cells: {"macro_f1": found[rate, int(cells.types[0])]})
+    arguments = argparse.Namespace(learning_rates=[0.1, 0.2, 0.3])
+    assert example.train_best(None, [third, second, third], arguments) == (0.2, 0.2)
+
+
 def test_simulated_cells_come_with_the_types_of_the_generator(example: ModuleType) -> None:
-    tokens, types = example.simulated_cells()
-    assert len(tokens) == len(types) == 500
-    assert sorted(set(types)) == [f"type {number}" for number in range(8)]
-    labels = np.unique(types, return_inverse=True)[1]
-    scores = example.baselines(tokens, labels, np.arange(375), np.arange(375, 500))
+    arguments = argparse.Namespace(cells=None, test_cells=None, label="cell_type", max_tokens=256, seed=0)
+    sets, names = example.three_sets(arguments)
+    assert [len(cells.types) for cells in sets] == [375, 125, 500]
+    assert names == [f"type {number}" for number in range(8)]
+    for cells in sets[:2]:  # stratified
+        np.testing.assert_allclose(
+            np.bincount(cells.types) / len(cells.types), np.bincount(sets[0].types) / 375, atol=0.01
+        )
+    known = {cell.tobytes() for cells in sets[:2] for cell in cells.tokens}
+    sample = pq.read_table(ROOT / "sample_data/cells.parquet")["input_ids"]
+    assert known == {cell.values.to_numpy()[:256].astype(np.int64).tobytes() for cell in sample}
+    assert not known & {cell.tobytes() for cell in sets[2].tokens}
+    scores = example.gene_baselines(sets)
     assert scores["logistic regression on gene presence"]["accuracy"] > 0.9  # the types are those of the tokens
 
 
 @pytest.mark.parametrize(
-    ("label", "message"), [("age", "no column 'age'; it has input_ids, cell_type"), ("one", "'one' has 1 types")]
+    ("words", "message"),
+    [
+        (["--label", "age"], "no column 'age'; it has input_ids, cell_type"),
+        (["--label", "one"], "'one' has 1 types"),
+        (["--test-cells", "none"], "none: no such corpus"),
+        (["--test-cells", "{cells}", "--cells", "none"], "none: no such corpus"),
+    ],
 )
-def test_columns_that_cannot_be_used(
+def test_cells_that_cannot_be_used(
     example: ModuleType,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     model: Path,
     cells: Path,
-    label: str,
+    words: list[str],
     message: str,
 ) -> None:
-    if label == "one":
-        table = pq.read_table(cells)
-        pq.write_table(table.append_column("one", pa.array(["same"] * len(table))), cells)
+    table = pq.read_table(cells)
+    pq.write_table(table.append_column("one", pa.array(["same"] * len(table))), cells)
+    given = [word.format(cells=cells) for word in words]
     with pytest.raises(SystemExit, match=message):
-        run(example, monkeypatch, model, "--cells", cells, "--label", label, "--output", tmp_path / "out")
+        run(example, monkeypatch, model, "--cells", cells, "--test-cells", cells, "--output", tmp_path / "out", *given)
+
+
+def test_own_cells_need_own_test_cells(
+    example: ModuleType, monkeypatch: pytest.MonkeyPatch, model: Path, cells: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        run(example, monkeypatch, model, "--cells", cells)
+    assert "--cells and --test-cells go together" in capsys.readouterr().err

@@ -15,6 +15,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from geneformer_pretrain import __version__
+
 pytestmark = pytest.mark.process
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -152,6 +154,12 @@ def test_make_uses_an_interpreter_as_it_is_on_request() -> None:
 
 
 # --- versions ---------------------------------------------------------------------------------------------
+
+
+def test_the_newest_heading_of_the_changelog_is_the_version_or_unreleased() -> None:
+    heading = re.search(r"^## (\S+)", _text(Path("CHANGELOG.md")), re.MULTILINE)
+    assert heading is not None
+    assert heading[1] in (__version__, "Unreleased")
 
 
 def test_pins_are_inside_the_ranges_of_pyproject() -> None:

@@ -105,13 +105,29 @@ def test_build(run: Run, counts: dict[str, Any]) -> None:
     printed = run("build", "0.h5ad", "1.h5ad", "2.h5ad", "--output", "genes", "--special-tokens", "v2", "--raw")
     assert "18 tokens: 14 genes, <pad> 0, <mask> 1, <cls> 2, <eos> 3" in printed
     assert "medians within 0.5%, of 1" in printed
-    assert "genes of the set hold 100.0% of the counts" in printed
+    assert "these genes hold 100.0% of the counts" in printed
     assert counts == {"gene_id_column": "ensembl_id", "layer": None, "raw": True, "allow_noninteger": False}
     exact = run("build", "0.h5ad", "1.h5ad", "2.h5ad", "--exact", "--special-tokens", "v2", "--output", "exact")
     assert "medians exact, of 1" in exact
     estimated, exactly = (GeneSet.load(folder).medians for folder in ("genes", "exact"))
     np.testing.assert_allclose(estimated, exactly, rtol=0.005)
     assert not np.array_equal(estimated, exactly, equal_nan=True)
+
+
+def test_shares_are_those_of_the_genes_that_are_left(run: Run, counts: dict[str, Any]) -> None:
+    printed = run("build", "0.h5ad", "1.h5ad", "--min-cells", "30", "--output", "genes", "--report", "report.json")
+    dense, cells = np.zeros(13), np.zeros(13)
+    for number in range(2):
+        matrix = random_matrix(50, 12, number).toarray()
+        dense[number : number + 12] += matrix.sum(axis=0)
+        cells[number : number + 12] += (matrix > 0).sum(axis=0)
+    left = cells >= 30
+    assert 0 < left.sum() < 13
+    share = dense[left].sum() / dense.sum()
+    expected = f"these genes hold {share:.1%} of the counts; {13 - left.sum()} of 13 genes have counts in fewer than 30"
+    assert expected in printed
+    assert "matched" not in printed
+    assert json.loads(Path("report.json").read_text())["share_of_counts"] == pytest.approx(share)
 
 
 def test_partial_results_merge_to_the_same(run: Run, counts: dict[str, Any]) -> None:
