@@ -166,7 +166,10 @@ class Trainer:
     def _export(self, weights: dict[str, Tensor]) -> None:
         """Write final_model/, and best_model/ from the checkpoint with the lowest validation loss."""
         best = self.progress.best_step if self.config.training.keep_best else None
-        write_model(weights, self.config.model.architecture(), self.folder / "final_model", gene_set=self.gene_set)
+        model = self.config.model
+        write_model(
+            weights, model.architecture(), model.seq_length, self.folder / "final_model", gene_set=self.gene_set
+        )
         if best is not None:
             write_model(*read_weights(self.folder / f"step_{best}"), self.folder / "best_model", gene_set=self.gene_set)
 
