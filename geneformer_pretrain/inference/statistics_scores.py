@@ -24,6 +24,9 @@ LIKE_RANK = 10
 MIN_LIKE_RANK = 5
 """Other genes of like rank that a cell must have for a comparison with them."""
 
+MIN_REPLICATES = 2
+"""Replicates that a test needs."""
+
 RANK_SPAN = 1 << 20
 """Distance between the sort keys of two cells, beyond any rank."""
 
@@ -64,7 +67,7 @@ def score_columns(files: Sequence[Path], states: Sequence[str] | None, replicate
     Returns
     -------
     list of str
-        `shift_STATE` of the states, then the similarities.
+        `shift_STATE` of the states, `cls_shift_STATE` where there are such, then the similarities.
 
     Raises
     ------
@@ -75,6 +78,7 @@ def score_columns(files: Sequence[Path], states: Sequence[str] | None, replicate
     shifts = [name for name in names if name.startswith("shift_")]
     if states is not None:
         shifts = [f"shift_{state}" for state in states]
+    shifts += [f"cls_{name}" for name in shifts if f"cls_{name}" in names]
     scores = shifts + [name for name in names if name.endswith("_similarity")]
     needed = ["cell", "perturbation", "rank", *scores, *([replicates] if replicates else [])]
     for file in files:
