@@ -62,9 +62,9 @@ class MaskedLMOutput(ModelOutput):
     """Results of a forward call; absent parts are None.
 
     `loss` is the mean cross-entropy over labelled positions, FP32; NaN if there are none, as in stock BERT. `logits`
-    are [B, S, V], zero at padding, or [T, V] in packed calls without labels. `hidden_states`, on request, are the
-    embedding output and each layer's, [B, S, H] or [T, H]. Packed calls with labels also give `loss_sum` (FP32) and
-    `num_labels` (int64).
+    are [B, S, V], zero at padding, or in packed calls without labels [T, V], or [K, V] at `masked_index`.
+    `hidden_states`, on request, are the embedding output and each layer's, [B, S, H] or [T, H]. Packed calls with
+    labels also give `loss_sum` (FP32) and `num_labels` (int64).
     """
 
     loss: Tensor | None = None
@@ -941,7 +941,7 @@ class BertForMaskedLM(PreTrainedModel):
         cu_seqlens, max_seqlen
             Packed: int32 [N+1] boundaries of the cells, which cover all T tokens, and a bound of their lengths.
         masked_index
-            Packed: [K], flat positions of `labels`.
+            Packed: [K], flat positions of `labels`; without labels, the positions of the logits that are returned.
         **unsupported
             Other arguments of stock BERT, refused unless they are None or False.
 
@@ -957,8 +957,8 @@ class BertForMaskedLM(PreTrainedModel):
             return_dict = self.config.return_dict
         if cu_seqlens is None and masked_index is not None:
             raise ValueError("masked_index belongs to packed calls, which need cu_seqlens.")
-        if cu_seqlens is not None and (labels is None) != (masked_index is None):
-            raise ValueError("Packed calls take labels [K] and masked_index [K] together.")
+        if cu_seqlens is not None and labels is not None and masked_index is None:
+            raise ValueError("Packed calls take labels [K] together with masked_index [K].")
         padding, packed = as_pack(
             self.config, input_ids, attention_mask, token_type_ids, position_ids, cu_seqlens, max_seqlen
         )
@@ -966,11 +966,12 @@ class BertForMaskedLM(PreTrainedModel):
             **packed, output_hidden_states=output_hidden_states, output_attentions=False, return_dict=True
         )
         hidden, states = encoded.last_hidden_state, encoded.hidden_states
-        if masked_index is not None:
+        if masked_index is not None and labels is not None:
             loss_sum, num_labels = self.head(hidden, masked_index, labels)
             output = MaskedLMOutput(loss_sum / num_labels, None, states, loss_sum, num_labels)
         elif padding is None:
-            output = MaskedLMOutput(None, self.head(hidden), states)
+            chosen = hidden if masked_index is None else hidden.index_select(0, masked_index)
+            output = MaskedLMOutput(None, self.head(chosen), states)
         else:
             logits, loss = self.head(hidden), None
             if labels is not None:

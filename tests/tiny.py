@@ -81,9 +81,9 @@ def overrides(folder: Path, *more: str, num_cells: int = 60) -> list[str]:
     ]
 
 
-def tiny_config(folder: Path, *more: str, name: str = "l0_sanity") -> Config:
+def tiny_config(folder: Path, *more: str, name: str = "l0_sanity", num_cells: int = 60) -> Config:
     """A shrunk configuration; later overrides win."""
-    return load_config(name, overrides(folder, *more))
+    return load_config(name, overrides(folder, *more, num_cells=num_cells))
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -49,8 +49,14 @@ class Progress:
         Trained on so far, padding not counted.
     skipped_steps
         Updates left out because a gradient was not finite.
+    outlier_steps
+        Updates left out because of their gradient norm, with `training.skip_outlier_steps`.
+    norm_history
+        State of the history of gradient norms that decides it.
     best_step, best_loss
         Saved step with the lowest validation loss, with `training.keep_best`.
+    best_of
+        Fingerprint of the held-out cells and masks that the loss was computed on.
     """
 
     packs_per_step: int
@@ -61,14 +67,22 @@ class Progress:
     tokens: int = 0
     cells: int = 0
     skipped_steps: int = 0
+    outlier_steps: int = 0
+    norm_history: list[float] | None = None
     best_step: int | None = None
     best_loss: float | None = None
+    best_of: str | None = None
 
     @classmethod
     def from_state(cls, saved: Mapping[str, Any]) -> Self:
         """Restore from a checkpoint's state; fields that a newer release added are ignored."""
         known = {field.name for field in fields(cls)}
         return cls(**{name: value for name, value in saved.items() if name in known})
+
+    def outcome(self) -> dict[str, Any]:
+        """Return the steps done, and the best of them if it is known, for exit.json."""
+        best = {} if self.best_step is None else {"best_step": self.best_step, "best_loss": self.best_loss}
+        return {"step": self.step} | best
 
 
 def state_to_save(

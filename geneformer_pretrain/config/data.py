@@ -14,10 +14,17 @@ class DataConfig:
     validation_path: str | None
     """Held-out corpus of the same kinds; null: no validation."""
     validation_packs: int
-    """Packs of the held-out corpus that a validation reads at most."""
+    """Packs of the held-out cells that a validation reads at most, where data.validation_cells is null."""
+    validation_cells: int | None
+    """Held-out cells that a validation reads, chosen by a hash of their number: the same cells with the same masks in
+    every run on this corpus, whatever its seed, size, engine or shape of the packs. Fewer if there are fewer. null: as
+    many as fill data.validation_packs."""
+    validation_column: str | None
+    """Column of the held-out corpus, such as tissue: validation loss and accuracy are also reported for each of its
+    values. null: for all cells together alone."""
     validation_fraction: float | None
-    """Share of the cells of data.path that are kept from training and validated on, chosen by a hash of their number:
-    the same cells and masks in every run on this corpus. null: none."""
+    """Share of the cells of data.path that are kept from training, to validate on, chosen by a hash of their number:
+    the same cells in every run on this corpus. null: none."""
     gene_set: str | None
     """Gene-set folder that the corpus was tokenized with. It sets model.vocab_size, model.pad_token_id,
     data.mask_token_id and data.num_special_tokens, stands in for data.vocab_path, goes into final_model, and a corpus
@@ -47,7 +54,7 @@ class DataConfig:
             f"data.mask_token_id ({self.mask_token_id}) must be below data.num_special_tokens "
             f"({self.num_special_tokens}), so that <mask> itself is never predicted.",
         )
-        for name in ("validation_packs", "max_cells_per_pack", "shuffle_block_cells"):
+        for name in ("validation_packs", "validation_cells", "max_cells_per_pack", "shuffle_block_cells"):
             value = getattr(self, name)
             require(value is None or value > 0, f"data.{name} is {value}; it must be positive.")
         require(
@@ -58,6 +65,11 @@ class DataConfig:
             self.validation_fraction is None or self.validation_path is None,
             "data.validation_fraction and data.validation_path are both set; choose one.",
         )
+        for name in ("validation_cells", "validation_column"):
+            require(
+                getattr(self, name) is None or self.has_validation,
+                f"data.{name} needs held-out cells: set data.validation_path or data.validation_fraction as well.",
+            )
 
     @property
     def has_validation(self) -> bool:

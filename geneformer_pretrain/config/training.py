@@ -24,6 +24,13 @@ class ComputeDtype(StrEnum):
     bfloat16 = "bfloat16"
 
 
+class WandbModel(StrEnum):
+    """How exported models become W&B artifacts."""
+
+    reference = "reference"
+    upload = "upload"
+
+
 class Fp8Recipe(StrEnum):
     """How Transformer Engine scales FP8 tensors."""
 
@@ -128,6 +135,10 @@ class TrainingConfig:
     """Resume although corpus, vocabulary, seed, masking or pack shape changed, from the start of a new epoch."""
     max_skipped_steps: int
     """Stop after this many updates in a row were skipped because a gradient was not finite."""
+    skip_outlier_steps: float | None
+    """Skip an update whose gradient norm lies more than this number of standard deviations above the mean of the last
+    100, both of the logarithm; 6 catches bad batches alone. Never the first 100 steps, nor more than 5 in a row;
+    docs/internals.md has the formula. null: none is skipped for that."""
     hang_timeout_seconds: float
     """End the run, naming the rank at fault, when it makes no progress for that long; 0 never does. It must exceed
     the longest single phase: compilation in the first step, a save, planning an epoch."""
@@ -141,6 +152,11 @@ class TrainingConfig:
     wandb_init_args: dict[str, Any] | None
     """Passed to wandb.init. Offline unless WANDB_API_KEY is set, or mode or WANDB_MODE says otherwise; null: no
     tracking, and wandb is not imported."""
+    wandb_log_model: WandbModel | None
+    """Make final_model and best_model W&B artifacts at the end of the run: reference records their place, upload copies
+    their files. null: neither."""
+    tensorboard: bool
+    """Also write the records for TensorBoard, to tensorboard/ in the checkpoint folder."""
 
     def __post_init__(self) -> None:
         for name in [
@@ -177,6 +193,15 @@ class TrainingConfig:
             self.save_every_n_steps is not None or self.save_every_minutes > 0,
             "training.save_every_minutes=0 and training.save_every_n_steps=null: nothing would be saved before the "
             "last step; set one of the two.",
+        )
+        require(
+            self.skip_outlier_steps is None or 2 <= self.skip_outlier_steps < math.inf,
+            f"training.skip_outlier_steps is {self.skip_outlier_steps}; it must be at least 2 standard deviations (6 "
+            "catches bad batches alone), or null.",
+        )
+        require(
+            self.wandb_log_model is None or self.wandb_init_args is not None,
+            f"training.wandb_log_model={self.wandb_log_model} does nothing without training.wandb_init_args.",
         )
         require(
             self.warmup_steps is None or self.warmup_steps >= 0,

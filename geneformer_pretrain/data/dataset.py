@@ -14,7 +14,7 @@ from geneformer_pretrain.data.batch import BatchBuilder, PackedBatch
 from geneformer_pretrain.data.corpus import Corpus, open_corpus, require_corpus
 from geneformer_pretrain.data.loader import Loader
 from geneformer_pretrain.data.masking import MaskRule
-from geneformer_pretrain.data.packing import PLANNER_VERSION, BatchShape, held_out_cells
+from geneformer_pretrain.data.packing import PLANNER_VERSION, BatchShape, first_held_out, held_out_cells
 from geneformer_pretrain.data.stream import PackStream
 from geneformer_pretrain.data.vocabulary import (
     check_vocabulary,
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 VALIDATION_SEED = 0x5EED
-"""Decides order and masks of the cells that ``data.validation_fraction`` holds out, in every run."""
+"""Decides order and masks of held-out cells, in every run."""
 
 
 @dataclass(frozen=True)
@@ -253,17 +253,21 @@ def open_training_data(config: Config, is_main: bool, pin_memory: bool) -> DataS
 def open_validation_data(training: DataSource, is_main: bool) -> DataSource | None:
     """Open the held-out cells, to be read in the shape of the training data; None if there are none.
 
-    They are ``data.validation_path``, or the cells that ``data.validation_fraction`` keeps from training; these are
-    read in an order and with masks that do not depend on the run's seed.
+    They are ``data.validation_path``, or the cells that ``data.validation_fraction`` keeps from training; of either,
+    ``data.validation_cells``, if given, chosen by a hash of their number. Order and masks do not depend on the run's
+    seed.
     """
-    config = training.config
-    if training.chosen is not None:
-        return replace(training, chosen=~training.chosen, seed=VALIDATION_SEED)
-    if config.data.validation_path is None:
-        return None
-    genes = load_gene_set(config)
-    corpus = _open("data.validation_path", config.data.validation_path, config, genes, is_main)
-    return replace(training, corpus=corpus)
+    config, corpus = training.config, training.corpus
+    chosen = None if training.chosen is None else ~training.chosen
+    if chosen is None:
+        if config.data.validation_path is None:
+            return None
+        genes = load_gene_set(config)
+        corpus = _open("data.validation_path", config.data.validation_path, config, genes, is_main)
+    if config.data.validation_cells is not None:
+        among = np.ones(corpus.num_cells, np.bool_) if chosen is None else chosen
+        chosen = first_held_out(among, config.data.validation_cells)
+    return replace(training, corpus=corpus, chosen=chosen, seed=VALIDATION_SEED)
 
 
 def check_data(config: Config) -> None:

@@ -223,6 +223,33 @@ def held_out_cells(num_cells: int, fraction: float) -> np.ndarray:
 
 
 @compiled
+def _hash_each(cells: np.ndarray, key: np.uint64, hashes: np.ndarray) -> None:
+    for i in range(len(cells)):
+        hashes[i] = derive(key, np.uint64(cells[i]))
+
+
+def first_held_out(chosen: np.ndarray, number: int) -> np.ndarray:
+    """Choose among the chosen cells the ones with the lowest hashes.
+
+    It is the hash of ``held_out_cells``: they are the same ones whatever fraction was held out, as long as it has so
+    many, and a larger number adds further cells.
+
+    Returns
+    -------
+    numpy.ndarray
+        bool [num_cells], true for ``number`` cells, or for all chosen ones if there are fewer.
+    """
+    cells = np.flatnonzero(chosen)
+    if len(cells) <= number:
+        return chosen
+    hashes = np.empty(len(cells), np.uint64)
+    _hash_each(cells, epoch_key(HOLD_OUT_STREAM, 0, 0), hashes)
+    marks = np.zeros(len(chosen), np.bool_)
+    marks[cells[np.argpartition(hashes, number)[:number]]] = True  # a bijection of the cell's number: no ties
+    return marks
+
+
+@compiled
 def _sort_by_length(cells: np.ndarray, lengths: np.ndarray, seq_length: int) -> None:
     """Longest first, in place; equal lengths keep their order."""
     place = np.zeros(seq_length + 2, np.int64)

@@ -135,6 +135,12 @@ def card(name: str) -> Card:
     return Card(**cards[name.lower()])
 
 
+def card_of_device(device: str) -> Card | None:
+    """Return a GPU by the name that its driver gives it; None if it is not known."""
+    name = _data()["devices"].get(device)
+    return None if name is None else card(name)
+
+
 def measured_like(config: Config, gpu: str) -> list[Measurement]:
     """Return measured steps of the same layers in the same precision on the same GPU, oldest first.
 

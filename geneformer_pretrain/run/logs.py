@@ -9,6 +9,7 @@ from geneformer_pretrain.distributed.world import World
 from geneformer_pretrain.run.cell_log import CellLog
 from geneformer_pretrain.run.metrics import MetricsLog, cut_back
 from geneformer_pretrain.run.record import write_run_record
+from geneformer_pretrain.run.tensorboard import start_tensorboard
 from geneformer_pretrain.run.tracking import Tracker, start_trackers
 
 
@@ -43,6 +44,8 @@ class RunLogs:
             if changes:
                 say("\n  ".join(["Changed since the last start:", *changes]))
             self.trackers = start_trackers(config, folder)
+            if config.training.tensorboard:
+                self.trackers.append(start_tensorboard(folder, first_step))
             self.metrics = MetricsLog(folder, first_step, config.training.num_train_steps, self.trackers)
         self.cells = CellLog(folder, world, first_step) if config.training.log_cell_ids else None
 
@@ -53,6 +56,6 @@ class RunLogs:
                 log.close()
 
     def close_trackers(self, exit_code: int) -> None:
-        """End the trackers' runs, waiting for at most a minute each."""
+        """End the trackers' runs, waiting for at most a minute each, and longer for models."""
         for tracker in self.trackers:
             tracker.close(exit_code)

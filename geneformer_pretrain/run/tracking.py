@@ -15,6 +15,7 @@ from typing import Any
 
 from geneformer_pretrain.config.schema import Config
 from geneformer_pretrain.errors import ConfigError
+from geneformer_pretrain.run.wandb_models import log_models
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +24,9 @@ QUEUE_SIZE = 1000
 
 CLOSE_SECONDS = 60.0
 """Longest wait for a tracker at the end of a run."""
+
+MODEL_SECONDS = 600.0
+"""Longest further wait for W&B to read or copy models."""
 
 WANDB_ID = "wandb_id.txt"
 """File in the run's folder with the id of its W&B run, which restarts go on with."""
@@ -39,10 +43,18 @@ class Tracker:
         Sends one record.
     finish
         Ends the run there, with its exit code.
+    extra_seconds
+        Added to `CLOSE_SECONDS`.
     """
 
-    def __init__(self, name: str, log_record: Callable[[dict[str, Any]], None], finish: Callable[[int], None]) -> None:
-        self.name = name
+    def __init__(
+        self,
+        name: str,
+        log_record: Callable[[dict[str, Any]], None],
+        finish: Callable[[int], None],
+        extra_seconds: float = 0.0,
+    ) -> None:
+        self.name, self.extra_seconds = name, extra_seconds
         self._log_record, self._finish = log_record, finish
         self._queue: queue.Queue[dict[str, Any] | int] = queue.Queue(QUEUE_SIZE)
         self._lost = threading.Event()
@@ -58,16 +70,17 @@ class Tracker:
             self._lose(f"it has not accepted the last {QUEUE_SIZE} records")
 
     def close(self, exit_code: int) -> None:
-        """End the tracker's run, waiting for at most a minute."""
+        """End the tracker's run, waiting for at most a minute, and longer for models."""
         if self._lost.is_set():
             return
         try:
             self._queue.put_nowait(exit_code)
         except queue.Full:
             return
-        self._thread.join(CLOSE_SECONDS)
+        seconds = CLOSE_SECONDS + self.extra_seconds
+        self._thread.join(seconds)
         if self._thread.is_alive():
-            self._lose(f"it did not finish within {CLOSE_SECONDS:.0f} s")
+            self._lose(f"it did not finish within {seconds:.0f} s")
 
     def _work(self) -> None:
         try:
@@ -126,8 +139,16 @@ def _start_wandb(config: Config, folder: Path) -> Tracker:
         ) from error
     if run.id is not None:
         id_file.write_text(f"{run.id}\n")
+    models = config.training.wandb_log_model
+
+    def finish(exit_code: int) -> None:
+        if models is not None and exit_code == 0:
+            log_models(wandb, run, folder, models)
+        run.finish(exit_code)
+
     return Tracker(
         "W&B",
         lambda record: run.log({k: v for k, v in record.items() if k != "step"}, step=record["step"]),
-        run.finish,
+        finish,
+        extra_seconds=0.0 if models is None else MODEL_SECONDS,
     )

@@ -41,8 +41,9 @@ def open_corpora(config: Config, world: World, ranks: Ranks) -> tuple[DataSource
     ((data, validation),) = opened
     ranks.require_equal(asdict(data.fingerprint), ConfigError)
     if validation is not None:
-        ranks.require_equal({"held-out corpus": validation.corpus.fingerprint}, ConfigError)
+        ranks.require_equal({"held-out corpus": validation.fingerprint}, ConfigError)
         ranks.run_on_all_ranks(validation.check, ConfigError)
+        validation.measure_unigram(data, ranks)
     return data, validation
 
 

@@ -22,6 +22,7 @@ from geneformer_pretrain.distributed.rendezvous import exit_with_error
 from geneformer_pretrain.distributed.world import World, distributed_world
 from geneformer_pretrain.errors import ConfigError, explain, name_error
 from geneformer_pretrain.model.memory import remedies
+from geneformer_pretrain.run.curves import draw_at_end
 from geneformer_pretrain.run.folder import is_not_empty, lock_run_folder, write_exit, write_failed_start
 from geneformer_pretrain.run.signals import EXIT_CODE_SIGNAL, exit_without_teardown
 from geneformer_pretrain.training.trainer import Trainer
@@ -104,7 +105,9 @@ def _train(config: Config, world: World, folder: Path, earlier_exit: bytes | Non
         trainer = Trainer(config, world, earlier_exit)
         reason, code = ("completed", 0) if trainer.fit() else ("signal", EXIT_CODE_SIGNAL)
         if world.is_main:
-            write_exit(folder, reason, code, step=trainer.progress.step)
+            write_exit(folder, reason, code, **trainer.progress.outcome())
+            if code == 0:
+                draw_at_end(folder)
         # torchrun ends all other ranks as soon as one has left with a code other than 0.
         dist.barrier()
     except BaseException as error:

@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
 from geneformer_pretrain.config.training import LrSchedule, TrainingConfig
+from geneformer_pretrain.training.outliers import NormHistory
 
 
 def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
@@ -75,7 +76,9 @@ def global_norm(gradients: list[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def clip_and_step(optimizer: torch.optim.AdamW, scale: Tensor, max_norm: float) -> Tensor:
+def clip_and_step(
+    optimizer: torch.optim.AdamW, scale: Tensor, max_norm: float, history: NormHistory | None = None
+) -> Tensor:
     """Scale gradients, clip them and step, without the host ever waiting for the device.
 
     Gradients are sums; `scale` turns them into the mean over the step's masked tokens. It enters the fused
@@ -91,15 +94,20 @@ def clip_and_step(optimizer: torch.optim.AdamW, scale: Tensor, max_norm: float) 
         FP32 scalar on the device.
     max_norm
         Largest global L2 norm of the scaled gradients; 0 does not clip.
+    history
+        Skips updates with an outlying norm too, and counts them.
 
     Returns
     -------
-    The norm before clipping, FP32 scalar on the device; not finite if the update was skipped.
+    The norm before clipping, FP32 scalar on the device; not finite if the update was skipped for that.
     """
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
     norm = global_norm(gradients) * scale
     clip = (max_norm / (norm + 1e-6)).clamp(max=1.0) if max_norm > 0 else torch.ones_like(norm)
-    grad_scale, found_inf = (1.0 / (clip * scale)).float(), (~torch.isfinite(norm)).float()
+    skip = ~torch.isfinite(norm)
+    if history is not None:
+        skip |= history.is_outlier(norm)
+    grad_scale, found_inf = (1.0 / (clip * scale)).float(), skip.float()
     for group in optimizer.param_groups:
         parameters = group["params"]
         states = [optimizer.state[parameter] for parameter in parameters]

@@ -53,8 +53,10 @@ def describe_start(run: StartFacts) -> str:
         held_out = run.validation.stream
         lines.append(
             f"held out    {held_out.num_cells:,} cells, {held_out.num_tokens:,} tokens; a validation reads "
-            f"{number(run.validation.num_packs, 'pack')}"
+            f"{number(run.validation.num_packs, 'pack')}, {number(run.validation.num_cells, 'cell')}"
         )
+        if run.validation.unigram_loss is not None:
+            lines.append(f"            loss of a model without context: {run.validation.unigram_loss:.4f}")
         if run.data.chosen is None and run.validation.corpus.fingerprint == corpus.fingerprint:
             lines.append("            they are the cells of data.path: validation says nothing about cells not seen")
     lines += [
@@ -130,20 +132,41 @@ def number(count: int, one: str, many: str | None = None) -> str:
     return f"{count:,} {one if count == 1 else many or one + 's'}"
 
 
-def describe_end(progress: Progress, folder: Path) -> str:
-    """Describe the work done, and where its results are."""
+def describe_nothing_left(step: int, steps: int) -> str:
+    """Say why a run that is complete does not train."""
+    if step > steps:
+        return f"This run has {step} steps, more than training.num_train_steps={steps}: there is nothing left to train."
+    return (
+        f"This run is complete: {step} of {steps} steps are done. Raise training.num_train_steps to go on with it, or "
+        "name another training.checkpoint_dir for a new one."
+    )
+
+
+def describe_end(progress: Progress, folder: Path, validation: dict[str, float]) -> str:
+    """Describe the work done, and where its results are.
+
+    Parameters
+    ----------
+    validation
+        Metrics of the last validation; empty if there was none.
+    """
     skipped = f", {progress.skipped_steps} updates skipped" if progress.skipped_steps else ""
-    best = (
-        []
-        if progress.best_step is None
-        else [f"best model   {folder / 'best_model'} (step {progress.best_step}, {progress.best_loss:.4f})"]
-    )
-    return "\n".join(
-        [
-            f"Done: {number(progress.step, 'step')}, {progress.cells:,} cells, {progress.tokens:,} tokens{skipped}.",
-            f"model        {folder / 'final_model'}",
-            *best,
-            f"checkpoints  {folder / f'step_{progress.step}'}",
-            f"metrics      {folder / 'metrics.jsonl'}",
-        ]
-    )
+    if progress.outlier_steps:
+        skipped += f", {progress.outlier_steps} skipped as outliers"
+    lines = [
+        f"Done: {number(progress.step, 'step')}, {progress.cells:,} cells, {progress.tokens:,} tokens{skipped}.",
+        f"model        {folder / 'final_model'}",
+    ]
+    if progress.best_step is not None and (folder / "best_model").is_dir():
+        lines.append(f"best model   {folder / 'best_model'} (step {progress.best_step}, {progress.best_loss:.4f})")
+    if validation:
+        loss, accuracy = validation["validation_loss"], validation["validation_accuracy"]
+        lines.append(
+            f"validation   loss {loss:.4f}, accuracy {accuracy:.2%} of masked genes; a model without context has loss "
+            f"{validation['validation_unigram_loss']:.4f}"
+        )
+    lines += [
+        f"checkpoints  {folder / f'step_{progress.step}'}",
+        f"metrics      {folder / 'metrics.jsonl'}",
+    ]
+    return "\n".join(lines)

@@ -22,6 +22,7 @@ from geneformer_pretrain.errors import TrainingError
 from geneformer_pretrain.model.precision import Precision
 from geneformer_pretrain.training.cuda_graphs import MicroBatchGraphs
 from geneformer_pretrain.training.optimizer import clip_and_step, learning_rate
+from geneformer_pretrain.training.outliers import NormHistory
 
 Beat = Callable[[str], None]
 
@@ -36,7 +37,8 @@ class PendingStep:
         Completed steps, this one included.
     totals
         Over all micro-batches and ranks: sum of cross-entropies, masked tokens, tokens, cells, and the requests; then
-        the gradient norm before clipping. FP64 in host memory, valid once `ready` has happened.
+        the gradient norm before clipping and, if there is one, the state of the `NormHistory`. FP64 in host memory,
+        valid once `ready` has happened.
     launched
         Host time at the end of the step; on a CPU the step is over by then.
     batches
@@ -76,6 +78,8 @@ class TrainStep:
         Makes the context of a forward pass, and updates FP8 scales after the last backward.
     beat
         Called with the name of each phase.
+    norm_history
+        State of the `NormHistory` to go on from, for `training.skip_outlier_steps`.
     """
 
     def __init__(
@@ -88,9 +92,13 @@ class TrainStep:
         accumulation: int,
         precision: Precision,
         beat: Beat = lambda phase: None,
+        norm_history: list[float] | None = None,
     ) -> None:
         self.engine, self.optimizer, self.config, self.resolved = engine, optimizer, config, resolved
         self.world, self.accumulation, self.precision, self.beat = world, accumulation, precision, beat
+        self.history: NormHistory | None = None
+        if config.skip_outlier_steps is not None:
+            self.history = NormHistory(config.skip_outlier_steps, world.device, norm_history)
         self.graphs: MicroBatchGraphs | None = None
         if resolved.cuda_graphs:
             self.graphs = MicroBatchGraphs(
@@ -144,10 +152,11 @@ class TrainStep:
             group["lr"] = rate
         # A loss that is not finite makes the scale NaN, which skips the update as a bad gradient does.
         scale = (self.engine.gradient_divisor / totals[1].clamp(min=1.0) + 0.0 * totals[0]).float()
-        norm = clip_and_step(self.optimizer, scale, self.config.max_grad_norm)
+        norm = clip_and_step(self.optimizer, scale, self.config.max_grad_norm, self.history)
         self.optimizer.zero_grad(set_to_none=True)
         self.engine.push_weights()
-        host, ready = _to_host(torch.cat([totals, norm.double()[None]]))
+        history = [] if self.history is None else [self.history.state]
+        host, ready = _to_host(torch.cat([totals, norm.double()[None], *history]))
         return PendingStep(step + 1, rate, host, ready, time.perf_counter(), infos, waited)
 
     def forward_backward(self, batch: Batch, is_last: bool) -> tuple[Tensor, Tensor]:

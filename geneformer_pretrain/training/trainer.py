@@ -7,9 +7,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from geneformer_pretrain.checkpoint.export import gather_weights, read_weights, write_model
+from geneformer_pretrain.checkpoint.export import gather_weights
 from geneformer_pretrain.checkpoint.state import Progress, accumulation_steps
 from geneformer_pretrain.checkpoint.store import CheckpointStore
 from geneformer_pretrain.config.schema import Config
@@ -31,10 +30,10 @@ from geneformer_pretrain.run.record import identity_of_rank
 from geneformer_pretrain.run.signals import StopSignals
 from geneformer_pretrain.training.corpora import open_corpora, require_same_packs
 from geneformer_pretrain.training.optimizer import build_optimizer
-from geneformer_pretrain.training.report import StartFacts, describe_end, describe_start
-from geneformer_pretrain.training.results import StepResults
+from geneformer_pretrain.training.report import StartFacts, describe_end, describe_nothing_left, describe_start
+from geneformer_pretrain.training.results import StepResults, run_utilization
 from geneformer_pretrain.training.resume import resume
-from geneformer_pretrain.training.saving import Saver
+from geneformer_pretrain.training.saving import Saver, export_models
 from geneformer_pretrain.training.start import start_from_published
 from geneformer_pretrain.training.step import TrainStep
 
@@ -56,7 +55,6 @@ class Trainer:
         self.config, self.world, self.earlier_exit = config, world, earlier_exit
         training = config.training
         self.folder = Path(training.checkpoint_dir)
-        self.gene_set = None if config.data.gene_set is None else Path(config.data.gene_set)
         if training.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself only with it
             torch.use_deterministic_algorithms(True)
@@ -78,7 +76,10 @@ class Trainer:
         if not training.resume_from_checkpoint:
             self._archive("The earlier run in {folder} is in {previous} now.")
         self.store = CheckpointStore(self.folder, keep_last_n=training.keep_last_n)
-        self.saver = Saver(self.store, self.engine, self.optimizer, self.precision, config, self.data, self.say)
+        held_out = None if self.validation is None else self.validation.fingerprint
+        self.saver = Saver(
+            self.store, self.engine, self.optimizer, self.precision, config, self.data, held_out, self.say
+        )
         self.progress = self._resume()
         self.engine.push_weights()
         ranks.run_on_all_ranks(self.engine.require_pushed, TrainingError)
@@ -88,8 +89,17 @@ class Trainer:
 
         self.watchdog = Watchdog(training.hang_timeout_seconds, self.folder, world, write_exit)
         self.step = TrainStep(
-            self.engine, self.optimizer, training, self.resolved, world, self.accumulation, self.precision, self._beat
+            self.engine,
+            self.optimizer,
+            training,
+            self.resolved,
+            world,
+            self.accumulation,
+            self.precision,
+            self._beat,
+            self.progress.norm_history,
         )
+        self.last_validation: dict[str, float] = {}
         self.logs: RunLogs | None = None
         if self.progress.step < training.num_train_steps:
             require_same_packs(self.data, self.stream, self.progress.next_pack, ranks)
@@ -141,16 +151,8 @@ class Trainer:
                 )
             )
         )
-        if progress.step > training.num_train_steps:
-            self.say(
-                f"This run has {progress.step} steps, more than training.num_train_steps={training.num_train_steps}: "
-                "there is nothing left to train."
-            )
-        elif progress.step == training.num_train_steps:
-            self.say(
-                f"This run is complete: {progress.step} of {training.num_train_steps} steps are done. Raise "
-                "training.num_train_steps to go on with it, or name another training.checkpoint_dir for a new one."
-            )
+        if progress.step >= training.num_train_steps:
+            self.say(describe_nothing_left(progress.step, training.num_train_steps))
         else:
             assert self.logs is not None
             with ExitStack() as stack:
@@ -161,16 +163,9 @@ class Trainer:
             return False
         self.say("Exporting the model.")
         weights = gather_weights(self.engine, self.world.is_main)
-        self.writer.write(lambda: self._export(weights))
-        self.say(describe_end(progress, self.folder))
+        self.writer.write(lambda: export_models(self.config, weights, progress.best_step))
+        self.say(describe_end(progress, self.folder, self.last_validation))
         return True
-
-    def _export(self, weights: dict[str, Tensor]) -> None:
-        """Write final_model/, and best_model/ from the checkpoint with the lowest validation loss."""
-        best = self.progress.best_step if self.config.training.keep_best else None
-        write_model(weights, self.config.model.architecture(), self.folder / "final_model", gene_set=self.gene_set)
-        if best is not None:
-            write_model(*read_weights(self.folder / f"step_{best}"), self.folder / "best_model", gene_set=self.gene_set)
 
     def _train(self, stack: ExitStack, logs: RunLogs) -> None:
         """Loop over optimizer steps."""
@@ -182,7 +177,8 @@ class Trainer:
         stack.callback(gc.unfreeze)
         first_step = progress.step + 1
         room = progress.packs_per_step * self.data.shape.token_budget
-        results = StepResults(self.config, world, progress, logs.metrics, room, self._beat)
+        utilization = run_utilization(self.config, self.resolved, self.data.corpus.lengths)
+        results = StepResults(self.config, world, progress, logs.metrics, room, utilization, self._beat)
         while progress.step < training.num_train_steps:
             latest = self.step.run(loader, progress.step, (signals.received is not None, self.saver.is_due()))
             progress.step += 1
@@ -230,10 +226,10 @@ class Trainer:
         """Evaluate the held-out cells; empty if there are none, or none of their tokens is masked."""
         if self.validation is None:
             return {}
-        found = self.validation.evaluate(self.step, self._beat)
-        if not found:
+        self.last_validation = self.validation.evaluate(self.step, self._beat)
+        if not self.last_validation:
             self.say("No token of the held-out cells is masked: there is no validation loss.")
-        return found
+        return self.last_validation
 
     def save(self, final: bool) -> None:
         """Save a checkpoint of this step."""

@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from geneformer_pretrain.cli import main
-from geneformer_pretrain.commands.curves import draw_curves, read_records
 from geneformer_pretrain.errors import DataError, OutputError
+from geneformer_pretrain.run.curves import draw_curves, read_records
 
 
 def write_metrics(path: Path, steps: int, torn: str = "") -> Path:

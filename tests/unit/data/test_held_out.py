@@ -3,14 +3,19 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from geneformer_pretrain.data import held_out as held
 from geneformer_pretrain.data import stream as streaming
-from geneformer_pretrain.data.batch import build_batches
-from geneformer_pretrain.data.dataset import DataSource, open_training_data, open_validation_data
-from geneformer_pretrain.data.packing import held_out_cells
-from geneformer_pretrain.errors import ConfigError
-from tests.tiny import tiny_config
+from geneformer_pretrain.data.batch import PackedBatch, build_batches
+from geneformer_pretrain.data.corpus import open_corpus
+from geneformer_pretrain.data.dataset import VALIDATION_SEED, DataSource, open_training_data, open_validation_data
+from geneformer_pretrain.data.held_out import cell_groups, gene_frequencies, unigram_loss
+from geneformer_pretrain.data.packing import first_held_out, held_out_cells
+from geneformer_pretrain.errors import ConfigError, DataError
+from tests.tiny import make_cells, tiny_config
 
 
 def open_both(folder: Path, *more: str) -> tuple[DataSource, DataSource]:
@@ -57,6 +62,117 @@ def test_validation_is_the_same_whatever_the_seed_of_the_run(tmp_path: Path) -> 
     assert found[1] == found[3]
 
 
+def test_a_number_of_cells_is_the_same_whatever_was_held_out() -> None:
+    """Whole corpora and fractions of them give the same cells, and a larger number further ones."""
+    whole = np.ones(20_000, np.bool_)
+    few, many = first_held_out(whole, 100), first_held_out(whole, 300)
+    assert (few.sum(), many.sum()) == (100, 300)
+    assert not (few & ~many).any()
+    for fraction in (0.02, 0.5):
+        held_out = held_out_cells(20_000, fraction)
+        assert np.array_equal(first_held_out(held_out, 100), few)
+        assert np.array_equal(first_held_out(held_out, 300), many)
+    assert np.array_equal(first_held_out(held_out_cells(20_000, 0.001), 300), held_out_cells(20_000, 0.001))
+
+
+def test_cells_and_masks_do_not_depend_on_the_shape_of_the_packs(tmp_path: Path) -> None:
+    def masked(*more: str) -> dict[int, list[tuple[int, int]]]:
+        """Masked tokens of each cell: (token that stands there, label)."""
+        _, held_out = open_both(tmp_path, "data.validation_cells=9", *more)
+        found = {}
+        for batch in build_batches(held_out.builder(), held_out.stream(), range(held_out.stream().plan(0).num_packs)):
+            for place, cell in enumerate(batch.cells.tolist()):
+                if isinstance(batch, PackedBatch):
+                    start, end = batch.parts.cu_seqlens[place : place + 2].tolist()
+                    index, labels = (part[: batch.num_masked].tolist() for part in batch.parts[3:])
+                    here = [(i, label) for i, label in zip(index, labels, strict=True) if start <= i < end]
+                    found[cell] = [(int(batch.parts.input_ids[i]), label) for i, label in here]
+                else:
+                    (where,) = (batch.labels[place] != -100).nonzero(as_tuple=True)
+                    tokens, labels = batch.input_ids[place][where].tolist(), batch.labels[place][where].tolist()
+                    found[cell] = list(zip(tokens, labels, strict=True))
+        return found
+
+    expected = masked()
+    assert len(expected) == 9
+    assert sum(map(len, expected.values())) > 10
+    for other in ("model.micro_batch_size=8", "data.packing=false", "training.seed=7", "data.max_cells_per_pack=2"):
+        assert masked(other) == expected, other
+    assert masked("data.validation_fraction=0.6") == expected
+
+
+def grouped(folder: Path, values: list[str | None]) -> DataSource:
+    """A corpus of 60 cells with a column of groups in two files, of which a third is held out."""
+    cells = make_cells(60)
+    (folder / "corpus").mkdir(exist_ok=True)
+    for part, rows in enumerate((slice(0, 25), slice(25, 60))):
+        columns = {"input_ids": pa.array(cells[rows], pa.list_(pa.int32())), "tissue": pa.array(values[rows])}
+        pq.write_table(pa.table(columns), folder / f"corpus/{part}.parquet")
+    return open_both(folder, f"data.path={folder / 'corpus'}")[1]
+
+
+def test_groups_of_a_column(tmp_path: Path) -> None:
+    values = [[None, "lung", "blood"][cell % 3] for cell in range(60)]
+    held_out = grouped(tmp_path, values)
+    assert held_out.chosen is not None
+    names, groups = cell_groups(held_out.corpus, "tissue", held_out.chosen)
+    assert names == ["blood", "lung", "missing"]
+    for cell in range(60):
+        expected = (values[cell] or "missing") if held_out.chosen[cell] else None
+        assert (names[groups[cell]] if groups[cell] >= 0 else None) == expected
+
+
+def test_columns_that_cannot_group_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held_out = grouped(tmp_path, [str(cell) for cell in range(60)])
+    everything = np.ones(60, np.bool_)
+    with pytest.raises(DataError, match="no column 'organ', only input_ids, tissue; name one of these"):
+        cell_groups(held_out.corpus, "organ", everything)
+    monkeypatch.setattr(held, "MAX_GROUPS", 59)
+    with pytest.raises(DataError, match="column 'tissue' has more than 59 values among the held-out cells"):
+        cell_groups(held_out.corpus, "tissue", everything)
+
+
+def test_selected_rows_of_a_saved_folder_have_no_columns(tmp_path: Path) -> None:
+    import datasets
+
+    saved = datasets.Dataset.from_dict({"input_ids": make_cells(20), "tissue": ["lung"] * 20})
+    saved.save_to_disk(tmp_path / "whole")
+    saved.select(range(9, 0, -1)).shuffle(seed=1).save_to_disk(tmp_path / "selected")
+    whole, selected = (open_corpus(tmp_path / name, tmp_path / "cache") for name in ("whole", "selected"))
+    assert cell_groups(whole, "tissue", np.ones(20, np.bool_))[0] == ["lung"]
+    with pytest.raises(DataError, match=r"apply Dataset\.flatten_indices"):
+        cell_groups(selected, "tissue", np.ones(selected.num_cells, np.bool_))
+
+
+def test_the_unigram_loss_equals_that_of_scikit_learn(tmp_path: Path) -> None:
+    from sklearn.naive_bayes import MultinomialNB
+
+    training, _ = open_both(tmp_path)
+    frequencies = gene_frequencies(training)
+    assert training.chosen is not None
+    counts = np.zeros((2, 99))
+    for cell, tokens in enumerate(make_cells(60)):
+        np.add.at(counts[0 if training.chosen[cell] else 1], np.array(tokens[:32]) - 2, 1)
+    model = MultinomialNB(alpha=0.5).fit(counts, [0, 1])  # its smoothed frequencies are those of each class
+    np.testing.assert_allclose(np.log(frequencies[2:]), model.feature_log_prob_[0], rtol=1e-12)
+    assert frequencies[:2].tolist() == [0, 0]
+    labels = np.concatenate([[0, 0], counts[1]]).astype(np.int64)
+    expected = -(counts[1] * model.feature_log_prob_[0]).sum() / counts[1].sum()
+    assert unigram_loss(labels, frequencies) == pytest.approx(expected, rel=1e-12)
+
+
+def test_frequencies_of_a_sample_are_those_of_evenly_spaced_cells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = open_training_data(tiny_config(tmp_path, num_cells=400), False, False)
+    whole = gene_frequencies(training)
+    monkeypatch.setattr(held, "SAMPLE_TOKENS", 4_000)
+    some = gene_frequencies(training)
+    assert np.abs(some - whole).max() > 0
+    assert np.abs(some[2:] / whole[2:] - 1).mean() < 0.2
+    assert np.array_equal(some, gene_frequencies(training))
+
+
 def test_without_a_fraction_nothing_changes(tmp_path: Path) -> None:
     training = open_training_data(tiny_config(tmp_path), False, False)
     assert training.chosen is None
@@ -66,7 +182,7 @@ def test_without_a_fraction_nothing_changes(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, f"data.validation_path={tmp_path / 'cells.parquet'}", "training.seed=5")
     held_out = open_validation_data(open_training_data(config, False, False), False)
     assert held_out is not None
-    assert (held_out.seed, held_out.chosen) == (5, None)
+    assert (held_out.seed, held_out.chosen) == (VALIDATION_SEED, None)
 
 
 def test_a_fraction_that_holds_out_nothing_is_refused(tmp_path: Path) -> None:

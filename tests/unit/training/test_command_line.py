@@ -22,7 +22,7 @@ from geneformer_pretrain.config.compose import CONFIG_DIR, DEFAULT_NAME, load_co
 from geneformer_pretrain.data import stream
 from geneformer_pretrain.errors import ConfigError, TrainingError
 from geneformer_pretrain.training import main as train
-from geneformer_pretrain.training import report, trainer
+from geneformer_pretrain.training import report, saving, trainer
 from geneformer_pretrain.training.step import TrainStep
 from tests.tiny import (
     make_cells,
@@ -179,9 +179,9 @@ def test_errors_of_the_system_are_plain_messages(tmp_path: Path, monkeypatch: py
         raise OSError(errno.ENOSPC, "No space left on device", place)
 
     cause = f"training.checkpoint_dir: cannot write to {place} (No space left on device)"
-    for function in ("write_model", "archive_run"):
+    for module, function in ((saving, "write_model"), (trainer, "archive_run")):
         with monkeypatch.context() as patch:
-            patch.setattr(trainer, function, full)
+            patch.setattr(module, function, full)
             message = failure(overrides(tmp_path, "training.resume_from_checkpoint=false"))
         assert message == f"Error: {cause}. training.checkpoint_dir {remedy}"
         assert cause in read_exit(tmp_path / "run")["error"]
@@ -242,7 +242,7 @@ def test_a_damaged_plan_is_a_plain_message(tmp_path: Path, monkeypatch: pytest.M
     assert "delete the folder" in message
 
 
-@pytest.mark.parametrize(("most", "read"), [(64, "2 packs"), (1, "1 pack")])
+@pytest.mark.parametrize(("most", "read"), [(64, "2 packs, 5 cells"), (1, "1 pack, 3 cells")])
 def test_held_out_cells_are_counted_at_the_start(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], most: int, read: str
 ) -> None:
@@ -550,4 +550,4 @@ def test_threads_that_outlive_a_run_do_not_change_its_exit_code(
     if code:
         assert ended.stderr.startswith("Error: training.use_nvfsdp=True")
     else:
-        assert ended.stdout.splitlines()[-1].startswith("metrics ")
+        assert ended.stdout.splitlines()[-1].startswith("curves ")

@@ -33,7 +33,7 @@ class Metrics:
 @pytest.fixture
 def results():
     config = load_config("10m", ["training.max_skipped_steps=3", "training.num_train_steps=100"])
-    made = StepResults(config, WORLD, Progress(packs_per_step=1), Metrics(), 128, lambda phase: None)
+    made = StepResults(config, WORLD, Progress(packs_per_step=1), Metrics(), 128, 1e-3, lambda phase: None)
     made.clock = 0.0
     return made
 
@@ -97,6 +97,6 @@ def test_a_step_without_masked_tokens_is_said_once(results, capsys):
 
 def test_ranks_without_metrics_only_count():
     config = load_config("10m")
-    quiet = StepResults(config, WORLD, Progress(packs_per_step=1), None, 128, lambda phase: None)
+    quiet = StepResults(config, WORLD, Progress(packs_per_step=1), None, 128, None, lambda phase: None)
     collect(quiet, 1)
     assert quiet.progress.tokens == 64

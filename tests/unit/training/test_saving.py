@@ -29,7 +29,8 @@ def validated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
     """Make configurations of a run whose validation losses are LOSSES, or the next of those given."""
     write_parquet(tmp_path / "held_out.parquet", make_cells(10, seed=1))
     left = iter(LOSSES.values())
-    monkeypatch.setattr(Validation, "evaluate", lambda *_: {"validation_loss": next(left)})
+    others = {"validation_accuracy": 0.25, "validation_unigram_loss": 4.5}
+    monkeypatch.setattr(Validation, "evaluate", lambda *_: {"validation_loss": next(left)} | others)
 
     def make(*more: str) -> Any:
         return tiny_config(
