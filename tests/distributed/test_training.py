@@ -22,6 +22,7 @@ from torch.testing import assert_close
 
 from geneformer_pretrain.config.compose import load_config
 from geneformer_pretrain.data.batch import Batch
+from geneformer_pretrain.data.dataset import VALIDATION_SEED
 from geneformer_pretrain.data.masking import MaskRule, mask_cell
 from geneformer_pretrain.distributed.world import World, distributed_world
 from geneformer_pretrain.errors import ConfigError
@@ -203,7 +204,7 @@ def test_validation_loss_equals_an_independent_computation(folder: Path) -> None
     records = read_metrics(folder / "one")
     assert [record["step"] for record in records if "validation_loss" in record] == [2, 4, 6]
     model = transformers.BertForMaskedLM.from_pretrained(folder / "one/final_model").eval()
-    rule = MaskRule(seed=0, probability=0.15, vocab_size=101, num_special_tokens=2, mask_token_id=1)
+    rule = MaskRule(seed=VALIDATION_SEED, probability=0.15, vocab_size=101, num_special_tokens=2, mask_token_id=1)
     total, count = 0.0, 0
     for number, cell in enumerate(make_cells(70, seed=1)):
         masked, labels = map(torch.from_numpy, mask_cell(torch.tensor(cell[:32]).numpy(), number, 0, rule))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from geneformer_pretrain.checkpoint import store as checkpoint
 from geneformer_pretrain.data.batch import Batch
-from geneformer_pretrain.training import trainer
+from geneformer_pretrain.training import outliers, trainer, validation
 from geneformer_pretrain.training.step import PendingStep, TrainStep
 
 
@@ -109,3 +109,43 @@ def not_finite(rank: int, bad_rank: int, steps: Collection[int], where: str, val
 
     TrainStep.run = counting  # type: ignore[method-assign]
     TrainStep.forward = spoiled  # type: ignore[method-assign]
+
+
+def outlying(rank: int, steps: Collection[int], factor: float, history: int) -> None:
+    """Multiply the loss of some steps, on all ranks, and let the history of norms be that short."""
+    outliers.HISTORY = history
+    run, forward, steps_done = TrainStep.run, TrainStep.forward, [0]
+
+    def counting(self: TrainStep, batches: Any, step: int, *more: Any) -> PendingStep:
+        steps_done[0] = step
+        return run(self, batches, step, *more)
+
+    def multiplied(self: TrainStep, batch: Batch) -> tuple[Tensor, Tensor]:
+        loss_sum, masked = forward(self, batch)
+        return loss_sum * (factor if steps_done[0] + 1 in steps else 1.0), masked
+
+    TrainStep.run = counting  # type: ignore[method-assign]
+    TrainStep.forward = multiplied  # type: ignore[method-assign]
+
+
+IMPROVES_EVERY = 5
+"""Steps from one best validation loss to the next, with `validation_by_step`."""
+
+
+def validation_by_step(rank: int, place: str | None = None) -> None:
+    """Let the validation loss fall at steps 2, 7, 12, ... and be 9 elsewhere; crash at a place of a save, if given."""
+    run, steps_done = TrainStep.run, [0]
+
+    def counting(self: TrainStep, batches: Any, step: int, *more: Any) -> PendingStep:
+        steps_done[0] = step + 1
+        return run(self, batches, step, *more)
+
+    def evaluate(*_: object) -> dict[str, float]:
+        is_best = steps_done[0] % IMPROVES_EVERY == 2
+        others = {"validation_accuracy": 0.25, "validation_unigram_loss": 4.5}
+        return {"validation_loss": 1 / steps_done[0] if is_best else 9.0} | others
+
+    TrainStep.run = counting  # type: ignore[method-assign]
+    validation.Validation.evaluate = evaluate  # type: ignore[assignment, method-assign]
+    if place is not None:
+        crash_at_second_save(rank, place)

@@ -16,6 +16,7 @@ from geneformer_pretrain.data.held_out import cell_groups, gene_frequencies, uni
 from geneformer_pretrain.data.packing import first_held_out, held_out_cells
 from geneformer_pretrain.errors import ConfigError, DataError
 from tests.tiny import make_cells, tiny_config
+from tests.unit.data.test_saved_folder import add_index
 
 
 def open_both(folder: Path, *more: str) -> tuple[DataSource, DataSource]:
@@ -132,16 +133,17 @@ def test_columns_that_cannot_group_are_refused(tmp_path: Path, monkeypatch: pyte
         cell_groups(held_out.corpus, "tissue", everything)
 
 
-def test_selected_rows_of_a_saved_folder_have_no_columns(tmp_path: Path) -> None:
+def test_columns_of_a_saved_folder(tmp_path: Path) -> None:
+    """They are read in place, but not through an index of rows."""
     import datasets
 
-    saved = datasets.Dataset.from_dict({"input_ids": make_cells(20), "tissue": ["lung"] * 20})
-    saved.save_to_disk(tmp_path / "whole")
-    saved.select(range(9, 0, -1)).shuffle(seed=1).save_to_disk(tmp_path / "selected")
-    whole, selected = (open_corpus(tmp_path / name, tmp_path / "cache") for name in ("whole", "selected"))
-    assert cell_groups(whole, "tissue", np.ones(20, np.bool_))[0] == ["lung"]
+    saved = tmp_path / "saved"
+    datasets.Dataset.from_dict({"input_ids": make_cells(20), "tissue": ["lung"] * 20}).save_to_disk(saved)
+    everything = np.ones(20, np.bool_)
+    assert cell_groups(open_corpus(saved, tmp_path / "cache"), "tissue", everything)[0] == ["lung"]
+    selected = open_corpus(add_index(saved, list(range(20))), tmp_path / "cache")
     with pytest.raises(DataError, match=r"apply Dataset\.flatten_indices"):
-        cell_groups(selected, "tissue", np.ones(selected.num_cells, np.bool_))
+        cell_groups(selected, "tissue", everything)
 
 
 def test_the_unigram_loss_equals_that_of_scikit_learn(tmp_path: Path) -> None:
