@@ -1,5 +1,6 @@
-"""Weights & Biases: how it is started, and that nothing it does stops or delays a run."""
+"""Weights & Biases, TensorBoard and curves: what they get, and that nothing they do stops or delays a run."""
 
+import shutil
 import sys
 import threading
 import time
@@ -7,10 +8,11 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from geneformer_pretrain.config.compose import load_config
-from geneformer_pretrain.errors import ConfigError
-from geneformer_pretrain.run import tracking
+from geneformer_pretrain.errors import ConfigError, TrainingError
+from geneformer_pretrain.run import metrics, tracking
 from geneformer_pretrain.run.metrics import MetricsLog
 from geneformer_pretrain.run.tracking import Tracker, start_trackers
 from geneformer_pretrain.training import main as train
@@ -151,6 +153,118 @@ def test_wandb_is_offline_unless_asked(tmp_path, monkeypatch, wandb, arguments, 
     assert (given["name"], given["project"], given["mode"]) == ("n", "p", mode)
     assert given["dir"] == str(tmp_path)
     assert given["config"]["model"]["hidden_size"] == 32
+
+
+def with_artifacts(wandb, monkeypatch, log_artifact):
+    """Let the pretended W&B have artifacts; returns the calls that made them."""
+    made = []
+
+    class Artifact:
+        def __init__(self, name, type):
+            self.name = name
+            made.append((name, type))
+
+        def add_dir(self, path):
+            made.append(("copied", path))
+
+        def add_reference(self, uri):
+            made.append(("referred to", uri))
+
+    monkeypatch.setattr(sys.modules["wandb"], "Artifact", Artifact, raising=False)
+    monkeypatch.setattr(StandIn, "log_artifact", log_artifact, raising=False)
+    return made
+
+
+@pytest.mark.parametrize("kind", ["upload", "reference"])
+def test_models_become_artifacts_at_the_end(tmp_path, wandb, monkeypatch, kind):
+    logged = []
+    made = with_artifacts(wandb, monkeypatch, lambda self, artifact: logged.append((artifact.name, list(self.codes))))
+    validation = (
+        f"data.validation_path={tmp_path / 'cells.parquet'}",
+        "training.validate_every_n_steps=1",
+        "training.keep_best=true",
+    )
+    assert train.run(tracked(tmp_path, f"training.wandb_log_model={kind}", *validation)) == 0
+    models = [tmp_path / "run/final_model", tmp_path / "run/best_model"]
+    added = [("copied", str(path)) if kind == "upload" else ("referred to", path.as_uri()) for path in models]
+    names = [f"abc123-{path.name}" for path in models]
+    assert made == [(names[0], "model"), added[0], (names[1], "model"), added[1]]
+    assert logged == [(name, []) for name in names]  # before the end of the W&B run
+    assert wandb.runs[0].codes == [0]
+    assert wandb.runs[0].records[-1][1]["best_step"] == 2
+
+
+def test_an_artifact_that_fails_stops_nothing(tmp_path, wandb, monkeypatch, caplog):
+    with_artifacts(wandb, monkeypatch, lambda self, artifact: fail())
+    assert train.run(tracked(tmp_path, "training.wandb_log_model=upload")) == 0
+    assert "final_model has become no W&B artifact (RuntimeError: the server is gone)" in caplog.text
+    assert wandb.runs[0].codes == [0]
+    with pytest.raises(ConfigError, match=r"wandb_log_model=upload does nothing without training\.wandb_init_args"):
+        tiny_config(tmp_path, "training.wandb_log_model=upload")
+
+
+def test_a_run_that_fails_leaves_no_artifact(tmp_path, wandb, monkeypatch):
+    made = with_artifacts(wandb, monkeypatch, lambda *_: None)
+    monkeypatch.setattr(train.Trainer, "fit", lambda self: fail())
+    with pytest.raises(RuntimeError):
+        train.run(tracked(tmp_path, "training.wandb_log_model=upload"))
+    assert not made
+
+
+def test_a_new_run_in_the_folder_is_a_new_one_at_wandb(tmp_path, wandb):
+    assert train.run(tracked(tmp_path)) == 0
+    assert train.run(tracked(tmp_path, "training.resume_from_checkpoint=false")) == 0
+    assert "id" not in wandb.runs[1].given
+    assert len(list((tmp_path / "run").glob("previous-*/wandb_id.txt"))) == 1
+    assert len(list((tmp_path / "run").glob("previous-*/training_curves.png"))) == 1
+
+
+def events(folder):
+    """Scalars of a run's TensorBoard folder as TensorBoard shows them: name -> {step: value}."""
+    accumulator = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
+    accumulator.Reload()
+    return {
+        name: {event.step: event.value for event in accumulator.Scalars(name)} for name in accumulator.Tags()["scalars"]
+    }
+
+
+def test_tensorboard_has_the_records(tmp_path, monkeypatch):
+    """Also after a run was cut off at step 3 and goes on from step 2."""
+    monkeypatch.setattr(metrics, "TRACKING_INTERVAL", 0.0)
+    given = ("training.tensorboard=true", "training.save_every_n_steps=2")
+    validation = (f"data.validation_path={tmp_path / 'cells.parquet'}", "training.validate_every_n_steps=2")
+    assert train.run(tiny_config(tmp_path, *given, *validation, "training.num_train_steps=3")) == 0
+    shutil.rmtree(tmp_path / "run/step_3")
+    assert train.run(tiny_config(tmp_path, *given, *validation, "training.num_train_steps=4")) == 0
+    found, records = events(tmp_path / "run"), read_metrics(tmp_path / "run")
+    for name in ("loss", "grad_norm", "validation_loss", "packing_fill"):
+        expected = {record["step"]: record[name] for record in records if name in record}
+        assert found[name] == pytest.approx(expected), name
+    assert not {"step", "mfu"} & found.keys()  # there is no peak of a CPU
+
+
+def test_a_missing_tensorboard_is_named_with_the_remedy(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    with pytest.raises(
+        TrainingError, match=r"training\.tensorboard=true: .*pip install tensorboard.*tensorboard=false"
+    ):
+        train.run(tiny_config(tmp_path, "training.tensorboard=true"))
+
+
+def test_curves_are_drawn_at_the_end(tmp_path, capsys):
+    assert train.run(tiny_config(tmp_path)) == 0
+    assert (tmp_path / "run/training_curves.png").stat().st_size > 10_000
+    assert f"curves       {tmp_path / 'run/training_curves.png'}\n" in capsys.readouterr().out
+
+
+def test_curves_that_cannot_be_drawn_are_one_line(tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert train.run(tiny_config(tmp_path)) == 0
+    (said,) = (message for message in caplog.messages if "training_curves.png" in message)
+    assert said.startswith(f"{tmp_path / 'run/training_curves.png'} is not drawn (ModuleNotFoundError: ")
+    assert "\n" not in said
+    assert read_exit(tmp_path / "run")["reason"] == "completed"
 
 
 @pytest.mark.parametrize("error", [OSError("no such host"), UserWarning("No API key configured"), TypeError("nme")])

@@ -1,6 +1,7 @@
 """Results of finished steps: counters, records and requests, from totals that are given."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,8 +12,11 @@ from geneformer_pretrain.config.compose import load_config
 from geneformer_pretrain.data.batch import BatchMetadata
 from geneformer_pretrain.distributed.world import World
 from geneformer_pretrain.errors import TrainingError
-from geneformer_pretrain.training.results import StepResults
+from geneformer_pretrain.planner import measured
+from geneformer_pretrain.planner.measured import card, card_of_device
+from geneformer_pretrain.training.results import StepResults, run_utilization
 from geneformer_pretrain.training.step import PendingStep
+from tests.unit.run.test_metrics import RESOLVED
 
 WORLD = World(0, 0, 1, torch.device("cpu"))
 
@@ -38,8 +42,10 @@ def results():
     return made
 
 
-def collect(results, step, *, loss=6.0, masked=3.0, tokens=64.0, stop=0.0, save=0.0, norm=1.0, launched=None):
-    totals = torch.tensor([loss, masked, tokens, 2.0, stop, save, norm], dtype=torch.float64)
+def collect(
+    results, step, *, loss=6.0, masked=3.0, tokens=64.0, stop=0.0, save=0.0, norm=1.0, launched=None, history=()
+):
+    totals = torch.tensor([loss, masked, tokens, 2.0, stop, save, norm, *history], dtype=torch.float64)
     batch = BatchMetadata(step, 1, np.array([4, 5]), int(tokens), int(masked))
     results.pending = PendingStep(step, 1e-3, totals, None, float(step) if launched is None else launched, [batch], 0.0)
     results.collect()
@@ -51,6 +57,8 @@ def test_a_record_holds_means_rates_and_counts(results):
     assert record["loss"] == 2.0
     assert record["tokens_per_second"] == 64.0
     assert record["packing_fill"] == 0.5
+    assert record["mfu"] == pytest.approx(0.064)
+    assert "outlier_steps" not in record
     assert (record["cells"], record["masked_tokens"], record["epoch"]) == (2, 3, 1)
     assert record["includes_start"]
     assert (results.progress.tokens, results.progress.cells) == (64, 2)
@@ -86,6 +94,45 @@ def test_skipped_steps_are_counted_and_too_many_in_a_row_end_the_run(results):
     collect(results, 5, norm=math.inf)
     with pytest.raises(TrainingError, match=r"3 updates in a row .* at step 6.*\[\(6, \[4, 5\]\)\]"):
         collect(results, 6, norm=math.inf)
+
+
+def test_outlier_steps_are_counted_apart(results, caplog):
+    """They do not end a run; the first of several in a row is logged, with the usual norm."""
+    states = [(100, 0.0, 0.01, 0), (101, 0.1, 0.1, 1), (102, 0.2, 0.2, 2), (102, 0.2, 0.2, 2), (103, 0.3, 0.2, 0)]
+    norms = [1.0, 40.0, 50.0, math.nan, 1.2]
+    for step, (state, norm) in enumerate(zip(states, norms, strict=True), 1):
+        collect(results, step, norm=norm, history=state)
+        assert results.progress.norm_history == list(state)
+    assert [record["outlier_steps"] for record in results.metrics.records] == [0, 1, 2, 2, 2]
+    assert [record["skipped_steps"] for record in results.metrics.records] == [0, 0, 0, 1, 1]
+    assert caplog.messages == [
+        "step 2 is skipped: its gradient norm is 40, and 1.11 of late",
+        "step 4 is skipped: its gradients are not finite",
+    ]
+    collect(results, 6, norm=0.0, history=(103, 0.3, 0.2, 1))  # a norm of zero leaves the state as it was
+    assert results.progress.outlier_steps == 2
+
+
+def test_utilization_is_the_work_of_a_token_against_the_peak_of_all_gpus():
+    config = load_config("106m")
+    device = replace(RESOLVED, device="NVIDIA H200", world_size=4)
+    lengths = np.array([500, 1000, 3000], np.int32)
+    kept = np.minimum(lengths, 2048)
+    h, f, layers = 768, 3072, 12
+    attended = (kept**2).sum() / kept.sum()
+    forward = layers * (2 * (4 * h * h + 2 * h * f) + 4 * h * attended) + 2 * 0.15 * (h * h + h * 25_426)
+    found = run_utilization(config, device, lengths)
+    assert found == pytest.approx(3 * forward / (4 * 989e12))
+    assert run_utilization(config, replace(device, device="NVIDIA GeForce GTX 1080"), lengths) is None
+    assert run_utilization(config, RESOLVED, lengths) is None
+
+
+def test_every_device_is_a_card_that_is_known():
+    for name in measured._data()["devices"]:
+        assert card_of_device(name).bf16_tflops > 0
+    assert {card_of_device(name).name for name in measured._data()["devices"]} == {
+        card(name).name for name in measured._data()["cards"]
+    }
 
 
 def test_a_step_without_masked_tokens_is_said_once(results, capsys):
