@@ -127,8 +127,8 @@ class Validation:
             if mine < self.num_packs:
                 totals[0] += scores.sum(0)
                 if self.groups is not None:
-                    group = torch.from_numpy(1 + self.groups[batch.cells].astype(np.int64)).to(self.world.device)
-                    totals.index_add_(0, group[cells], scores)
+                    rows = torch.from_numpy(1 + self.groups[batch.cells].astype(np.int64))
+                    totals.index_add_(0, rows.to(self.world.device, non_blocking=True)[cells], scores)
         step.engine.model.train()
         step.engine.reshard()
         dist.all_reduce(totals)

@@ -1,6 +1,7 @@
 """The training loop on a GPU: no synchronisation, no recompilation, bitwise repeatable when asked to be."""
 
 import gc
+import itertools
 import json
 
 import numpy as np
@@ -11,8 +12,13 @@ import torch
 from safetensors.torch import load_file
 
 from geneformer_pretrain.config.compose import load_config
+from geneformer_pretrain.data.batch import build_batches
 from geneformer_pretrain.distributed.world import distributed_world
+from geneformer_pretrain.training import outliers
+from geneformer_pretrain.training import step as step_module
 from geneformer_pretrain.training.trainer import Trainer
+from geneformer_pretrain.training.validation import score
+from tests.checkpoints import read_checkpoint
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
 
@@ -46,9 +52,11 @@ PRECISIONS = {"bf16": "training.use_fp8=false", "fp8": "training.use_fp8=true"}
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_steps_neither_synchronise_nor_recompile(overrides, engine, precision):
+    """Nor do they where outliers are looked for."""
     torch._dynamo.reset()
+    given = [*overrides, ENGINES[engine], PRECISIONS[precision], "training.skip_outlier_steps=6"]
     with distributed_world() as world:
-        trainer = Trainer(load_config("10m", [*overrides, ENGINES[engine], PRECISIONS[precision]]), world)
+        trainer = Trainer(load_config("10m", given), world)
         with trainer.loader() as loader:
             for step in range(3):
                 trainer.step.run(loader, step)
@@ -60,6 +68,48 @@ def test_steps_neither_synchronise_nor_recompile(overrides, engine, precision):
                         trainer.step.run(loader, step)
                 finally:
                     torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_validation_does_not_synchronise_between_micro_batches(overrides, tmp_path, engine):
+    torch._dynamo.reset()
+    given = [f"data.validation_path={tmp_path}/cells.parquet", "data.validation_cells=200", ENGINES[engine]]
+    with distributed_world() as world:
+        trainer = Trainer(load_config("10m", [*overrides, *given]), world)
+        found = [trainer.validate(), trainer.validate()]
+        assert found[0] == found[1]
+        validation = trainer.validation
+        trainer.step.engine.model.eval()
+        with torch.no_grad():
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                scores = [
+                    score(trainer.step, batch)[0]
+                    for batch in build_batches(validation.builder, validation.stream, range(validation.num_packs))
+                ]
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        loss_sum, _, masked = torch.cat(scores).sum(0).tolist()
+        assert found[0]["validation_masked_tokens"] == masked > 1000
+        assert found[0]["validation_loss"] == pytest.approx(loss_sum / masked, rel=1e-9)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_outlier_is_skipped_on_the_device(overrides, tmp_path, engine, monkeypatch):
+    """The gradients of step 8 are a thousand times too large; checkpoints around it are the same."""
+    calls, original = itertools.count(1), step_module.clip_and_step
+
+    def clip_and_step(optimizer, scale, *more):
+        return original(optimizer, scale * (1000.0 if next(calls) == 8 else 1.0), *more)
+
+    monkeypatch.setattr(outliers, "HISTORY", 5)
+    monkeypatch.setattr(step_module, "clip_and_step", clip_and_step)
+    settings = ["training.skip_outlier_steps=6", "training.save_every_n_steps=1", "training.keep_last_n=9"]
+    fit([*overrides, *settings, ENGINES[engine]], 9)
+    assert [record["outlier_steps"] for record in records(tmp_path / "run")] == [0] * 7 + [1, 1]
+    before, after, later = (read_checkpoint(tmp_path / f"run/step_{step}") for step in (7, 8, 9))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert any(not torch.equal(after[name], later[name]) for name in later)
 
 
 def fit(overrides, steps):

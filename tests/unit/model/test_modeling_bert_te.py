@@ -49,6 +49,17 @@ def test_packed_logits_equal_stock():
     assert_close(ours(**packed).logits, expected, atol=2e-5, rtol=1e-5)
 
 
+def test_logits_of_chosen_positions_alone():
+    ours, _ = make_pair()
+    packed = packed_arguments(*make_cells([4, 9, 30]))
+    del packed["labels"]
+    index = packed.pop("masked_index")
+    whole, some = ours(**packed), ours(**packed, masked_index=index)
+    assert len(index) > 5
+    assert_close(some.logits, whole.logits[index.long()])
+    assert some.loss is None
+
+
 @pytest.mark.parametrize("activation", ["gelu", "swish", "gelu_new", "silu", "tanh"])
 def test_other_activations(activation):
     ours, stock = make_pair(hidden_act=activation)
