@@ -16,7 +16,7 @@ from geneformer_pretrain.data.held_out import cell_groups, gene_frequencies, uni
 from geneformer_pretrain.data.masking import IGNORED_LABEL
 from geneformer_pretrain.distributed.agreement import Ranks
 from geneformer_pretrain.distributed.world import World
-from geneformer_pretrain.errors import ConfigError
+from geneformer_pretrain.errors import ConfigError, DataError
 from geneformer_pretrain.training.step import Beat, TrainStep, next_batch
 
 ROWS = 1024
@@ -78,11 +78,14 @@ class Validation:
                 labels = batch.parts.labels if isinstance(batch, PackedBatch) else batch.labels
                 masked = labels[labels != IGNORED_LABEL].numpy()
                 self.label_counts += np.bincount(masked, minlength=len(self.label_counts))
-            column = self.data.config.data.validation_column
-            if column is not None:
-                self.group_names, self.groups = cell_groups(self.corpus, column, self.is_read)
         except (ValueError, RuntimeError) as error:
             raise ConfigError(f"{self.key}: {error}") from error
+        column = self.data.config.data.validation_column
+        if column is not None:
+            try:
+                self.group_names, self.groups = cell_groups(self.corpus, column, self.is_read)
+            except DataError as error:
+                raise ConfigError(f"data.validation_column: {error}") from error
 
     def measure_unigram(self, training: DataSource, ranks: Ranks) -> None:
         """Compute `unigram_loss`, from the counts of `check`; collective."""

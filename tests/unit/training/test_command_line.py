@@ -112,6 +112,14 @@ def test_a_token_outside_of_the_vocabulary_in_held_out_cells(tmp_path: Path) -> 
     assert f"{tmp_path}/saved/data-00000-of-00001.arrow, row 2: token 101 at position 3" in message
 
 
+def test_a_column_that_the_held_out_cells_do_not_have(tmp_path: Path) -> None:
+    message = failure(overrides(tmp_path, "data.validation_fraction=0.3", "data.validation_column=tissue"))
+    place = tmp_path / "cells.parquet"
+    assert message == (
+        f"Error: data.validation_column: {place}: no column 'tissue', only input_ids, length; name one of these"
+    )
+
+
 def test_held_out_cells_of_which_no_token_is_masked(tmp_path: Path) -> None:
     write_parquet(tmp_path / "held_out.parquet", [[7]])
     given = [f"data.validation_path={tmp_path / 'held_out.parquet'}", "training.mlm_probability=0.02"]
