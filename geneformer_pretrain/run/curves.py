@@ -11,6 +11,7 @@ from geneformer_pretrain.console import say
 log = logging.getLogger(__name__)
 
 NAME = "training_curves.png"
+DRAWN = ("step", "loss", "validation_loss", "validation_unigram_loss", "learning_rate", "tokens_per_second")
 SMOOTHING = 200
 """Points that a smoothed curve has at least, where there are so many steps."""
 
@@ -52,7 +53,7 @@ def draw_curves(metrics: Path, png: Path) -> dict[str, Any]:
 
     from geneformer_pretrain.errors import OutputError
 
-    records = read_records(metrics)
+    records, last = read_records(metrics)
     figure = Figure(figsize=(9, 8), layout="constrained")
     loss, rate, speed = figure.subplots(3, 1, sharex=True, height_ratios=[3, 1, 1])
     _curve(loss, records, "loss", "training")
@@ -76,11 +77,18 @@ def draw_curves(metrics: Path, png: Path) -> dict[str, Any]:
         temporary.replace(png)
     except OSError as error:
         raise OutputError(f"{png}: cannot be written ({error.strerror}); choose another --output.") from error
-    return {name: value for record in records for name, value in record.items() if value is not None}
+    return last
 
 
-def read_records(metrics: Path) -> list[dict[str, Any]]:
-    """Read the records of a metrics.jsonl.
+def read_records(metrics: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Read a metrics.jsonl.
+
+    Returns
+    -------
+    records : list of dict
+        The values that are drawn, of each step; of a long run all of them would take a gigabyte.
+    last : dict
+        The last value of each metric.
 
     Raises
     ------
@@ -90,20 +98,22 @@ def read_records(metrics: Path) -> list[dict[str, Any]]:
     from geneformer_pretrain.errors import DataError
 
     try:
-        lines = metrics.read_text().split("\n")
+        lines = metrics.read_bytes().split(b"\n")
     except OSError as error:
         raise DataError(f"{metrics}: {error.strerror}; name the training.checkpoint_dir of a run.") from error
-    records = []
+    records: list[dict[str, Any]] = []
+    last: dict[str, Any] = {}
     for number, line in enumerate(lines[:-1], 1):  # What follows the last newline is torn, or nothing.
         try:
             record = json.loads(line)
             int(record["step"])
         except (ValueError, TypeError, KeyError) as error:
             raise DataError(f"{metrics}, line {number}: not a record of a step; mend or move the file away.") from error
-        records.append(record)
+        records.append({name: record[name] for name in DRAWN if name in record})
+        last |= {name: value for name, value in record.items() if value is not None}
     if not records:
         raise DataError(f"{metrics}: no step is recorded yet.")
-    return records
+    return records, last
 
 
 def _points(records: Sequence[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:

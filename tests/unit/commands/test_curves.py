@@ -20,7 +20,7 @@ def write_metrics(path: Path, steps: int, torn: str = "") -> Path:
         if step == 3:
             record["loss"] = None
         if step % 10 == 0:
-            record["validation_loss"] = 9 / step
+            record |= {"validation_loss": 9 / step, "validation_unigram_loss": 7.5}
         lines.append(json.dumps(record) + "\n")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(lines) + torn)
@@ -49,9 +49,11 @@ def test_curves_hold_the_metrics(tmp_path: Path, drawn: list[Figure]) -> None:
         "learning_rate": 1e-4,
         "tokens_per_second": 100_030,
         "validation_loss": 9 / 30,
+        "validation_unigram_loss": 7.5,
     }
     loss, rate, speed = drawn[0].axes
-    training, validation = loss.lines
+    training, validation, unigram = loss.lines
+    assert list(unigram.get_ydata()) == [7.5, 7.5]
     assert list(training.get_xdata()) == [step for step in range(1, 31) if step != 3]
     assert list(validation.get_xdata()) == [10, 20, 30]
     assert list(validation.get_ydata()) == [9 / 10, 9 / 20, 9 / 30]
@@ -75,7 +77,8 @@ def test_long_runs_are_smoothed_and_outliers_do_not_set_the_scale(tmp_path: Path
 
 
 def test_torn_last_line_is_left_out(tmp_path: Path) -> None:
-    records = read_records(write_metrics(tmp_path / "metrics.jsonl", 5, torn='{"step": 6, "lo'))
+    records, last = read_records(write_metrics(tmp_path / "metrics.jsonl", 5, torn='{"step": 6, "lo'))
+    assert last["step"] == 5
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5]
 
 
