@@ -194,7 +194,7 @@ class Trainer:
             results.pending = latest
             is_last = progress.step == training.num_train_steps
             is_best = False
-            if self._due(training.validate_every_n_steps, is_last):
+            if self.validation is not None and self._due(training.validate_every_n_steps, is_last):
                 started = time.perf_counter()
                 latest.validation = self.validate()
                 is_best = self.saver.record_best(progress, latest.validation)
@@ -223,9 +223,8 @@ class Trainer:
         )
 
     def validate(self) -> dict[str, float]:
-        """Evaluate the held-out cells; empty if there are none, or none of their tokens is masked."""
-        if self.validation is None:
-            return {}
+        """Evaluate the held-out cells; empty if none of their tokens is masked."""
+        assert self.validation is not None
         self.last_validation = self.validation.evaluate(self.step, self._beat)
         if not self.last_validation:
             self.say("No token of the held-out cells is masked: there is no validation loss.")

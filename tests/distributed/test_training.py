@@ -323,6 +323,7 @@ def test_metrics_hold_what_the_contract_names(tmp_path: Path) -> None:
     for record in records:
         for name in ("loss", "learning_rate", "grad_norm", "tokens_per_second", "cells", "masked_tokens"):
             assert record[name] > 0, name
+        assert "validation_seconds" not in record
 
 
 # --- padded reference path --------------------------------------------------------------------------------
