@@ -104,43 +104,70 @@ class Progress:
         Units done before.
     enabled
         False draws nothing, on ranks other than the first.
+    exact
+        For units that take long, such as steps: the bar counts each, and the first line comes at once.
     """
 
     def __init__(
-        self, total: int | None, description: str, unit: str, *, initial: int = 0, enabled: bool = True
+        self,
+        total: int | None,
+        description: str,
+        unit: str,
+        *,
+        initial: int = 0,
+        enabled: bool = True,
+        exact: bool = False,
     ) -> None:
         self.done, self.total, self.description, self.unit = initial, total, description, unit
-        self.enabled = enabled
+        self.note = ""
         self._initial, self._started = initial, time.monotonic()
-        self._next_line = self._started + PLAIN_INTERVAL
+        self._printed, self._printed_at = -1, self._started
+        self._prints = enabled and not is_terminal(2)
         self._bar: Any = None
-        if enabled and is_terminal(2):
+        if self._prints and exact:
+            self._print()
+        elif enabled and not self._prints:
             self._bar = tqdm(
                 total=total,
                 initial=initial,
                 desc=description,
                 unit=unit,
-                unit_scale=True,
+                unit_scale=not exact,
                 dynamic_ncols=True,
                 file=TolerantStream(2),
             )
 
-    def advance(self, count: int) -> None:
-        """Count units of work as done."""
-        self.done += count
+    def advance(self, count: int, note: str = "") -> None:
+        """Count units of work as done; `note` stands at the end of the line."""
+        self.done, self.note = self.done + count, note
         if self._bar is not None:
+            self._bar.set_postfix_str(note, refresh=False)
             self._bar.update(count)
-        elif self.enabled and time.monotonic() >= self._next_line:
-            self._next_line = time.monotonic() + PLAIN_INTERVAL
-            say(self._line(), error=True)
+        elif self._prints and time.monotonic() - self._printed_at >= PLAIN_INTERVAL:
+            self._print()
+
+    def _print(self) -> None:
+        self._printed, self._printed_at = self.done, time.monotonic()
+        say(self._line(), error=True)
 
     def _line(self) -> str:
-        rate = (self.done - self._initial) / max(time.monotonic() - self._started, 1e-9)
         of_total = f" of {self.total:,}" if self.total is not None else ""
-        left = ""
-        if self.total is not None and rate > 0:
-            left = f", {(self.total - self.done) / rate / 60:.1f} min left"
-        return f"{self.description}: {self.done:,}{of_total} {self.unit}s, {rate:,.0f}/s{left}"
+        parts = [f"{self.done:,}{of_total} {self.unit}s"]
+        rate = (self.done - self._initial) / max(time.monotonic() - self._started, 1e-9)
+        if rate > 0:
+            parts.append(f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.2g}/s")
+            if self.total is not None and self.done < self.total:
+                parts.append(f"{(self.total - self.done) / rate / 60:.1f} min left")
+        if self.note:
+            parts.append(self.note)
+        return f"{self.description}: {', '.join(parts)}"
+
+    def close(self) -> None:
+        """Close the bar; without one, print where the work ended, if lines were printed before."""
+        if self._bar is not None:
+            self._bar.close()
+        elif self._printed not in (-1, self.done):
+            self._print()
 
     def __enter__(self) -> Self:
         return self
@@ -151,8 +178,7 @@ class Progress:
         exception: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        self.close()
 
 
 @dataclass

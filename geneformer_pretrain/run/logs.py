@@ -1,4 +1,4 @@
-"""The logs of a run: config.yaml, metrics.jsonl with its progress bar, trackers and the log of cells."""
+"""The logs of a run: config.yaml, metrics.jsonl with the progress of steps, trackers and the log of cells."""
 
 from pathlib import Path
 
@@ -50,7 +50,7 @@ class RunLogs:
         self.cells = CellLog(folder, world, first_step) if config.training.log_cell_ids else None
 
     def close(self) -> None:
-        """Close files and bar."""
+        """Close files and progress."""
         for log in (self.metrics, self.cells):
             if log is not None:
                 log.close()

@@ -1,4 +1,4 @@
-"""metrics.jsonl and the progress bar of a run."""
+"""metrics.jsonl and the progress of a run."""
 
 import json
 import logging
@@ -7,9 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
-from geneformer_pretrain.console import TolerantStream, is_terminal
+from geneformer_pretrain.console import Progress
 from geneformer_pretrain.errors import DataError
 from geneformer_pretrain.files import replacing
 from geneformer_pretrain.run.tracking import Tracker
@@ -21,7 +19,7 @@ TRACKING_INTERVAL = 1.0
 
 
 class MetricsLog:
-    """Writes one record per logged step, shows a progress bar and feeds trackers; used on the main rank.
+    """Writes one record per logged step, shows progress and feeds trackers; used on the main rank.
 
     Parameters
     ----------
@@ -39,15 +37,7 @@ class MetricsLog:
         self.file = JsonLines(folder / "metrics.jsonl", first_step)
         self.trackers = trackers
         self._tracked = 0.0
-        self.bar = tqdm(
-            total=num_steps,
-            initial=first_step,
-            desc="train",
-            unit="step",
-            dynamic_ncols=True,
-            mininterval=0.2 if is_terminal(2) else 10.0,
-            file=TolerantStream(2),
-        )
+        self.progress = Progress(num_steps, "train", "step", initial=first_step, exact=True)
 
     def write(self, record: dict[str, Any]) -> None:
         """Record one step; numbers that are not finite become null, since JSON has no NaN."""
@@ -60,15 +50,13 @@ class MetricsLog:
                 tracker.log(finite)
 
     def advance(self, step: int, loss: float, learning_rate: float, tokens_per_second: float) -> None:
-        """Move the progress bar to `step`."""
-        self.bar.set_postfix_str(
-            f"loss {loss:.4f}, lr {learning_rate:.2e}, {tokens_per_second:,.0f} tokens/s", refresh=False
-        )
-        self.bar.update(step - self.bar.n)
+        """Move the progress to `step`."""
+        note = f"loss {loss:.4f}, lr {learning_rate:.2e}, {tokens_per_second:,.0f} tokens/s"
+        self.progress.advance(step - self.progress.done, note)
 
     def close(self) -> None:
-        """Close file and bar; trackers are closed by whoever made them, after exit.json is written."""
-        self.bar.close()
+        """Close file and progress; trackers are closed by whoever made them, after exit.json is written."""
+        self.progress.close()
         self.file.close()
 
 

@@ -88,26 +88,31 @@ class Tracker:
                 self._log_record(record)
             self._finish(record)
         except Exception as error:  # Any fault of a tracking library: training goes on without it.
-            self._lose(f"{type(error).__name__}: {error}")
+            self._lose(f"{type(error).__name__}: {error}".partition("\n")[0])
 
     def _lose(self, reason: str) -> None:
         if not self._lost.is_set():
             self._lost.set()
-            log.error("%s is lost (%s); the run goes on without it, metrics.jsonl has every record", self.name, reason)
+            _report_loss(self.name, reason)
+
+
+def _report_loss(name: str, reason: str) -> None:
+    log.error("%s is lost (%s); the run goes on without it, metrics.jsonl has every record", name, reason)
 
 
 def start_trackers(config: Config, folder: Path) -> list[Tracker]:
-    """Start the trackers that the configuration asks for.
+    """Start the trackers that the configuration asks for; one whose helper process or server fails is left out.
 
     Raises
     ------
     ConfigError
-        A tracker that does not start, with the remedy.
+        A tracker that is not installed, or does not accept its arguments or login; with the remedy.
     """
-    return [] if config.training.wandb_init_args is None else [_start_wandb(config, folder)]
+    tracker = None if config.training.wandb_init_args is None else _start_wandb(config, folder)
+    return [] if tracker is None else [tracker]
 
 
-def _start_wandb(config: Config, folder: Path) -> Tracker:
+def _start_wandb(config: Config, folder: Path) -> Tracker | None:
     """Start Weights & Biases: offline unless a key is set or the configuration says otherwise.
 
     The id of the W&B run is kept in the run's folder, so that a restart continues the same curves.
@@ -132,11 +137,14 @@ def _start_wandb(config: Config, folder: Path) -> Tracker:
         arguments.setdefault("resume", "allow")
     try:
         run = wandb.init(**arguments)
-    except (TypeError, ValueError, OSError, wandb.Error) as error:
+    except (TypeError, ValueError, wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
         raise ConfigError(
             f"training.wandb_init_args: wandb does not start with them: {error}; correct them (mode=offline needs no "
             f"login), or {without}"
         ) from error
+    except Exception as error:  # Its helper process, its server or the network: a restart at night goes on without it.
+        _report_loss("W&B", f"{type(error).__name__}: {error}".partition("\n")[0])
+        return None
     if run.id is not None:
         id_file.write_text(f"{run.id}\n")
     models = config.training.wandb_log_model
