@@ -38,6 +38,8 @@ class CountsOptions:
     layer: str | None = None
     raw: bool = False
     min_genes: int = 0
+    allow_noninteger: bool = False
+    allow_low_match: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -280,7 +282,11 @@ def _tokenize(
         try:
             for path in find_counts([str(path) for path in paths]):
                 with open_counts(
-                    path, gene_id_column=options.gene_id_column, layer=options.layer, raw=options.raw
+                    path,
+                    gene_id_column=options.gene_id_column,
+                    layer=options.layer,
+                    raw=options.raw,
+                    allow_noninteger=options.allow_noninteger,
                 ) as counts:
                     seen += counts.num_cells
                     for block in tokenize_blocks(
@@ -290,6 +296,7 @@ def _tokenize(
                         filter_column=options.filter_column,
                         columns=counts.obs_columns,
                         min_genes=options.min_genes,
+                        allow_low_match=options.allow_low_match,
                     ):
                         table = _table_of(block)
                         if writer is None:
