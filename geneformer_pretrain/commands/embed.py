@@ -54,6 +54,10 @@ def add_model_and_cells(parser: argparse.ArgumentParser) -> None:
     matrix.add_argument("--counts-layer", metavar="NAME", help="layer with the counts, instead of X")
     matrix.add_argument("--raw", action="store_true", help="counts are in raw.X")
     counts.add_argument("--min-genes", type=int, default=0, metavar="N", help="leave out cells with fewer genes")
+    counts.add_argument("--allow-noninteger", action="store_true", help="accept values that are no whole numbers")
+    counts.add_argument(
+        "--allow-low-match", action="store_true", help="accept that less than half of the counts are of known genes"
+    )
 
 
 def counts_options(arguments: argparse.Namespace) -> CountsOptions:
@@ -67,6 +71,8 @@ def counts_options(arguments: argparse.Namespace) -> CountsOptions:
         layer=arguments.counts_layer,
         raw=arguments.raw,
         min_genes=arguments.min_genes,
+        allow_noninteger=arguments.allow_noninteger,
+        allow_low_match=arguments.allow_low_match,
     )
 
 

@@ -112,17 +112,14 @@ def run(arguments: argparse.Namespace) -> Summary:
 
 def _lines(folder: Path, corpus: dict[str, Any], made: str) -> list[str]:
     """Describe a finished corpus for people."""
+    from geneformer_pretrain.tokenization.tokenizer import LEFT_OUT
+
     sums, cells, tokens = corpus["sums"], corpus["cells"], corpus["tokens"]
     number = len(corpus["parts"])
     parts = f"{number} part{'' if number == 1 else 's'}" + (f" ({made})" if made else "")
-    lines = [f"{folder}: {cells:,} cells, {tokens:,} tokens ({tokens / cells:,.0f} a cell), {parts}"]
-    words = {
-        "filter": "not chosen by the filter column",
-        "empty": "without counts",
-        "no_genes": "without a gene of the gene set",
-        "few_genes": "with fewer genes than --min-genes",
-    }
-    left_out = [f"{count:,} {words[reason]}" for reason, count in corpus["left_out"].items() if count]
+    noun = "cell" if cells == 1 else "cells"
+    lines = [f"{folder}: {cells:,} {noun}, {tokens:,} tokens ({tokens / cells:,.0f} a cell), {parts}"]
+    left_out = [f"{count:,} {LEFT_OUT[reason]}" for reason, count in corpus["left_out"].items() if count]
     if left_out:
         lines.append(f"cells left out: {', '.join(left_out)}")
     matched = {(source["genes_matched"], source["genes"]) for source in corpus["sources"]}

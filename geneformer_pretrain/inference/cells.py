@@ -39,6 +39,8 @@ class CountsOptions:
     layer: str | None = None
     raw: bool = False
     min_genes: int = 0
+    allow_noninteger: bool = False
+    allow_low_match: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -330,7 +332,11 @@ def _tokenize(files: Sequence[Path], model: Model, output: Path, options: Counts
         try:
             for path in files:
                 with open_counts(
-                    path, gene_id_column=options.gene_id_column, layer=options.layer, raw=options.raw
+                    path,
+                    gene_id_column=options.gene_id_column,
+                    layer=options.layer,
+                    raw=options.raw,
+                    allow_noninteger=options.allow_noninteger,
                 ) as counts:
                     seen += counts.num_cells
                     for block in tokenize_blocks(
@@ -340,6 +346,7 @@ def _tokenize(files: Sequence[Path], model: Model, output: Path, options: Counts
                         filter_column=options.filter_column,
                         columns=counts.obs_columns,
                         min_genes=options.min_genes,
+                        allow_low_match=options.allow_low_match,
                     ):
                         table = _table_of(block)
                         if writer is None:

@@ -96,7 +96,13 @@ def counts_of_cells(
     DataError
         A cell that is in no file, or in several places.
     """
-    open_file = partial(open_counts, gene_id_column=options.gene_id_column, layer=options.layer, raw=options.raw)
+    open_file = partial(
+        open_counts,
+        gene_id_column=options.gene_id_column,
+        layer=options.layer,
+        raw=options.raw,
+        allow_noninteger=options.allow_noninteger,
+    )
     files = find_counts(paths)
     columns: dict[str, int] = {}
     totals = np.empty(len(wanted.ids))
@@ -177,6 +183,7 @@ def _kept(counts: CountsFile, gene_set: GeneSet, options: CountsOptions) -> Iter
         n_counts_column=options.n_counts_column,
         filter_column=options.filter_column,
         min_genes=options.min_genes,
+        allow_low_match=options.allow_low_match,
     ):
         yield from zip(block.rows.tolist(), block.cell_ids, strict=True)
 

@@ -55,6 +55,8 @@ def check_values(block: CountsBlock, file: Named, allow_noninteger: bool, other_
         if other_matrices
         else ("Give a file with the raw counts")
     )
+    if any(option.startswith("--layer ") for option in other_matrices):
+        remedy += " (--counts-layer where a model is named)"
     if np.isfinite(value) and value >= 0:
         remedy += ", or add --allow-noninteger to use these as they are"
     raise DataError(f"{file.path}: row {row} (cell {name}), gene {gene}: {_fault(value, cell)}, not a count. {remedy}.")

@@ -221,6 +221,8 @@ class GeneMatch:
             f"ids of the file: {', '.join(self.unmatched_ids(column_counts))}; of the gene set: "
             f"{', '.join(self.examples)}. Take another column of ids (--gene-id-column) or the gene set of this species"
         )
+        if not len(self.gene_ids):
+            raise DataError(f"{path}: no genes.")
         if self.num_matched == 0:
             raise DataError(f"{path}: none of its {len(self.gene_ids):,} genes is in the gene set ({spellings}).")
         if column_counts is None or not column_counts.any() or allow_low_match:

@@ -205,6 +205,8 @@ def _usable_ids(path: Path, gene_ids: list[str]) -> list[str]:
     DataError
         If they are only row numbers, or one has spaces or angle brackets.
     """
+    if not gene_ids:
+        raise DataError(f"{path}: no genes.")
     if gene_ids == [str(number) for number in range(len(gene_ids))]:
         raise DataError(f"{path}: gene ids are only row numbers; name the column that holds ids with --gene-id-column.")
     ids = [canonical(gene_id) for gene_id in gene_ids if gene_id]

@@ -34,6 +34,14 @@ REASONS = {
 """Why cells are left out: not chosen by the filter column; without counts; without a gene that has a token and a
 median; with fewer such genes than asked for."""
 
+LEFT_OUT = {
+    "filter": "not chosen by the filter column",
+    "empty": "without counts",
+    "no_genes": "without a gene of the gene set",
+    "few_genes": "with fewer genes than --min-genes",
+}
+"""The same for people, after a number."""
+
 
 @dataclass
 class Tally:

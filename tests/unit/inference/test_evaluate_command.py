@@ -240,3 +240,17 @@ def test_several_processes_are_refused(world: World, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="evaluate runs in one process; start it without torchrun"):
         world.run("--label", "cell_type")
+
+
+def test_other_values_and_genes_are_read_when_an_option_allows_it(world: World) -> None:
+    data = anndata.read_h5ad(world.h5ad)
+    data.X = data.X * 0.5
+    data.var["ensembl_id"] = [name if gene % 3 == 0 else f"other{gene}" for gene, name in enumerate(data.var_names)]
+    data.write_h5ad(world.h5ad)
+    words = ["--label", "cell_type"]
+    with pytest.raises(DataError, match=r"not a count.*add --allow-noninteger"):
+        world.run(*words, cells=world.h5ad)
+    with pytest.raises(DataError, match="--allow-low-match accepts it"):
+        world.run(*words, "--allow-noninteger", cells=world.h5ad)
+    summary = world.run(*words, "--allow-noninteger", "--allow-low-match", cells=world.h5ad)
+    assert "PCA of log-normalised counts" in summary.values["representations"]

@@ -272,7 +272,7 @@ def test_folders_that_are_no_corpus_stay(files: list[Path], genes: Path, tmp_pat
 
 
 def test_a_corpus_without_cells_is_an_error(files: list[Path], genes: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"all 115 cells are left out \(empty 2, few_genes 113\)"):
+    with pytest.raises(DataError, match=r"all 115 cells are left out \(2 without counts, 113 with fewer genes"):
         run(*files, "--gene-set", genes, "--output", tmp_path / "corpus", "--min-genes", 99)
     nothing = write_h5ad(tmp_path / "c.h5ad", example_anndata(example_counts()[:0]))
     with pytest.raises(DataError, match=r"c\.h5ad: no cells"):

@@ -81,7 +81,7 @@ def test_normalised_values_are_named_as_such(tmp_path: Path) -> None:
     data.raw, data.layers["umi"] = example_anndata(), example_counts()
     text = refused(write_h5ad(tmp_path / "log.h5ad", data))
     assert "is log-normalised (log(1 + x), x summing to 10,000 in this cell), not a count" in text
-    assert "Read other values of this file with --raw or --layer umi" in text
+    assert "Read other values of this file with --raw or --layer umi (--counts-layer where a model is named)" in text
     text = refused(write_h5ad(tmp_path / "scaled.h5ad", example_anndata(sp.csr_matrix(scaled))))
     assert "is normalised (summing to 10,000 in this cell), not a count" in text
 
