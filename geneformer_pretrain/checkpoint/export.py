@@ -15,7 +15,7 @@ from geneformer_pretrain.checkpoint.formats import open_tensors
 from geneformer_pretrain.checkpoint.manifest import MANIFEST, find_damage, read_manifest, step_folders
 from geneformer_pretrain.checkpoint.shards import Shards
 from geneformer_pretrain.checkpoint.tensor_files import write_safetensors
-from geneformer_pretrain.config.model import ARCHITECTURE
+from geneformer_pretrain.config.model import ARCHITECTURE, MAX_TOKENS_KEY
 from geneformer_pretrain.distributed.engines import Engine
 from geneformer_pretrain.errors import CheckpointError
 from geneformer_pretrain.files import new_folder
@@ -43,7 +43,12 @@ def gather_weights(engine: Engine, is_main: bool) -> dict[str, Tensor]:
 
 
 def write_model(
-    tensors: dict[str, Tensor], architecture: Mapping[str, Any], folder: Path, *, gene_set: Path | None = None
+    tensors: dict[str, Tensor],
+    architecture: Mapping[str, Any],
+    seq_length: int | None,
+    folder: Path,
+    *,
+    gene_set: Path | None = None,
 ) -> None:
     """Write `config.json` and `model.safetensors`; called on one rank.
 
@@ -55,6 +60,8 @@ def write_model(
         Weights by canonical name, FP32, in host memory.
     architecture
         The keys of the model group that stock BERT knows.
+    seq_length
+        Tokens of the longest cell in training, if known; noted where the model has more positions.
     gene_set
         Gene-set folder to copy into the export; stock classes ignore it.
 
@@ -69,6 +76,8 @@ def write_model(
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
     stock = {"architectures": ["BertForMaskedLM"], "model_type": "bert", "torch_dtype": "float32"}
     config = {**stock, **{key: architecture[key] for key in ARCHITECTURE}}
+    if seq_length is not None and seq_length < config["max_position_embeddings"]:
+        config[MAX_TOKENS_KEY] = seq_length
     with new_folder(folder, overwrite=True) as temporary:
         write_safetensors(temporary / WEIGHTS_FILE, tensors, {"format": "pt"})
         (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
@@ -77,13 +86,13 @@ def write_model(
                 shutil.copyfile(file, temporary / file.name)
 
 
-def read_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], int | None]:
     """Read the weights of a checkpoint that any engine wrote, whole, in host memory; changes nothing in the folder.
 
     Returns
     -------
     tuple
-        Weights by canonical name, and the architecture.
+        Weights by canonical name, the architecture, and the tokens of the longest cell in training.
 
     Raises
     ------
@@ -105,7 +114,8 @@ def read_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 weights[name.removeprefix(MODEL_PREFIX)] = whole
     except ValueError as error:
         raise CheckpointError(f"{folder} cannot be exported: {error}") from None
-    return weights, manifest["state"]["model"]
+    state = manifest["state"]
+    return weights, state["model"], state.get("data", {}).get("seq_length")
 
 
 def find_checkpoint(folder: Path) -> tuple[Path, list[str]]:

@@ -42,6 +42,9 @@ def add_model_and_cells(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: bfloat16 on a GPU, else float32"
     )
+    parser.add_argument(
+        "--max-tokens", type=int, metavar="N", help="cut longer cells; default: as the model's training did"
+    )
     parser.add_argument("--pack-tokens", type=int, metavar="N", help="tokens of a forward pass; default: by device")
     counts = parser.add_argument_group("counts", "where they are in their files")
     counts.add_argument("--gene-id-column", default="ensembl_id", metavar="NAME", help="column of var with gene ids")
@@ -83,6 +86,7 @@ def run(arguments: argparse.Namespace) -> Summary:
             gene_set=arguments.gene_set,
             dtype=arguments.dtype,
             tokens=arguments.pack_tokens,
+            max_tokens=arguments.max_tokens,
             overwrite=arguments.overwrite,
             counts=counts_options(arguments),
         )

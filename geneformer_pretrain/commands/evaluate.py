@@ -52,7 +52,7 @@ def _evaluate(arguments: argparse.Namespace, work: Path) -> Summary:
 
     from geneformer_pretrain.console import Summary, say
     from geneformer_pretrain.files import new_folder
-    from geneformer_pretrain.inference.cells import is_corpus, open_cells
+    from geneformer_pretrain.inference.cells import find_corpus, is_corpus, open_cells
     from geneformer_pretrain.inference.evaluate import (
         Features,
         log_normalised,
@@ -74,7 +74,8 @@ def _evaluate(arguments: argparse.Namespace, work: Path) -> Summary:
 
     seed, options = arguments.seed, counts_options(arguments)
     model = load_model(arguments.model, gene_set=arguments.gene_set, dtype=arguments.dtype)
-    cells = open_cells(arguments.cells, model, work, options, show_progress=True)
+    corpus = find_corpus(arguments.cells, model, work, options, is_main=True)
+    cells = open_cells(corpus, model, work, max_tokens=arguments.max_tokens)
     chosen = choose_cells(cells, arguments.label, arguments.groups, max_cells=arguments.max_cells, seed=seed)
     folds = split_folds(chosen.classes, seed)
     features: dict[str, Features] = {}
@@ -91,18 +92,19 @@ def _evaluate(arguments: argparse.Namespace, work: Path) -> Summary:
         )
     presence = token_presence(chosen.tokens, chosen.offsets, model.vocab_size)
     features["PCA of token presence"] = principal_components(presence, seed)
-    corpus = write_corpus(chosen, model.gene_set, work / "corpus")
+    chosen_corpus = write_corpus(chosen, model.gene_set, work / "corpus")
     models = {MODEL: arguments.model, RANDOM: save_random_weights(arguments.model, work / "random", seed)}
     for name, folder in models.items():
         features[name] = embed_corpus(
             folder,
             arguments.gene_set or arguments.model,
-            corpus,
+            chosen_corpus,
             work / f"{folder.name}.parquet",
             layer=arguments.layer,
             pooling=arguments.pooling,
             dtype=arguments.dtype,
             tokens=arguments.pack_tokens,
+            max_tokens=cells.max_tokens,
         )
     features = {name: features[name] for name in (*models, *(name for name in features if name not in models))}
     scores = {}

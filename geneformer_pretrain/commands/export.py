@@ -33,10 +33,10 @@ def run(arguments: argparse.Namespace) -> Summary:
 
     require_new(arguments.output, overwrite=arguments.overwrite, what="model")
     folder, passed_over = find_checkpoint(arguments.checkpoint)
-    weights, architecture = read_weights(folder)
+    weights, architecture, seq_length = read_weights(folder)
     if arguments.gene_set is not None:
         _require_same_vocabulary(arguments.gene_set, architecture["vocab_size"])
-    write_model(weights, architecture, arguments.output, gene_set=arguments.gene_set)
+    write_model(weights, architecture, seq_length, arguments.output, gene_set=arguments.gene_set)
     parameters = sum(tensor.numel() for tensor in weights.values())
     return Summary(
         [*passed_over, f"Exported {folder} to {arguments.output}: {parameters:,} parameters in FP32."],

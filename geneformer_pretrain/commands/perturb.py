@@ -74,6 +74,7 @@ def run(arguments: argparse.Namespace) -> Summary:
             gene_set=arguments.gene_set,
             dtype=arguments.dtype,
             tokens=arguments.pack_tokens,
+            max_tokens=arguments.max_tokens,
             overwrite=arguments.overwrite,
             statistics=not arguments.no_statistics,
             counts=counts_options(arguments),

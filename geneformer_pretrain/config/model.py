@@ -33,6 +33,9 @@ ARCHITECTURE = (
     "pad_token_id",
 )
 
+MAX_TOKENS_KEY = "geneformer_max_tokens"
+"""Key of an export's `config.json`: tokens of the longest cell in training, where the model has more positions."""
+
 
 @dataclass
 class ModelConfig:

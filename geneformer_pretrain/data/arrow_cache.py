@@ -81,17 +81,17 @@ class ParquetReader:
 
     def __init__(self, paths: Sequence[Path]) -> None:
         found = [inspect_parquet(path) for path in paths]
-        self._files = [file for file in found if file.rows]
-        self.sources: Sequence[SourceFile] = [SourceFile(os.path.abspath(file.path), file.rows) for file in self._files]
-        self.num_tokens = sum(file.tokens for file in self._files)
-        self.empty_files = len(found) - len(self._files)
-        if not self._files:
+        self.files = [file for file in found if file.rows]
+        self.sources: Sequence[SourceFile] = [SourceFile(os.path.abspath(file.path), file.rows) for file in self.files]
+        self.num_tokens = sum(file.tokens for file in self.files)
+        self.empty_files = len(found) - len(self.files)
+        if not self.files:
             others = f" (nor have {len(paths) - 1} others)" if len(paths) > 1 else ""
             raise DataError(f"{paths[0]}: has no rows{others}; a corpus needs at least one cell")
 
     def read(self) -> Iterator[CellBatch]:
         """Yield the cells in order."""
-        return read_parquet(self._files)
+        return read_parquet(self.files)
 
 
 class _TokensNeedInt32(Exception):

@@ -1,8 +1,8 @@
 """Cells for inference: a corpus of tokens, or counts that are tokenized into one first."""
 
-import ctypes
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,17 +12,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.ipc as ipc
 import pyarrow.parquet as pq
+import xxhash
 
 from geneformer_pretrain.console import Progress, say
-from geneformer_pretrain.data.corpus import Corpus, open_corpus
 from geneformer_pretrain.data.sources import read_description
 from geneformer_pretrain.data.vocabulary import require_gene_set
-from geneformer_pretrain.errors import DataError
+from geneformer_pretrain.errors import ConfigError, DataError
 from geneformer_pretrain.files import replacing
 from geneformer_pretrain.inference.model import Model
+from geneformer_pretrain.inference.tokens import Tokens, open_tokens
 
-TOKENIZED = "cells.parquet"
-"""Cells that were tokenized on the way, in the folder of intermediate results."""
+MIN_TOKENS = 3
+"""Fewest tokens that cells may be cut to: <cls>, a gene and <eos>."""
 
 TOKEN_COLUMNS = ("input_ids", "length")
 """Columns of a corpus that say nothing about the cell itself."""
@@ -46,49 +47,56 @@ class Cells:
 
     Attributes
     ----------
-    corpus
+    source
         The tokens.
     model
         Model that reads them.
-
-    Raises
-    ------
-    DataError
-        A cell is longer than the model's longest; names the first.
+    max_tokens
+        Longer cells are cut to it: their last genes are left out.
     """
 
-    corpus: Corpus
+    source: Tokens
     model: Model
-
-    def __post_init__(self) -> None:
-        most = self.model.max_tokens
-        too_long = np.flatnonzero(self.lengths > most)
-        if len(too_long):
-            cell = int(too_long[0])
-            raise DataError(
-                f"{self.corpus.describe_cell(cell)}: {self.lengths[cell]:,} tokens; {self.model.path} knows up "
-                f"to {most:,}, and {len(too_long):,} cells are longer. Tokenize them with the model's gene set."
-            )
+    max_tokens: int
 
     @property
     def num_cells(self) -> int:
         """Number of cells."""
-        return self.corpus.num_cells
+        return len(self.source.lengths)
 
-    @property
+    @cached_property
     def lengths(self) -> np.ndarray:
         """Tokens of each cell, int32 [num_cells]."""
-        return self.corpus.lengths
+        return np.minimum(self.source.lengths, np.int32(self.max_tokens))
 
     @cached_property
     def files(self) -> list["_File"]:
         """Files in the order of the cells."""
-        return [_File(Path(source.path), source.rows) for source in self.corpus.sources]
+        return [_File(Path(source.path), source.rows) for source in self.source.sources]
 
     @cached_property
+    def schema(self) -> pa.Schema:
+        """Columns beside the tokens, of all files.
+
+        Raises
+        ------
+        DataError
+            A column has types that no common one holds.
+        """
+        schemas = [
+            pa.schema([field for field in file.schema if field.name not in TOKEN_COLUMNS]) for file in self.files
+        ]
+        try:
+            return pa.unify_schemas(schemas, promote_options="permissive")
+        except pa.ArrowException as error:
+            raise DataError(
+                f"{self.files[0].path} and others: a column has several types ({error}); write it with one."
+            ) from error
+
+    @property
     def column_names(self) -> list[str]:
         """Columns beside the tokens."""
-        return [name for name in self.files[0].schema.names if name not in TOKEN_COLUMNS]
+        return list(self.schema.names)
 
     def require_columns(self, names: Sequence[str], option: str) -> None:
         """Raise DataError, naming the file, if a column is not there."""
@@ -104,35 +112,33 @@ class Cells:
         Parameters
         ----------
         cells
-            int64 [n], numbers of the cells.
+            int64 [n], numbers of the cells, ascending.
 
         Raises
         ------
         DataError
             Padding or a token outside of the model's vocabulary; names the cell.
         """
-        corpus = self.corpus
-        offsets = np.zeros(len(cells) + 1, np.int64)
-        np.cumsum(corpus.lengths[cells], out=offsets[1:])
-        tokens = np.empty(offsets[-1], corpus.token_dtype)
-        batches = np.searchsorted(corpus.batch_first_cell, cells, side="right") - 1
-        first, place = 0, offsets.tolist()
-        # Neighbours in one batch are copied together.
-        breaks = np.flatnonzero((np.diff(cells) != 1) | (np.diff(batches) != 0)) + 1
-        for last in [*breaks.tolist(), len(cells)]:
-            batch, cell = int(batches[first]), int(cells[first])
-            row = cell - int(corpus.batch_first_cell[batch])
-            start = int(_view(int(corpus.batch_offsets[batch]), row, 1, corpus.offset_dtype)[0])
-            count = place[last] - place[first]
-            tokens[place[first] : place[last]] = _view(
-                int(corpus.batch_values[batch]), start, count, corpus.token_dtype
-            )
-            first = last
+        tokens = self.source.read(cells)
+        offsets = np.concatenate([[0], np.cumsum(self.source.lengths[cells], dtype=np.int64)])
         pad = self.model.gene_set.special_tokens["pad"]
         bad = (tokens >= self.model.vocab_size) | (tokens < 0) | (tokens == pad)
         if bad.any():
             self._refuse(cells, offsets, tokens, int(bad.argmax()))
-        return tokens.astype(np.int32, copy=False), offsets
+        tokens = tokens.astype(np.int32, copy=False)
+        return self._cut(tokens, offsets) if np.diff(offsets).max(initial=0) > self.max_tokens else (tokens, offsets)
+
+    def _cut(self, tokens: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Cut cells to `max_tokens`; where one ends with <eos>, that stays its last token."""
+        lengths = np.diff(offsets)
+        kept = np.minimum(lengths, self.max_tokens)
+        places = np.arange(len(tokens)) - np.repeat(offsets[:-1], lengths)
+        shorter = tokens[places < np.repeat(kept, lengths)]
+        ends = np.cumsum(kept)
+        if (eos := self.model.gene_set.special_tokens.get("eos")) is not None:
+            last = tokens[offsets[1:] - 1]
+            shorter[ends[last == eos] - 1] = eos
+        return shorter, np.concatenate([[0], ends])
 
     def ids(self, cells: np.ndarray) -> pa.Array:
         """`cell_id` of some cells, or their numbers as text where there is no such column."""
@@ -141,25 +147,15 @@ class Cells:
         return self.table(["cell_id"], cells)["cell_id"].combine_chunks().cast(pa.string())
 
     def table(self, columns: Sequence[str], cells: np.ndarray) -> pa.Table:
-        """Columns of some cells in ascending order: n rows.
-
-        Raises
-        ------
-        DataError
-            Files whose columns have other types.
-        """
+        """Columns of some cells in ascending order: n rows, null where a file lacks the column."""
         tables, first = [], 0
         for file in self.files:
             low, high = np.searchsorted(cells, [first, first + file.rows])
             if high > low:
                 tables.append(file.read(columns, cells[low:high] - first))
             first += file.rows
-        try:
-            return pa.concat_tables(tables, promote_options="permissive").combine_chunks()
-        except pa.ArrowException as error:
-            raise DataError(
-                f"{self.files[0].path} and others: a column has several types ({error}); write it with one."
-            ) from error
+        schema = pa.schema([self.schema.field(name) for name in columns])
+        return pa.concat_tables([schema.empty_table(), *tables], promote_options="permissive").combine_chunks()
 
     def _refuse(self, cells: np.ndarray, offsets: np.ndarray, tokens: np.ndarray, bad: int) -> None:
         place = int(np.searchsorted(offsets, bad, side="right")) - 1
@@ -168,14 +164,9 @@ class Cells:
         if token == self.model.gene_set.special_tokens["pad"]:
             reason = "is padding"
         raise DataError(
-            f"{self.corpus.describe_cell(int(cells[place]))}: token {token} at position {bad - offsets[place]} "
+            f"{self.source.describe_cell(int(cells[place]))}: token {token} at position {bad - offsets[place]} "
             f"{reason}; tokenize the cells with the model's gene set."
         )
-
-
-def _view(address: int, start: int, count: int, dtype: np.dtype) -> np.ndarray:
-    size = dtype.itemsize
-    return np.frombuffer(memoryview((ctypes.c_char * (count * size)).from_address(address + start * size)), dtype)
 
 
 @dataclass(frozen=True)
@@ -207,39 +198,87 @@ class _File:
         return table.take(pa.array(rows - starts[group] + before[group]))
 
 
-def open_cells(
-    paths: Sequence[str | Path], model: Model, folder: Path, options: CountsOptions, *, show_progress: bool
-) -> Cells:
-    """Open a corpus, or tokenize counts.
+def find_corpus(
+    paths: Sequence[str | Path], model: Model, folder: Path, options: CountsOptions, *, is_main: bool
+) -> Path:
+    """Return the corpus to read: the one that is given, or counts tokenized into a file of `folder`.
 
     Parameters
     ----------
     paths
         One corpus, as `data.open_corpus` takes it; or files, folders and globs of counts.
     model
-        Model that will read them.
+        Model that will read the cells.
     folder
-        Folder for intermediate results.
+        Folder for intermediate results; counts that were tokenized into it before are not tokenized again.
     options
         Where counts are in their files.
+    is_main
+        Print what is worth knowing.
 
     Raises
     ------
     DataError
         Cells that the model cannot read.
     """
-    corpora = [Path(path) for path in paths if is_corpus(path)]
-    if not corpora:
-        tokenized = folder / TOKENIZED
-        if not tokenized.exists():
-            _tokenize(paths, model, tokenized, options, show_progress)
-        corpora = [tokenized]
-    elif len(paths) > 1:
+    corpus = next((Path(path) for path in paths if is_corpus(path)), None)
+    if corpus is None:
+        return _tokenized(paths, model, folder, options, is_main)
+    if len(paths) > 1:
         raise DataError(f"{paths[0]}, {paths[1]}: name one corpus, or counts only; a glob takes several files.")
-    else:
-        _require_gene_set(corpora[0], model, is_main=show_progress)
-    corpus = open_corpus(corpora[0], folder / "cache", vocab_size=model.vocab_size, show_progress=show_progress)
-    return Cells(corpus, model)
+    _require_gene_set(corpus, model, is_main=is_main)
+    return corpus
+
+
+def open_cells(
+    corpus: Path, model: Model, folder: Path, *, max_tokens: int | None = None, is_main: bool = True
+) -> Cells:
+    """Open a corpus for a model.
+
+    Parameters
+    ----------
+    corpus
+        See `find_corpus`.
+    model
+        Model that will read it.
+    folder
+        Folder for intermediate results.
+    max_tokens
+        Longer cells are cut; by default those longer than the cells that the model was trained on.
+    is_main
+        Print what is worth knowing.
+
+    Raises
+    ------
+    DataError
+        A corpus that cannot be read, or cells that are longer than the model's longest.
+    ConfigError
+        `max_tokens` beyond what the model can read.
+    """
+    source = open_tokens(corpus, folder / "cache", show_progress=is_main)
+    return Cells(source, model, _max_tokens(source, model, max_tokens, is_main=is_main))
+
+
+def _max_tokens(source: Tokens, model: Model, given: int | None, *, is_main: bool) -> int:
+    """Tokens that cells are cut to: as asked for, or as in the model's training."""
+    if given is not None and not MIN_TOKENS <= given <= model.max_tokens:
+        raise ConfigError(
+            f"--max-tokens {given}: choose from {MIN_TOKENS} to {model.max_tokens:,}, the model's longest cell."
+        )
+    longer = np.flatnonzero(source.lengths > model.max_tokens)
+    if len(longer) and given is None:
+        cell = int(longer[0])
+        raise DataError(
+            f"{source.describe_cell(cell)}: {source.lengths[cell]:,} tokens; {model.path} knows up to "
+            f"{model.max_tokens:,}, and {len(longer):,} cells are longer. Tokenize them with the model's gene set, or "
+            f"add --max-tokens {model.max_tokens} to leave out their last genes."
+        )
+    most = model.trained_tokens if given is None else given
+    cut = int((source.lengths > most).sum())
+    if cut and is_main:
+        why = "the model was trained on no longer ones; --max-tokens changes it" if given is None else "--max-tokens"
+        say(f"{cut:,} of {len(source.lengths):,} cells are cut to their first {most:,} tokens ({why}).")
+    return most
 
 
 def is_corpus(path: str | Path) -> bool:
@@ -267,18 +306,29 @@ def _require_gene_set(corpus: Path, model: Model, *, is_main: bool) -> None:
         say(f"{corpus} does not name its gene set; its tokens are read as those of {model.gene_set.name}.")
 
 
-def _tokenize(
-    paths: Sequence[str | Path], model: Model, output: Path, options: CountsOptions, show_progress: bool
-) -> None:
+def _tokenized(paths: Sequence[str | Path], model: Model, folder: Path, options: CountsOptions, is_main: bool) -> Path:
+    """Return the file of cells that counts were tokenized into, now or before; its name tells counts and options."""
+    from geneformer_pretrain.tokenization.counts import file_state, find_counts
+
+    files = find_counts([str(path) for path in paths])
+    made_of = [[str(file.absolute()), file_state(file)] for file in files]
+    key = xxhash.xxh3_64_hexdigest(json.dumps([made_of, asdict(options), model.gene_set.fingerprint]).encode())
+    output = folder / f"cells-{key}.parquet"
+    if not output.exists():
+        _tokenize(files, model, output, options, is_main)
+    return output
+
+
+def _tokenize(files: Sequence[Path], model: Model, output: Path, options: CountsOptions, is_main: bool) -> None:
     """Tokenize counts into one parquet file, with ids and all columns of the cells."""
-    from geneformer_pretrain.tokenization.counts import find_counts, open_counts
+    from geneformer_pretrain.tokenization.counts import open_counts
     from geneformer_pretrain.tokenization.tokenizer import tokenize_blocks
 
     writer: pq.ParquetWriter | None = None
     seen = kept = 0
-    with replacing(output) as temporary, Progress(None, "tokenize", "cell", enabled=show_progress) as progress:
+    with replacing(output) as temporary, Progress(None, "tokenize", "cell", enabled=is_main) as progress:
         try:
-            for path in find_counts([str(path) for path in paths]):
+            for path in files:
                 with open_counts(
                     path, gene_id_column=options.gene_id_column, layer=options.layer, raw=options.raw
                 ) as counts:
@@ -306,8 +356,8 @@ def _tokenize(
             if writer is not None:
                 writer.close()
         if not kept:
-            raise DataError(f"{', '.join(map(str, paths))}: no cell is left of {seen:,}; relax the filters.")
-    if kept < seen and show_progress:
+            raise DataError(f"{', '.join(map(str, files))}: no cell is left of {seen:,}; relax the filters.")
+    if kept < seen and is_main:
         say(f"{seen - kept:,} of {seen:,} cells are left out by filters.")
 
 

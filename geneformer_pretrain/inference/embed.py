@@ -1,12 +1,10 @@
 """Embeddings of cells, and mean contextual embeddings of genes."""
 
-import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from time import perf_counter
 
 import numpy as np
 import pyarrow as pa
@@ -18,15 +16,17 @@ from geneformer_pretrain.console import Progress, Summary
 from geneformer_pretrain.distributed.agreement import Ranks
 from geneformer_pretrain.errors import ConfigError, require
 from geneformer_pretrain.files import replacing, require_new
-from geneformer_pretrain.inference.cells import Cells, CountsOptions, open_cells
-from geneformer_pretrain.inference.merging import Groups, genes_path, merge, merge_genes
+from geneformer_pretrain.inference.cells import Cells, CountsOptions, find_corpus, open_cells
+from geneformer_pretrain.inference.merging import Groups, Merging, genes_path, merge_genes
 from geneformer_pretrain.inference.model import Model, load_model
 from geneformer_pretrain.inference.packs import Pack, Parts
 from geneformer_pretrain.inference.parts import (
     Job,
     Lock,
     Part,
+    Phases,
     Writer,
+    at_once,
     fixed_size_list,
     in_turn,
     join_ranks,
@@ -38,8 +38,8 @@ from geneformer_pretrain.inference.parts import (
 from geneformer_pretrain.inference.pooling import first_token, mean_of_genes
 from geneformer_pretrain.inference.runner import COMPILE_FROM, Runner, windows
 
-PART_TOKENS = 2**27
-"""About the tokens of a part: some seconds of work on a GPU for small models, a minute or two for large ones."""
+PART_TOKENS, GENES_PART_TOKENS = 2**25, 2**27
+"""About the tokens of a part: seconds of work on a GPU. Parts with sums of genes, which are large files, are longer."""
 
 CLS, MEAN = "cls", "mean"
 
@@ -56,6 +56,8 @@ class EmbedOptions:
         Column of the cells; genes are averaged for each of its values.
     tokens
         Token budget of a pack.
+    max_tokens
+        Longer cells are cut; by default those longer than the model's training cells.
     """
 
     model: Path
@@ -68,6 +70,7 @@ class EmbedOptions:
     gene_set: Path | None = None
     dtype: str = "auto"
     tokens: int | None = None
+    max_tokens: int | None = None
     overwrite: bool = False
     counts: CountsOptions = field(default_factory=CountsOptions)
 
@@ -80,11 +83,11 @@ def embed(options: EmbedOptions) -> Summary:
     ConfigError, DataError, OutputError
         Naming the option, file or cell, and the remedy.
     """
-    began = perf_counter()
+    phases = Phases()
     ranks = join_ranks()
     work = options.output.with_name(options.output.name + ".parts")
     with in_turn(ranks, lambda: _prepare(options, work, is_main=ranks.rank == 0)):
-        return _embed(options, work, ranks, began)
+        return _embed(options, work, ranks, phases)
 
 
 def _prepare(options: EmbedOptions, work: Path, *, is_main: bool) -> AbstractContextManager[object]:
@@ -98,21 +101,18 @@ def _prepare(options: EmbedOptions, work: Path, *, is_main: bool) -> AbstractCon
             require_new(path, overwrite=options.overwrite)
     if options.overwrite:
         remove(work)
-    work.mkdir(parents=True, exist_ok=True)
     return Lock(work)
 
 
-def _embed(options: EmbedOptions, work: Path, ranks: Ranks, began: float) -> Summary:
+def _embed(options: EmbedOptions, work: Path, ranks: Ranks, phases: Phases) -> Summary:
     model = load_model(options.model, gene_set=options.gene_set, dtype=options.dtype, device=local_device())
     _require_cls(model, options.pooling)
-    opening = perf_counter()
+    phases.end("model")
     cells, job, groups = _open(options, model, work, ranks)
-    opening = perf_counter() - opening
     left = ranks.gather(job.left())[0]
-    mine = share(left, ranks.rank, ranks.size)
+    phases.end("open")
     tokens = sum(int(cells.lengths[part.first : part.last].sum()) for part in left)
-    length = float(cells.lengths.mean())
-    flops = model.flops_per_token(options.layer, length) * tokens / ranks.size
+    flops = model.flops_per_token(options.layer, float(cells.lengths.mean())) * tokens / ranks.size
     runner = Runner(
         model,
         options.layer,
@@ -124,30 +124,33 @@ def _embed(options: EmbedOptions, work: Path, ranks: Ranks, began: float) -> Sum
     runner.warm_up(head)
     head.reset()
     ranks.gather(None)
-    started = perf_counter()
-    _run(runner, head, cells, job, mine, groups)
-    ranks.gather(None)
-    if ranks.rank == 0:
-        merge(job, options.output)
-        if options.genes is not None:
+    phases.end("warm-up")
+    with Merging(job, options.output) if ranks.rank == 0 else nullcontext() as merging:
+        _run(runner, head, cells, job, share(left, ranks.rank, ranks.size), groups, merging)
+        ranks.gather(None)
+        phases.end("forward")
+        if merging is not None and options.genes is not None:
             merge_genes(job, model, options.group_by, groups, options.genes)
+    if merging is not None:
         remove(work)
-    seconds = opening + perf_counter() - started
-    start = started - began - opening
+    phases.end("merge")
+    seconds = phases.total("open", "forward", "merge")
+    rate, forward_rate = tokens / seconds, tokens / phases.total("forward")
     return Summary(
         [
             f"{options.output}: {cells.num_cells:,} cells, {model.hidden_size} dimensions, layer {options.layer}, "
             f"{options.pooling}.",
-            f"{tokens:,} tokens in {seconds:.1f} s after {start:.1f} s of start: {tokens / seconds:,.0f} "
-            f"tokens/s on {ranks.size} x {model.device.type}.",
+            f"{tokens:,} tokens in {seconds:.1f} s on {ranks.size} x {model.device.type}, reading and writing "
+            f"included: {rate:,.0f} tokens/s; forward alone {forward_rate:,.0f} tokens/s.",
+            phases.line,
         ],
         {
             "cells": cells.num_cells,
             "tokens": tokens,
-            "start_seconds": start,
-            "opening_seconds": opening,
+            **phases.values,
             "seconds": seconds,
-            "tokens_per_second": tokens / seconds,
+            "tokens_per_second": rate,
+            "forward_tokens_per_second": forward_rate,
             "ranks": ranks.size,
             "pack_tokens": runner.tokens,
             "compiled": runner.compiled_tokens > 0,
@@ -162,29 +165,31 @@ def _require_cls(model: Model, pooling: str) -> None:
 
 
 def _open(options: EmbedOptions, model: Model, work: Path, ranks: Ranks) -> tuple[Cells, Job, Groups | None]:
-    """Open cells and job, on the first rank before the others: it may have to tokenize."""
+    """Open cells and job; the first rank alone tokenizes counts and begins the job."""
+    is_main = ranks.rank == 0
+    corpus = in_turn(ranks, lambda: find_corpus(options.cells, model, work, options.counts, is_main=is_main))
 
-    def open_all() -> tuple[Cells, Job, Groups | None]:
-        cells = open_cells(options.cells, model, work, options.counts, show_progress=ranks.rank == 0)
-        groups = None
-        if options.group_by is not None:
-            groups = _group(cells, options.group_by)
-        settings = {
-            "command": "embed",
-            "model": model.fingerprint,
-            "gene set": model.gene_set.fingerprint,
-            "cells": cells.corpus.fingerprint,
-            "layer": model.num_layers_below(options.layer),
-            "pooling": options.pooling,
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "genes": options.genes is not None,
-            "group by": options.group_by,
-        }
-        costs = cells.lengths * (1.0 + cells.lengths / (6.0 * model.hidden_size))
-        part_cost = PART_TOKENS * float(costs.sum()) / float(cells.lengths.sum())
-        return cells, Job.open(work, settings, costs, part_cost, ranks.size), groups
+    def open_all() -> tuple[Cells, Groups | None]:
+        cells = open_cells(corpus, model, work, max_tokens=options.max_tokens, is_main=is_main)
+        return cells, None if options.group_by is None else _group(cells, options.group_by)
 
-    return in_turn(ranks, open_all)
+    cells, groups = at_once(ranks, open_all)
+    settings = {
+        "command": "embed",
+        "model": model.fingerprint,
+        "gene set": model.gene_set.fingerprint,
+        "cells": cells.source.fingerprint,
+        "max tokens": cells.max_tokens,
+        "layer": model.num_layers_below(options.layer),
+        "pooling": options.pooling,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "genes": options.genes is not None,
+        "group by": options.group_by,
+    }
+    costs = cells.lengths * (1.0 + cells.lengths / (6.0 * model.hidden_size))
+    part_tokens = PART_TOKENS if options.genes is None else GENES_PART_TOKENS
+    part_cost = part_tokens * float(costs.sum()) / float(cells.lengths.sum())
+    return cells, in_turn(ranks, lambda: Job.open(work, settings, costs, part_cost, ranks.size)), groups
 
 
 def _group(cells: Cells, column: str) -> Groups:
@@ -248,11 +253,14 @@ class _Head:
         return taken  # type: ignore[return-value]
 
 
-def _run(runner: Runner, head: _Head, cells: Cells, job: Job, mine: list[Part], groups: Groups | None) -> None:
+def _run(
+    runner: Runner, head: _Head, cells: Cells, job: Job, mine: list[Part], groups: Groups | None,
+    merging: Merging | None,
+) -> None:  # fmt: skip
     """Embed the parts of this rank and write each once it is complete."""
     total = sum(part.last - part.first for part in mine)
     packs = _packs(runner, head, cells, mine, groups)
-    with Progress(total, "embed", "cell", enabled=os.environ.get("RANK", "0") == "0") as progress, Writer() as writer:
+    with Progress(total, "embed", "cell", enabled=merging is not None) as progress, Writer() as writer:
         for pack, rows in runner.run(packs):
             results = pack.owner
             results.embeddings[pack.items] = rows
@@ -260,6 +268,8 @@ def _run(runner: Runner, head: _Head, cells: Cells, job: Job, mine: list[Part], 
             progress.advance(len(rows))
             if results.finished == len(results.embeddings):
                 writer.write(partial(_commit, job, cells, results))
+                if merging is not None:
+                    merging.require_progress()
 
 
 def _packs(runner: Runner, head: _Head, cells: Cells, mine: list[Part], groups: Groups | None) -> Iterator[Pack]:

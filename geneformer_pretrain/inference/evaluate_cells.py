@@ -85,14 +85,24 @@ def embed_corpus(
     pooling: str,
     dtype: str,
     tokens: int | None = None,
+    max_tokens: int | None = None,
 ) -> NDArray[np.float32]:
     """Embed a corpus, [cells, H] in its order; `output` is the parquet file that holds them meanwhile.
 
-    `tokens` is the size of a forward pass; None: by device.
+    `tokens` is the size of a forward pass; None: by device. `max_tokens`: see `EmbedOptions`.
     """
-    source = [str(corpus)]
     embed(
-        EmbedOptions(model, source, output, layer=layer, pooling=pooling, gene_set=gene_set, dtype=dtype, tokens=tokens)
+        EmbedOptions(
+            model,
+            [str(corpus)],
+            output,
+            layer=layer,
+            pooling=pooling,
+            gene_set=gene_set,
+            dtype=dtype,
+            tokens=tokens,
+            max_tokens=max_tokens,
+        )
     )
     column = pq.read_table(output, columns=["embedding"])["embedding"].combine_chunks()
     vectors: NDArray[np.float32] = column.flatten().to_numpy().reshape(len(column), -1)

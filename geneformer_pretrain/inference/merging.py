@@ -1,16 +1,23 @@
 """From the parts of an embedding job to its output files."""
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from threading import Event
+from types import TracebackType
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from geneformer_pretrain.files import replacing
+from geneformer_pretrain.files import replacing, sync_file
 from geneformer_pretrain.inference.model import Model
 from geneformer_pretrain.inference.parts import Job, fixed_size_list, open_writer, write_table
+
+MERGED = "merged.parquet"
+
+POLL_SECONDS = 0.1
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,22 +33,69 @@ def genes_path(path: Path) -> Path:
     return path.with_suffix(".genes.npz")
 
 
-def merge(job: Job, output: Path) -> None:
-    """Join the parts in one file."""
-    paths = [job.path(part) for part in job.parts]
-    if output.suffix == ".h5ad":
-        _write_h5ad(paths, output)
-        return
-    schema = pa.unify_schemas([pq.read_schema(path) for path in paths], promote_options="permissive")
-    with replacing(output) as temporary:
-        if len(paths) == 1:
-            paths[0].rename(temporary)
-            return
-        with open_writer(temporary, schema) as writer:
-            for path in paths:
+class Merging:
+    """Joins the parts of a job in one file; in parquet in a thread, each part as soon as it and those before are there.
+
+    Leaving it waits for the last part.
+
+    Parameters
+    ----------
+    job
+        Its parts are made meanwhile, by any rank.
+    output
+        File to write.
+    """
+
+    def __init__(self, job: Job, output: Path) -> None:
+        self._job, self._output = job, output
+        self._paths = [job.path(part) for part in job.parts]
+        self._stopped = Event()
+        self._thread = ThreadPoolExecutor(1, "merge")
+        self._merged: Future[Path] | None = None
+        if output.suffix != ".h5ad" and len(self._paths) > 1:
+            self._merged = self._thread.submit(self._append_all)
+
+    def require_progress(self) -> None:
+        """Raise the error of the thread, if it failed."""
+        if self._merged is not None and self._merged.done():
+            self._merged.result()
+
+    def _append_all(self) -> Path:
+        target = self._job.folder / MERGED
+        writer: pq.ParquetWriter | None = None
+        try:
+            for path in self._paths:
+                while not path.exists():
+                    if self._stopped.wait(POLL_SECONDS):
+                        return target
                 with pq.ParquetFile(path) as file:
+                    writer = writer or open_writer(target, file.schema_arrow)
                     for group in range(file.num_row_groups):
-                        writer.write_table(file.read_row_group(group).cast(schema))
+                        writer.write_table(file.read_row_group(group))
+                with target.open("rb") as written:  # little is left to be synced at the end
+                    sync_file(written)
+        finally:
+            if writer is not None:
+                writer.close()
+        return target
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self._stopped.set()
+            self._thread.shutdown()
+            return
+        if self._output.suffix == ".h5ad":
+            _write_h5ad(self._paths, self._output)
+        else:
+            merged = self._paths[0] if self._merged is None else self._merged.result()
+            with replacing(self._output) as temporary:
+                merged.rename(temporary)
+        self._thread.shutdown()
 
 
 def _write_h5ad(paths: list[Path], output: Path) -> None:

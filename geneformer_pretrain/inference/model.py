@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from geneformer_pretrain.config.model import MAX_TOKENS_KEY
 from geneformer_pretrain.errors import ConfigError, DataError
 from modeling_bert_te import BertForMaskedLM, BertModel
 
@@ -41,7 +42,9 @@ class Model:
     is_special
         bool [V], tokens that are no genes.
     max_tokens
-        Longest cell.
+        Longest cell that it can read.
+    trained_tokens
+        Longest cell that it was trained on, where its export says so, else `max_tokens`.
     fingerprint
         Hash of its configuration and weights.
     """
@@ -51,6 +54,7 @@ class Model:
     gene_set: GeneSet
     is_special: np.ndarray
     max_tokens: int
+    trained_tokens: int
     fingerprint: str
 
     @property
@@ -135,7 +139,8 @@ def load_model(
     folder = Path(path)
     if not (folder / "config.json").is_file():
         raise DataError(f"{folder}: no config.json; name a folder such as a run's final_model.")
-    kind = _read_json(folder / "config.json").get("model_type")
+    config = _read_json(folder / "config.json")
+    kind = config.get("model_type")
     if kind != "bert":
         raise DataError(f"{folder / 'config.json'}: model_type is {kind!r}; this command runs models of type 'bert'.")
     weights = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
@@ -157,7 +162,9 @@ def load_model(
         )
     is_special = np.arange(vocab_size) < genes.num_special_tokens
     max_tokens = min(genes.max_tokens, embeddings.position_embeddings.num_embeddings)
-    return Model(folder, bert, genes, is_special, max_tokens, _fingerprint(folder / "config.json", weights))
+    trained_tokens = min(max_tokens, config.get(MAX_TOKENS_KEY) or max_tokens)
+    fingerprint = _fingerprint(folder / "config.json", weights)
+    return Model(folder, bert, genes, is_special, max_tokens, trained_tokens, fingerprint)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
+from time import perf_counter
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -31,6 +32,8 @@ T = TypeVar("T")
 
 JOB_FILE = "_job.json"
 """Its name begins with `_`, so that readers of a folder of parquet files pass over it."""
+
+LOCK_FILE = ".lock"
 
 FORMAT_VERSION = 1
 
@@ -66,6 +69,49 @@ def in_turn(ranks: Ranks, action: Callable[[], T]) -> T:
     for is_first in (True, False):
         ranks.run_on_all_ranks(act if (ranks.rank == 0) is is_first else lambda: None, UserError)
     return results[0]
+
+
+def at_once(ranks: Ranks, action: Callable[[], T]) -> T:
+    """Run an action on all ranks at the same time.
+
+    Raises
+    ------
+    UserError
+        On every rank, if it fails on any; one process alone raises its own error.
+    """
+    if ranks.size == 1:
+        return action()
+    results: list[T] = []
+    ranks.run_on_all_ranks(lambda: results.append(action()), UserError)
+    return results[0]
+
+
+class Phases:
+    """Seconds that the phases of a command take on this rank, one after the other."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._since = perf_counter()
+
+    def end(self, name: str) -> None:
+        """Count the time since the last phase ended as that of this one."""
+        now = perf_counter()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._since
+        self._since = now
+
+    def total(self, *names: str) -> float:
+        """Seconds of some phases."""
+        return sum(self.seconds[name] for name in names)
+
+    @property
+    def line(self) -> str:
+        """The phases in words."""
+        return "Seconds: " + ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.seconds.items()) + "."
+
+    @property
+    def values(self) -> dict[str, float]:
+        """The phases for a report."""
+        return {f"{name.replace(' ', '_')}_seconds": seconds for name, seconds in self.seconds.items()}
 
 
 def local_device() -> torch.device:
@@ -182,13 +228,14 @@ def cut(costs: np.ndarray, part_cost: float, ranks: int) -> list[Part]:
 
 
 def share(parts: Sequence[Part], rank: int, size: int) -> list[Part]:
-    """Parts of one rank: neighbours, and as many as the other ranks have, or one more or less."""
-    bounds = np.linspace(0, len(parts), size + 1).round().astype(int)
-    return list(parts[bounds[rank] : bounds[rank + 1]])
+    """Parts of one rank: every `size`-th, so that parts are complete in about their order, whoever makes them."""
+    return list(parts[rank::size])
 
 
 class Lock:
-    """Holds a folder for one job at a time, on the first rank.
+    """Makes a folder and holds it for one job at a time, on the first rank.
+
+    A new folder in which nothing was made goes again, so that a mistake in the options leaves none behind.
 
     Raises
     ------
@@ -197,8 +244,10 @@ class Lock:
     """
 
     def __init__(self, folder: Path) -> None:
+        self._folder, self._is_new = folder, not folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
         try:
-            self._descriptor = open_lock(folder / ".lock", wait=False)
+            self._descriptor = open_lock(folder / LOCK_FILE, wait=False)
         except BlockingIOError as error:
             raise OutputError(f"{folder}: another process works on it; wait for it, or name another output.") from error
 
@@ -206,6 +255,8 @@ class Lock:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._is_new and all(path.is_dir() or path.name == LOCK_FILE for path in self._folder.rglob("*")):
+            remove(self._folder)
         os.close(self._descriptor)
 
 

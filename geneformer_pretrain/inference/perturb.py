@@ -4,12 +4,11 @@ Originals go through the model once; their hidden states stay on the device whil
 when a pack is filled and never stored, are compared with them.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -18,8 +17,8 @@ import pyarrow.compute as pc
 
 from geneformer_pretrain.console import Progress, Summary, say
 from geneformer_pretrain.distributed.agreement import Ranks
-from geneformer_pretrain.errors import OutputError
-from geneformer_pretrain.inference.cells import Cells, open_cells
+from geneformer_pretrain.errors import DataError, OutputError
+from geneformer_pretrain.inference.cells import Cells, find_corpus, open_cells
 from geneformer_pretrain.inference.comparing import Comparing, Group
 from geneformer_pretrain.inference.edits import Copies, Mode, Rule
 from geneformer_pretrain.inference.model import Model, load_model
@@ -28,7 +27,9 @@ from geneformer_pretrain.inference.parts import (
     Job,
     Lock,
     Part,
+    Phases,
     Writer,
+    at_once,
     in_turn,
     join_ranks,
     local_device,
@@ -39,6 +40,7 @@ from geneformer_pretrain.inference.parts import (
 from geneformer_pretrain.inference.perturbations import Census, PerturbOptions, count_copies, make_rule
 from geneformer_pretrain.inference.runner import COMPILE_FROM, Runner, windows
 from geneformer_pretrain.inference.states import find_states, state_vectors
+from geneformer_pretrain.inference.statistics_scores import MIN_REPLICATES
 
 PART_TOKENS = 2**28
 """About the tokens of a part: half a minute of work on a GPU for small models, some minutes for large ones."""
@@ -55,31 +57,37 @@ def perturb(options: PerturbOptions) -> Summary:
     ConfigError, DataError, OutputError
         Naming the option, file, gene or cell, and the remedy.
     """
-    began = perf_counter()
+    phases = Phases()
     ranks = join_ranks()
-    with in_turn(ranks, lambda: _prepare(options, is_main=ranks.rank == 0)):
-        return _perturb(options, ranks, began)
+    in_turn(ranks, lambda: _require_output(options))
+    model = load_model(options.model, gene_set=options.gene_set, dtype=options.dtype, device=local_device())
+    make_rule(options, model, model.max_tokens)  # refuses unknown genes before anything is made
+    phases.end("model")
+    with in_turn(ranks, lambda: Lock(options.output) if ranks.rank == 0 else nullcontext()):
+        return _perturb(options, model, ranks, phases)
 
 
-def _prepare(options: PerturbOptions, *, is_main: bool) -> AbstractContextManager[object]:
-    """Make the folders, unless they hold something else or finished results, and lock them; on the first rank."""
-    if not is_main:
-        return nullcontext()
+def _require_output(options: PerturbOptions) -> None:
+    """Raise OutputError if the output holds something else, or finished results."""
     output = options.output
-    if options.overwrite:
-        remove(output)
-    if (output / "summary.json").exists():
-        raise OutputError(f"{output}: these results are complete; name another output or add --overwrite.")
-    if output.exists() and any(output.iterdir()) and not (output / "scores").is_dir():
+    if output.is_dir() and any(output.iterdir()) and not (output / "scores").is_dir():
         raise OutputError(f"{output}: holds something else than scores; name another output.")
-    (output / "scores").mkdir(parents=True, exist_ok=True)
-    _work(options).mkdir(exist_ok=True)
-    return Lock(output)
+    if (output / "summary.json").exists() and not options.overwrite:
+        raise OutputError(f"{output}: these results are complete; name another output or add --overwrite.")
 
 
 def _work(options: PerturbOptions) -> Path:
     """Folder for intermediate results."""
     return options.output / "work"
+
+
+def _clear(options: PerturbOptions) -> None:
+    """Delete earlier results, but not what has just been made of counts."""
+    for path in options.output.iterdir():
+        if path.is_dir() and path != _work(options):
+            remove(path)
+        elif path.suffix in (".parquet", ".json", ".png"):
+            path.unlink()
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,72 +99,78 @@ class _Opened:
     rule: Rule
     states: list[np.ndarray]
     census: Census
-    job: Job
 
 
-def _perturb(options: PerturbOptions, ranks: Ranks, began: float) -> Summary:
-    model = load_model(options.model, gene_set=options.gene_set, dtype=options.dtype, device=local_device())
-    opening = perf_counter()
-    opened = in_turn(ranks, lambda: _open(options, model, ranks))
-    opening = perf_counter() - opening
-    left = ranks.gather(opened.job.left())[0]
-    mine = share(left, ranks.rank, ranks.size)
+def _perturb(options: PerturbOptions, model: Model, ranks: Ranks, phases: Phases) -> Summary:
+    is_main = ranks.rank == 0
+    work = _work(options)
+    if is_main:
+        work.mkdir(exist_ok=True)
+    corpus = in_turn(ranks, lambda: find_corpus(options.cells, model, work, options.counts, is_main=is_main))
+    opened = at_once(ranks, lambda: _open(options, model, corpus, is_main=is_main))
+    job = in_turn(ranks, lambda: _open_job(options, model, opened, ranks))
+    left = ranks.gather(job.left())[0]
+    phases.end("open")
     tokens = sum(int(opened.census.tokens[part.first : part.last].sum()) for part in left)
     copies = sum(int(opened.census.copies[part.first : part.last].sum()) for part in left)
     cells = opened.cells
-    length = tokens / max(1, copies)
+    flops = model.flops_per_token(options.layer, tokens / max(1, copies)) * tokens / ranks.size
     runner = Runner(
         model,
         options.layer,
-        longest=model.max_tokens if opened.rule.mode is Mode.overexpress else int(cells.lengths.max()),
+        longest=cells.max_tokens if opened.rule.mode is Mode.overexpress else int(cells.lengths.max()),
         tokens=options.tokens,
-        compiled=model.flops_per_token(options.layer, length) * tokens / ranks.size > COMPILE_FROM,
+        compiled=flops > COMPILE_FROM,
     )
-    names = options.state_names
     vectors = None
-    if names:
-        vectors = state_vectors(runner, cells, names, opened.states, options.output / "states.parquet", ranks)
+    if options.state_names:
+        path = options.output / "states.parquet"
+        vectors = state_vectors(runner, cells, options.state_names, opened.states, path, ranks)
+        phases.end("states")
     comparing = Comparing(runner, opened.rule, vectors)
     rate = runner.measure(comparing.compare, MEASURED_SECONDS) * ranks.size
-    if ranks.rank == 0:
+    if is_main:
         size = copies * (16 + 4 * comparing.num_scores) / 1e6
         say(
             f"{copies:,} perturbations of {len(opened.chosen):,} cells, {tokens:,} tokens: about "
             f"{tokens / rate / 60:.1f} min at {rate:,.0f} tokens/s, and {size:,.0f} MB of scores."
         )
     ranks.gather(None)
-    started = perf_counter()
-    _run(options, model, runner, comparing, opened, mine, ranks)
+    phases.end("warm-up")
+    _run(options, model, runner, comparing, opened, job, share(left, ranks.rank, ranks.size), ranks)
     ranks.gather(None)
-    seconds = opening + perf_counter() - started
-    if ranks.rank == 0:
-        remove(_work(options))
+    phases.end("forward")
+    seconds = phases.total("open", "forward")
+    rate, forward_rate = tokens / seconds, tokens / phases.total("forward")
     lines = [
         f"{options.output / 'scores'}: {opened.census.copies.sum():,} perturbations of {len(opened.chosen):,} cells, "
         f"{options.mode}, layer {options.layer}.",
-        f"{tokens:,} tokens in {seconds:.1f} s after {started - began - opening:.1f} s of start: "
-        f"{tokens / seconds:,.0f} tokens/s on {ranks.size} x {model.device.type}.",
+        f"{tokens:,} tokens in {seconds:.1f} s on {ranks.size} x {model.device.type}, reading and writing included: "
+        f"{rate:,.0f} tokens/s; forward alone {forward_rate:,.0f} tokens/s.",
     ]
-    if options.statistics and ranks.rank == 0:
-        _summarize(options, model, names)
-        lines.append(f"{options.output / 'genes.parquet'}: statistics of each perturbation.")
+    if is_main:
+        remove(work)
+        if options.statistics:
+            _summarize(options, model)
+            lines.append(f"{options.output / 'genes.parquet'}: statistics of each perturbation.")
+    phases.end("statistics")
     values = {
         "cells": len(opened.chosen),
         "perturbations": copies,
         "tokens": tokens,
-        "start_seconds": started - began - opening,
-        "opening_seconds": opening,
+        **phases.values,
         "seconds": seconds,
-        "tokens_per_second": tokens / seconds,
+        "tokens_per_second": rate,
+        "forward_tokens_per_second": forward_rate,
         "ranks": ranks.size,
         "pack_tokens": runner.tokens,
         "compiled": runner.compiled_tokens > 0,
         "output": str(options.output),
     }
-    return Summary(lines, values)
+    return Summary([*lines, phases.line], values)
 
 
-def _summarize(options: PerturbOptions, model: Model, names: Sequence[str]) -> None:
+def _summarize(options: PerturbOptions, model: Model) -> None:
     from geneformer_pretrain.inference.statistics import summarize
 
     genes = model.gene_set
@@ -164,18 +178,16 @@ def _summarize(options: PerturbOptions, model: Model, names: Sequence[str]) -> N
     summarize(
         options.output / "scores",
         options.output,
-        states=[name for name in names if name != options.start] or None,
+        states=[name for name in options.state_names if name != options.start] or None,
         replicates=options.replicates,
         symbols=symbols,
     )
 
 
-def _open(options: PerturbOptions, model: Model, ranks: Ranks) -> _Opened:
-    """Open cells and job."""
-    cells = open_cells(options.cells, model, _work(options), options.counts, show_progress=ranks.rank == 0)
-    if options.replicates is not None:
-        cells.require_columns([options.replicates], "--replicates")
-    rule = make_rule(options, model)
+def _open(options: PerturbOptions, model: Model, corpus: Path, *, is_main: bool) -> _Opened:
+    """Open the cells, choose those to perturb and count their copies."""
+    cells = open_cells(corpus, model, _work(options), max_tokens=options.max_tokens, is_main=is_main)
+    rule = make_rule(options, model, cells.max_tokens)
     states: list[np.ndarray] = []
     chosen = np.arange(cells.num_cells)
     if options.states is not None:
@@ -184,14 +196,40 @@ def _open(options: PerturbOptions, model: Model, ranks: Ranks) -> _Opened:
     if options.max_cells is not None and options.max_cells < len(chosen):
         generator = np.random.default_rng(options.seed)
         chosen = np.sort(generator.choice(chosen, options.max_cells, replace=False))
-    census = count_copies(cells, chosen, rule, is_main=ranks.rank == 0)
+    if options.replicates is not None:
+        _require_replicates(cells, options, chosen)
+    return _Opened(cells, chosen, rule, states, count_copies(cells, chosen, rule, is_main=is_main))
+
+
+def _require_replicates(cells: Cells, options: PerturbOptions, chosen: np.ndarray) -> None:
+    """Raise DataError unless the chosen cells have at least two values in the column of replicates."""
+    column = str(options.replicates)
+    cells.require_columns([column], "--replicates")
+    if options.statistics:
+        values = cells.table([column], chosen)[column].drop_null().unique().to_pylist()
+        if len(values) < MIN_REPLICATES:
+            only = f"is {values[0]!r} in all" if values else "has no value in any"
+            raise DataError(
+                f"--replicates {column}: the column {only} of the {len(chosen):,} cells to perturb, and statistics "
+                f"need at least {MIN_REPLICATES} replicates; choose another column or leave the option out."
+            )
+
+
+def _open_job(options: PerturbOptions, model: Model, opened: _Opened, ranks: Ranks) -> Job:
+    """Open the job, or begin it."""
+    scores = options.output / "scores"
+    if ranks.rank == 0:
+        if options.overwrite:
+            _clear(options)
+        scores.mkdir(exist_ok=True)
     kept = ("mode", "genes", "together", "anchor", "fraction", "states", "start", "goal", "alternatives", "replicates")
-    asked = asdict(options)
+    asked, rule, cells, census = asdict(options), opened.rule, opened.cells, opened.census
     settings: dict[str, Any] = {
         "command": "perturb",
         "model": model.fingerprint,
         "gene set": model.gene_set.fingerprint,
-        "cells": cells.corpus.fingerprint,
+        "cells": cells.source.fingerprint,
+        "max tokens": cells.max_tokens,
         **{name: asked[name] for name in kept},
         "perturbations": None if rule.sets is None else rule.sets.tolist(),
         "layer": model.num_layers_below(options.layer),
@@ -199,10 +237,9 @@ def _open(options: PerturbOptions, model: Model, ranks: Ranks) -> _Opened:
         "max cells": options.max_cells,
         "seed": options.seed,
     }
-    costs = census.tokens * (1.0 + cells.lengths[chosen] / (6.0 * model.hidden_size)) + 1.0
+    costs = census.tokens * (1.0 + cells.lengths[opened.chosen] / (6.0 * model.hidden_size)) + 1.0
     part_cost = PART_TOKENS * float(costs.sum()) / max(1.0, float(census.tokens.sum()))
-    job = Job.open(options.output / "scores", settings, costs, part_cost, ranks.size)
-    return _Opened(cells, chosen, rule, states, census, job)
+    return Job.open(scores, settings, costs, part_cost, ranks.size)
 
 
 @dataclass(eq=False)
@@ -215,13 +252,13 @@ class _Results:
 
 
 def _run(
-    options: PerturbOptions, model: Model, runner: Runner, comparing: Comparing, opened: _Opened, mine: list[Part],
-    ranks: Ranks,
+    options: PerturbOptions, model: Model, runner: Runner, comparing: Comparing, opened: _Opened, job: Job,
+    mine: list[Part], ranks: Ranks,
 ) -> None:  # fmt: skip
     """Perturb the cells of this rank's parts and write each part once it is complete."""
     total = int(sum(opened.census.copies[part.first : part.last].sum() for part in mine))
     begun: list[_Results] = []
-    commit = partial(_commit, options, model, opened)
+    commit = partial(_commit, options, model, opened, job)
 
     def packs() -> Iterator[Pack]:
         for part in mine:
@@ -256,10 +293,10 @@ def _begin(part: Part, comparing: Comparing, opened: _Opened) -> _Results:
     return _Results(part, groups, sum(group.num_computed for group in groups))
 
 
-def _commit(options: PerturbOptions, model: Model, opened: _Opened, results: _Results) -> None:
+def _commit(options: PerturbOptions, model: Model, opened: _Opened, job: Job, results: _Results) -> None:
     """Write the scores of a part, in the order of the cells."""
     tables = [_table(options, model, opened.cells, group) for group in results.groups]
-    write_table(pa.concat_tables(tables), opened.job.path(results.part))
+    write_table(pa.concat_tables(tables), job.path(results.part))
 
 
 def _table(options: PerturbOptions, model: Model, cells: Cells, group: Group) -> pa.Table:

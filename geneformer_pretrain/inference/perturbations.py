@@ -34,6 +34,8 @@ class PerturbOptions:
         Column of the cells, of whose values `start`, `goal` and `alternatives` are some.
     tokens
         Token budget of a pack.
+    max_tokens
+        Longer cells are cut; by default those longer than the model's training cells.
     """
 
     model: Path
@@ -55,6 +57,7 @@ class PerturbOptions:
     gene_set: Path | None = None
     dtype: str = "auto"
     tokens: int | None = None
+    max_tokens: int | None = None
     overwrite: bool = False
     statistics: bool = True
     counts: CountsOptions = field(default_factory=CountsOptions)
@@ -88,8 +91,8 @@ class Census:
     tokens: np.ndarray
 
 
-def make_rule(options: PerturbOptions, model: Model) -> Rule:
-    """Turn gene ids into tokens.
+def make_rule(options: PerturbOptions, model: Model, limit: int) -> Rule:
+    """Turn gene ids into tokens; cells may have up to `limit` tokens.
 
     Raises
     ------
@@ -109,7 +112,7 @@ def make_rule(options: PerturbOptions, model: Model) -> Rule:
         sets=sets,
         anchor=anchor,
         fraction=options.fraction or 0.0,
-        limit=model.max_tokens,
+        limit=limit,
         added=int(model.cls_token is not None),
         vocab_size=model.vocab_size,
     )
@@ -182,5 +185,5 @@ def _require_added(cells: Cells, numbers: np.ndarray, tokens: np.ndarray, offset
     special = cells.model.gene_set.special_tokens
     bad = (tokens[offsets[:-1]] != special["cls"]) | (tokens[offsets[1:] - 1] != special["eos"])
     if bad.any():
-        where = cells.corpus.describe_cell(int(numbers[bad.argmax()]))
+        where = cells.source.describe_cell(int(numbers[bad.argmax()]))
         raise DataError(f"{where}: the cell is not between <cls> and <eos>; tokenize it with the model's gene set.")

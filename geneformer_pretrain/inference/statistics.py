@@ -29,6 +29,7 @@ from geneformer_pretrain.errors import DataError
 from geneformer_pretrain.files import replacing
 from geneformer_pretrain.inference.statistics_plots import plot_ranked, plot_volcano
 from geneformer_pretrain.inference.statistics_scores import (
+    MIN_REPLICATES,
     FloatArray,
     IntArray,
     MidRanks,
@@ -45,7 +46,6 @@ MIN_NULL_CELLS = 10
 """Cells that a perturbation needs to be part of a null."""
 NORMAL_MAD = float(stats.norm.ppf(0.75))
 """Median absolute deviation of a normal distribution, in its standard deviations."""
-MIN_REPLICATES = 2
 SIGNIFICANT = 0.05
 
 

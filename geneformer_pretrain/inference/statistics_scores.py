@@ -24,6 +24,9 @@ LIKE_RANK = 10
 MIN_LIKE_RANK = 5
 """Other genes of like rank that a cell must have for a comparison with them."""
 
+MIN_REPLICATES = 2
+"""Replicates that a test needs."""
+
 RANK_SPAN = 1 << 20
 """Distance between the sort keys of two cells, beyond any rank."""
 

@@ -115,8 +115,8 @@ def _warnings(run: StartFacts, steps_of_epoch: int) -> list[str]:
     longest, positions = run.data.shape.seq_length, config.model.max_position_embeddings
     if longest < positions:
         lines += [
-            f"positions   only the first {longest:,} of {positions:,} are trained (model.seq_length): cut the cells of",
-            f"            embed and perturb to {longest:,} tokens, or lower model.max_position_embeddings",
+            f"positions   only the first {longest:,} of {positions:,} are trained (model.seq_length); embed and",
+            f"            perturb will cut cells to {longest:,} tokens, or lower model.max_position_embeddings",
         ]
     if run.stream.num_truncated:
         lines.append(

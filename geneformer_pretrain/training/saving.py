@@ -153,6 +153,7 @@ def export_models(config: Config, weights: dict[str, Tensor], best_step: int | N
     """
     folder = Path(config.training.checkpoint_dir)
     gene_set = None if config.data.gene_set is None else Path(config.data.gene_set)
-    write_model(weights, config.model.architecture(), folder / "final_model", gene_set=gene_set)
+    model = config.model
+    write_model(weights, model.architecture(), model.seq_length, folder / "final_model", gene_set=gene_set)
     if config.training.keep_best and best_step is not None:
         write_model(*read_weights(folder / f"step_{best_step}"), folder / "best_model", gene_set=gene_set)
