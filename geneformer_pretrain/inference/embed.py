@@ -36,7 +36,7 @@ from geneformer_pretrain.inference.parts import (
     write_table,
 )
 from geneformer_pretrain.inference.pooling import first_token, mean_of_genes
-from geneformer_pretrain.inference.runner import COMPILE_FROM, Runner, windows
+from geneformer_pretrain.inference.runner import COMPILE_FROM, Ahead, Runner, windows
 
 PART_TOKENS, GENES_PART_TOKENS = 2**25, 2**27
 """About the tokens of a part: seconds of work on a GPU. Parts with sums of genes, which are large files, are longer."""
@@ -272,18 +272,41 @@ def _run(
                     merging.require_progress()
 
 
-def _packs(runner: Runner, head: _Head, cells: Cells, mine: list[Part], groups: Groups | None) -> Iterator[Pack]:
+@dataclass(frozen=True, eq=False)
+class _Window:
+    """Neighbouring cells of a part, whose packs are made together: their numbers and tokens."""
+
+    results: _Results
+    numbers: np.ndarray
+    tokens: np.ndarray
+    offsets: np.ndarray
+
+
+def _windows(runner: Runner, cells: Cells, mine: list[Part]) -> Iterator[_Window]:
     for part in mine:
         results = _Results(part, np.empty((part.last - part.first, runner.model.hidden_size), np.float32))
         for window in windows(cells.lengths[part.first : part.last], runner.window):
             numbers = np.arange(part.first + window.start, part.first + window.stop)
-            tokens, offsets = cells.tokens(numbers)
-            rows = None
+            yield _Window(results, numbers, *cells.tokens(numbers))
+
+
+def _packs(runner: Runner, head: _Head, cells: Cells, mine: list[Part], groups: Groups | None) -> Iterator[Pack]:
+    # Tokens of the next window are decoded while the packs of this one are made.
+    with Ahead(_windows(runner, cells, mine), 1) as read:
+        for window in read:
+            numbers, rows = window.numbers, None
             if head.sums is not None:
                 rows = np.zeros(len(numbers), np.int32) if groups is None else groups.of_cell[numbers]
-            for chosen, shape in runner.plan(np.diff(offsets)):
+            for chosen, shape in runner.plan(np.diff(window.offsets)):
                 yield runner.pack_of(
-                    chosen, shape, tokens, offsets, head, results, row_of_cell=rows, items=numbers - part.first
+                    chosen,
+                    shape,
+                    window.tokens,
+                    window.offsets,
+                    head,
+                    window.results,
+                    row_of_cell=rows,
+                    items=numbers - window.results.part.first,
                 )
 
 

@@ -141,7 +141,7 @@ class Runner:
         """
         running: deque[_Running] = deque()
         waiting: deque[Pack] = deque()
-        with _Ahead(packs, AHEAD) as built:
+        with Ahead(packs, AHEAD) as built:
             source = iter(built)
             while True:
                 if not waiting:
@@ -289,7 +289,7 @@ def windows(lengths: np.ndarray, budget: int) -> Iterator[slice]:
         first, done = last, int(ends[last - 1])
 
 
-class _Ahead(Iterable[T]):
+class Ahead(Iterable[T]):
     """Iterates in a thread of its own, a few items ahead."""
 
     def __init__(self, items: Iterable[T], depth: int) -> None:
@@ -324,7 +324,7 @@ class _Ahead(Iterable[T]):
                 return
             yield item
 
-    def __enter__(self) -> "_Ahead[T]":
+    def __enter__(self) -> "Ahead[T]":
         self._thread.start()
         return self
 

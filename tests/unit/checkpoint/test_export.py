@@ -103,7 +103,8 @@ def test_folder_holds_one_float32_file_and_a_stock_configuration(exported):
     assert sorted(path.name for path in exported.iterdir()) == ["config.json", "model.safetensors"]
     config = json.loads((exported / "config.json").read_text())
     stock = {*BertConfig().to_dict(), "torch_dtype", "architectures"}
-    assert not set(config) - stock
+    assert set(config) - stock == {"geneformer_max_tokens"}  # seq_length, as there are more positions
+    assert config["geneformer_max_tokens"] < config["max_position_embeddings"]
     assert config["architectures"] == ["BertForMaskedLM"]
     assert config["model_type"] == "bert"
     assert (config["type_vocab_size"], config["pad_token_id"]) == (2, 0)

@@ -104,7 +104,7 @@ def test_h5ad(v1, tmp_path):
 @pytest.mark.parametrize("group_by", [None, "cell_type"])
 @pytest.mark.parametrize("part_tokens", [150, 2**27])
 def test_genes(v1, tmp_path, monkeypatch, group_by, part_tokens):
-    monkeypatch.setattr("geneformer_pretrain.inference.embed.PART_TOKENS", part_tokens)
+    monkeypatch.setattr("geneformer_pretrain.inference.embed.GENES_PART_TOKENS", part_tokens)
     run(v1, tmp_path, genes=tmp_path / "genes.parquet", group_by=group_by, tokens=128)
     stock = Stock(v1.model)
     expected: dict[tuple, list[np.ndarray]] = {}
