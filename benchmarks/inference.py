@@ -1,132 +1,52 @@
-"""Speed of `embed` and `perturb` through the command line, beside stock BERT sorted and padded, in one run.
+"""Speed of `embed` and `perturb` through the command line, on one GPU and on several, beside stock BERT.
 
-Models have random weights, cells random genes: neither matters for speed. Rates of the commands include reading the
-corpus and writing the results, not the start of Python, of the model and of kernels, which is printed beside them.
+Models have random weights, cells random genes: neither matters for speed. Two rates are given for a command: of the
+whole, which includes opening the corpus and writing the results, and of the forward phase, which is what a long job
+tends to. Loading the model and preparing kernels are printed beside them and are in neither.
 """
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import transformers
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from geneformer_pretrain.tokenization.gene_set import GeneSet  # noqa: E402
+from benchmarks.inference_tools.inputs import (
+    LOGNORMAL,
+    SIZES,
+    describe_phases,
+    draw_lengths,
+    run_command,
+    where,
+    write_corpus,
+    write_model,
+)
+from benchmarks.inference_tools.stock import BF16, ENCODER, FP32, measure_embedding
 
-VOCAB_SIZE = 25_426
-MODELS = {"10m": (6, 256, 512, 4), "106m": (12, 768, 3072, 12)}
-"""Layers, width, feed-forward width and heads."""
+LENGTHS = ("lognormal", "genecorpus")
 
-LENGTHS: dict[str, tuple[float, float, int]] = {"lognormal": (900, 0.557, 200), "genecorpus": (255, 1.41, 16)}
-"""Median, sigma and minimum of lognormal lengths, cut at 2,048: kind to padding, and like Genecorpus-30M."""
-
-EMBED_CELLS = {"10m": 200_000, "106m": 40_000}
-PERTURB_CELLS = {"10m": 120, "106m": 20}
-BASELINE_CELLS = {("10m", "fp32"): 3_000, ("10m", "bf16"): 6_000, ("106m", "fp32"): 600, ("106m", "bf16"): 3_000}
-BASELINE_BATCH = {"10m": 128, "106m": 64}
-
-
-def write_gene_set_model(folder: Path, name: str) -> None:
-    """A model with random weights, and a gene set of made-up genes."""
-    layers, hidden, intermediate, heads = MODELS[name]
-    config = transformers.BertConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        intermediate_size=intermediate,
-        hidden_act="relu",
-        max_position_embeddings=2048,
-        layer_norm_eps=1e-12,
-        attn_implementation="sdpa",
-    )
-    torch.manual_seed(0)
-    transformers.BertForMaskedLM(config).save_pretrained(folder)
-    genes = [f"GENE{number:05d}" for number in range(VOCAB_SIZE - 2)]
-    medians = np.ones(VOCAB_SIZE)
-    medians[:2] = np.nan
-    GeneSet("benchmark", None, ["<pad>", "<mask>", *genes], [None] * VOCAB_SIZE, medians, 2048).write(folder)
+EMBED_CELLS = {"10m": 400_000, "106m": 60_000, "v2_104m": 20_000}
+"""Cells for each GPU: about 20 s of forward passes on an H200."""
+PERTURB_CELLS = {"10m": 240, "106m": 30, "v2_104m": 10}
+BASELINES = {"fp32": FP32, "bf16": BF16, "bf16-encoder": ENCODER}
+BASELINE_CELLS = {"10m": (3_000, 6_000), "106m": (600, 3_000), "v2_104m": (400, 2_000)}
+"""In FP32 and in BF16."""
 
 
-def write_corpus(path: Path, cells: int, lengths: str, seed: int = 0) -> np.ndarray:
-    """A corpus of distinct random genes; returns the lengths of its cells."""
-    median, sigma, shortest = LENGTHS[lengths]
-    rng = np.random.default_rng(seed)
-    sizes = np.clip(np.exp(rng.normal(np.log(median), sigma, cells)), shortest, 2048).astype(np.int64)
-    genes = np.tile(2 + rng.permutation(VOCAB_SIZE - 2).astype(np.uint16), 2)
-    starts = rng.integers(0, VOCAB_SIZE - 2, cells)
-    schema = pa.schema([("input_ids", pa.list_(pa.uint16())), ("cell_id", pa.string())])
-    with pq.ParquetWriter(path, schema, use_dictionary=False) as writer:
-        for first in range(0, cells, 10_000):
-            part = slice(first, first + 10_000)
-            tokens = np.concatenate([genes[s : s + n] for s, n in zip(starts[part], sizes[part], strict=True)])
-            offsets = np.concatenate([[0], np.cumsum(sizes[part])]).astype(np.int32)
-            ids = [f"cell-{number}" for number in range(first, first + len(offsets) - 1)]
-            column = pa.ListArray.from_arrays(pa.array(offsets), pa.array(tokens))
-            writer.write_table(pa.table([column, pa.array(ids)], schema=schema))
-    return sizes
-
-
-def run_command(*arguments: object) -> dict[str, Any]:
-    """Run a command of the package and return its report."""
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.json"
-        command = [sys.executable, "-m", "geneformer_pretrain", *map(str, arguments), "--report", str(report)]
-        began = time.perf_counter()
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}{done.stderr[-6000:]}")
-        return {**json.loads(report.read_text()), "wall_seconds": time.perf_counter() - began}
-
-
-def run_baseline(folder: Path, corpus: Path, name: str, precision: str, device: torch.device) -> dict[str, float]:
-    """Mean embeddings by stock BERT over cells sorted by length, padded to the longest of their batch."""
-    number = BASELINE_CELLS[name, precision] if device.type == "cuda" else 8
-    column = next(pq.ParquetFile(corpus).iter_batches(number, columns=["input_ids"])).column(0)
-    cells = sorted((cell.values.to_numpy().astype(np.int64) for cell in column), key=len, reverse=True)
-    model = transformers.BertForMaskedLM.from_pretrained(folder, attn_implementation="sdpa").to(device).eval()
-    size = BASELINE_BATCH[name] if device.type == "cuda" else 4
-
-    def run(some: list[np.ndarray]) -> int:
-        tokens = 0
-        for first in range(0, len(some), size):
-            batch = some[first : first + size]
-            ids = torch.zeros(len(batch), len(batch[0]), dtype=torch.int64)
-            for row, cell in zip(ids, batch, strict=True):
-                row[: len(cell)] = torch.from_numpy(cell)
-            mask = (ids != 0).long()
-            ids, mask = ids.to(device), mask.to(device)
-            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                hidden = model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[-2]
-            ((hidden * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)).float().cpu()
-            tokens += sum(map(len, batch))
-        return tokens
-
-    run(cells[: 2 * size])
-    began = time.perf_counter()
-    tokens = run(cells)
-    seconds = time.perf_counter() - began
-    return {"tokens_per_second": tokens / seconds, "cells_per_second": number / seconds}
-
-
-def measure_runner(folder: Path, name: str, compiled: bool, profile: bool) -> float:
+def measure_runner(folder: Path, longest: int, compiled: bool, profile: bool) -> float:
     """Tokens per second of the runner alone, on packs of 1,024-token cells that are in memory."""
     from geneformer_pretrain.inference.model import load_model
     from geneformer_pretrain.inference.pooling import mean_of_genes
     from geneformer_pretrain.inference.runner import Runner
 
-    runner = Runner(load_model(folder), -2, longest=2048, compiled=compiled)
+    runner = Runner(load_model(folder), -2, longest=longest, compiled=compiled)
 
     def head(pack: Any, hidden: torch.Tensor, parts: Any) -> torch.Tensor:
         return mean_of_genes(hidden, parts)
@@ -142,87 +62,111 @@ def measure_runner(folder: Path, name: str, compiled: bool, profile: bool) -> fl
     return rate
 
 
-def describe_seconds(found: dict[str, Any]) -> str:
-    """Duration of a command, of the opening of the corpus in it, and of what is not counted."""
-    return (
-        f"{found['seconds']:.1f} s ({found['opening_seconds']:.1f} s of them to open the corpus), start "
-        f"{found['start_seconds']:.1f} s, wall {found['wall_seconds']:.1f} s"
-    )
-
-
-def line(model: str, lengths: str, what: str, result: dict[str, Any], note: str = "") -> None:
+def line(model: str, lengths: str, what: str, rate: float, note: str = "") -> None:
     """Print a line of the table."""
-    print(
-        f"{model:5} {lengths:10} {what:24} {result['tokens_per_second']:14,.0f} tokens/s "
-        f"{result['cells_per_second']:10,.1f} cells/s  {note}",
-        flush=True,
-    )
+    print(f"{model:8} {lengths:10} {what:30} {rate:14,.0f} tokens/s  {note}", flush=True)
+
+
+def scaling(found: dict[str, Any], one: dict[str, Any] | None) -> str:
+    """Rates of a command on several GPUs as a share of so many times one GPU."""
+    forward = f"forward alone {found['forward_tokens_per_second']:,.0f}"
+    if one is None or found is one:
+        return forward
+    shares = [
+        found[key] / one[key] / found["ranks"] * one["ranks"]
+        for key in ("tokens_per_second", "forward_tokens_per_second")
+    ]
+    return f"{shares[0]:.0%} of {found['ranks']} times one; {forward} ({shares[1]:.0%})"
+
+
+def measure_command(
+    name: str, lengths: str, command: str, folder: Path, gpus: list[int], share: float
+) -> dict[str, Any]:
+    """Run `embed`, or `perturb` that deletes every gene, on each number of GPUs, with as much work for each GPU."""
+    shape = LOGNORMAL if lengths == "lognormal" else SIZES[name].genecorpus
+    cells, output, options = EMBED_CELLS[name], folder / "embeddings.parquet", ["--overwrite"]
+    if command == "perturb":
+        cells, output = PERTURB_CELLS[name], folder / "perturbed"
+        options += ["--mode", "delete", "--genes", "all", "--no-statistics"]
+    results: dict[str, Any] = {}
+    one: dict[str, Any] | None = None
+    for number in gpus:
+        corpus = folder / f"{command}.parquet"
+        sizes = draw_lengths(name, max(8, int(cells * share * number)), shape)
+        write_corpus(corpus, name, sizes)
+        found = run_command(command, folder / name, corpus, "--output", output, *options, ranks=number)
+        one = one or found
+        line(name, lengths, f"{command}, {number} x", found["tokens_per_second"], scaling(found, one))
+        print(f"{'':20}{describe_phases(found)}; {len(sizes):,} cells of {sizes.mean():.0f} tokens", flush=True)
+        results[f"{command} {lengths} x{number}"] = found
+    return results
+
+
+def measure_baselines(
+    name: str, lengths: str, kinds: list[str], folder: Path, device: torch.device, embedded: dict[str, Any]
+) -> dict[str, Any]:
+    """Run stock BERT on some of the cells that `embed` ran on."""
+    results: dict[str, Any] = {}
+    for kind in kinds:
+        number = BASELINE_CELLS[name][kind != "fp32"] if device.type == "cuda" else 8
+        column = next(pq.ParquetFile(folder / "embed.parquet").iter_batches(number, columns=["input_ids"])).column(0)
+        cells = [cell.values.to_numpy() for cell in column]
+        found = measure_embedding(folder / name, cells, BASELINES[kind], device)
+        ratio = embedded["tokens_per_second"] / found["tokens_per_second"] / embedded["ranks"]
+        note = (
+            f"embed is {ratio:.1f} times as fast; attention: {found['attention']}, batches of "
+            f"{found['padded_tokens_of_a_batch']:,}; with shapes not seen before {found['tokens_per_second_cold']:,.0f}"
+        )
+        line(name, lengths, f"stock BERT, {BASELINES[kind]}", found["tokens_per_second"], note)
+        results[f"stock {kind} {lengths}"] = {**found, "ratio": ratio}
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return results
 
 
 def compare(args: argparse.Namespace, name: str, folder: Path, device: torch.device) -> dict[str, Any]:
     """Measure one model, and print a line for each measurement."""
     results: dict[str, Any] = {}
-    model = folder / name
-    write_gene_set_model(model, name)
-    share = args.share if device.type == "cuda" else 0.0002
+    write_model(folder / name, name)
+    share = args.share if device.type == "cuda" else args.share * 0.00002
     if device.type == "cuda":
         for compiled in (False, True)[: 2 if args.compile else 1]:
             kind = "compiled" if compiled else "eager"
-            rate = measure_runner(model, name, compiled, args.profile and not compiled)
+            rate = measure_runner(folder / name, SIZES[name].longest, compiled, args.profile and not compiled)
+            torch.cuda.empty_cache()
             results[f"runner {kind}"] = rate
-            print(f"{name:5} {'1,024':10} {'runner alone, ' + kind:24} {rate:14,.0f} tokens/s", flush=True)
+            line(name, "1,024", f"runner alone, {kind}", rate)
     for lengths in args.lengths:
-        corpus = folder / f"{lengths}.parquet"
-        cells = max(8, int(EMBED_CELLS[name] * share))
-        sizes = write_corpus(corpus, cells, lengths)
-        found = run_command("embed", model, corpus, "--output", folder / "embeddings.parquet", "--overwrite")
-        found["cells_per_second"] = found["cells"] / found["seconds"]
-        line(name, lengths, "embed", found, f"{describe_seconds(found)}; {sizes.mean():.0f} tokens a cell")
-        results[f"embed {lengths}"] = found
-        if lengths == args.lengths[0] and device.type == "cuda" and not args.no_perturb:
-            results |= measure_perturb(name, folder, lengths, found, share)
-        for precision in args.baseline:
-            baseline = run_baseline(model, corpus, name, precision, device)
-            ratio = found["tokens_per_second"] / baseline["tokens_per_second"]
-            line(name, lengths, f"stock BERT {precision}", baseline, f"embed is {ratio:.1f} times as fast")
-            results[f"stock {precision} {lengths}"] = {**baseline, "ratio": ratio}
+        for command in args.commands:
+            results |= measure_command(name, lengths, command, folder, args.gpus, share)
+        if "embed" in args.commands:
+            embedded = results[f"embed {lengths} x{args.gpus[0]}"]
+            results |= measure_baselines(name, lengths, args.baseline, folder, device, embedded)
     return results
-
-
-def measure_perturb(name: str, folder: Path, lengths: str, embedded: dict[str, Any], share: float) -> dict[str, Any]:
-    """Delete every gene of some cells, one at a time."""
-    corpus = folder / "perturb.parquet"
-    write_corpus(corpus, max(2, int(PERTURB_CELLS[name] * share)), lengths, seed=1)
-    options = ("--mode", "delete", "--genes", "all", "--overwrite", "--no-statistics")
-    found = run_command("perturb", folder / name, corpus, "--output", folder / "perturbed", *options)
-    found["cells_per_second"] = found["perturbations"] / found["seconds"]
-    ratio = found["tokens_per_second"] / embedded["tokens_per_second"]
-    note = f"{describe_seconds(found)}; {ratio:.2f} of embed; cells are perturbed ones"
-    line(name, lengths, "perturb, delete all", found, note)
-    return {f"perturb {lengths}": {**found, "ratio": ratio}}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS), help="default: both")
-    parser.add_argument("--lengths", nargs="+", default=["lognormal"], choices=list(LENGTHS), help="default: lognormal")
-    parser.add_argument("--baseline", nargs="*", default=["fp32", "bf16"], choices=["fp32", "bf16"])
+    parser.add_argument("--models", nargs="+", default=["10m", "106m"], choices=list(SIZES), help="default: 10m 106m")
+    parser.add_argument("--lengths", nargs="+", default=["lognormal"], choices=LENGTHS, help="default: lognormal")
+    parser.add_argument("--commands", nargs="+", default=["embed", "perturb"], choices=["embed", "perturb"])
+    parser.add_argument("--gpus", nargs="+", type=int, default=[1], metavar="N", help="such as 1 4: one, then four")
+    parser.add_argument("--baseline", nargs="*", default=list(BASELINES), choices=list(BASELINES))
     parser.add_argument("--share", type=float, default=1.0, help="of the cells of the commands; default: 1")
-    parser.add_argument("--no-perturb", action="store_true", help="measure embed alone, as without a GPU")
     parser.add_argument("--compile", action="store_true", help="also measure the runner with compiled layers")
     parser.add_argument("--profile", action="store_true", help="also print the kernels that take longest")
     parser.add_argument("--json", type=Path, help="write all numbers to this file")
     args = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{where}; torch {torch.__version__}, transformers {transformers.__version__}", flush=True)
+    device, name_of_device = where()
+    print(f"{name_of_device}; torch {torch.__version__}, transformers {transformers.__version__}", flush=True)
     transformers.logging.set_verbosity_error()
-    results: dict[str, Any] = {"device": where}
+    transformers.logging.disable_progress_bar()
+    results: dict[str, Any] = {"device": name_of_device}
     with tempfile.TemporaryDirectory() as folder:
         for name in args.models:
             results[name] = compare(args, name, Path(folder), device)
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=1) + "\n")
+            if args.json:
+                args.json.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

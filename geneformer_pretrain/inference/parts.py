@@ -111,7 +111,7 @@ class Phases:
     @property
     def values(self) -> dict[str, float]:
         """The phases for a report."""
-        return {f"{name.replace(' ', '_')}_seconds": seconds for name, seconds in self.seconds.items()}
+        return {f"{name.replace('-', '_')}_seconds": seconds for name, seconds in self.seconds.items()}
 
 
 def local_device() -> torch.device:
@@ -219,10 +219,11 @@ def require_same(settings: dict[str, Any], earlier: dict[str, Any], folder: Path
 
 
 def cut(costs: np.ndarray, part_cost: float, ranks: int) -> list[Part]:
-    """Cut cells into parts of equal cost, as many for each rank."""
-    total = float(costs.sum())
-    number = ranks * max(1, round(total / part_cost / ranks))
-    bounds = np.searchsorted(np.cumsum(costs), np.arange(1, number) * (total / number), side="left") + 1
+    """Cut cells into parts of about equal cost, as many for each rank; each ends where it comes nearest to it."""
+    ends = np.cumsum(costs)
+    number = ranks * max(1, round(float(ends[-1]) / part_cost / ranks))
+    wanted = np.arange(1, number) * (float(ends[-1]) / number)
+    bounds = np.searchsorted(ends - costs / 2, wanted, side="left")
     bounds = np.unique(np.concatenate([[0], np.minimum(bounds, len(costs)), [len(costs)]])).tolist()
     return [Part(number, *pair) for number, pair in enumerate(pairwise(bounds))]
 

@@ -1,0 +1,1 @@
+"""Inputs and baselines that the benchmarks of inference share."""
