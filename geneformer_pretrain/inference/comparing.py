@@ -19,7 +19,7 @@ from geneformer_pretrain.inference.edits import (
     write_originals,
 )
 from geneformer_pretrain.inference.packs import NO_GENE, Pack, Parts, fill_tail, new_buffer
-from geneformer_pretrain.inference.pooling import compare, mean_of_genes
+from geneformer_pretrain.inference.pooling import compare, first_token, mean_of_genes
 from geneformer_pretrain.inference.runner import Runner
 
 
@@ -42,7 +42,7 @@ class Group:
     scores
         float32 [n, scores]; NaN where there is none.
     original_scores
-        float32 [o, S], cosine of each original with each state.
+        float32 [o, C S], cosine of each original with each state.
     """
 
     cells: np.ndarray
@@ -83,16 +83,16 @@ class Comparing:
     rule
         How cells are perturbed.
     states
-        float32 [S, H], vectors of states, or None.
+        float32 [S, C, H], vectors of states, or None. C is 2 for models with <cls>, whose vector follows the mean.
     """
 
     def __init__(self, runner: Runner, rule: Rule, states: np.ndarray | None) -> None:
         self.runner, self.rule = runner, rule
         model = runner.model
         self.has_cls = model.cls_token is not None
-        self.num_states = 0 if states is None else len(states)
-        self.states = None if states is None else torch.from_numpy(states).to(model.device)
-        self.num_scores = 2 + self.has_cls + self.num_states
+        self.num_shifts = 0 if states is None else states.shape[0] * states.shape[1]
+        self.states = None if states is None else torch.from_numpy(states).to(model.device).transpose(0, 1)
+        self.num_scores = 2 + self.has_cls + self.num_shifts
         overflows = rule.mode is Mode.overexpress and (rule.sets is None or len(rule.sets) > 1)
         self.most_originals = rule.size + 1 if overflows else 1
         """Most originals of a cell: they differ by the genes cut."""
@@ -109,7 +109,7 @@ class Comparing:
         lengths = np.diff(offsets)[cell] - cut
         scores = np.full((len(copies), self.num_scores), np.nan, np.float32)
         scores[copies.unchanged] = 1.0
-        scores[copies.unchanged, self.num_scores - self.num_states :] = 0.0
+        scores[copies.unchanged, self.num_scores - self.num_shifts :] = 0.0
         return Group(
             cells=cells,
             tokens=tokens,
@@ -121,7 +121,7 @@ class Comparing:
             original_lengths=lengths,
             original_row=np.cumsum(lengths) - lengths,
             scores=scores,
-            original_scores=np.empty((len(originals), self.num_states), np.float32),
+            original_scores=np.empty((len(originals), self.num_shifts), np.float32),
         )
 
     def packs(self, group: Group, results: Any) -> Iterator[Pack]:
@@ -173,18 +173,18 @@ class Comparing:
         if pack.head == self.keep:
             group.original_scores[pack.items] = rows
             return False
-        first = self.num_scores - self.num_states
+        first = self.num_scores - self.num_shifts
         rows = rows.copy()
         rows[:, first:] -= group.original_scores[group.original[pack.items]]
         group.scores[pack.items] = rows
         return True
 
     def keep(self, pack: Pack, hidden: Tensor, parts: Parts) -> Tensor:
-        """Keep the hidden states of originals, and compare these with the states: [N, S]."""
+        """Keep the hidden states of originals, and compare these with the states: [N, C S]."""
         rows = torch.where(parts.rows < 0, SPECIAL_ROW - parts.rows, parts.rows)
         rows = torch.where(parts.rows == NO_GENE, self.capacity, rows)
         self.store.index_copy_(0, rows.long(), hidden)
-        return self._with_states(mean_of_genes(hidden, parts))
+        return self._with_states(mean_of_genes(hidden, parts), hidden, parts)
 
     def compare(self, pack: Pack, hidden: Tensor, parts: Parts) -> Tensor:
         """Compare copies with their originals and with the states: [N, scores]."""
@@ -194,10 +194,11 @@ class Comparing:
             first = parts.cu_seqlens[:-1].clamp(max=len(hidden) - 1)
             rows = (SPECIAL_ROW - parts.rows[first]).clamp(min=0)
             columns.append(F.cosine_similarity(hidden[first].float(), self.store[rows].float())[:, None])
-        return torch.cat([*columns, self._with_states(found.mean)], dim=1)
+        return torch.cat([*columns, self._with_states(found.mean, hidden, parts)], dim=1)
 
-    def _with_states(self, mean: Tensor) -> Tensor:
-        """Cosine with each state: [N, H] -> [N, S]."""
+    def _with_states(self, mean: Tensor, hidden: Tensor, parts: Parts) -> Tensor:
+        """Cosine with each state, of the mean and then of <cls>: [N, C S]."""
         if self.states is None:
             return mean[:, :0]
-        return F.cosine_similarity(mean[:, None], self.states[None], dim=2)
+        vectors = torch.stack([mean, first_token(hidden, parts)] if self.has_cls else [mean], dim=1)
+        return F.cosine_similarity(vectors[:, :, None], self.states[None], dim=3).flatten(1)

@@ -35,7 +35,7 @@ JOB_FILE = "_job.json"
 
 LOCK_FILE = ".lock"
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 PATIENCE = timedelta(days=7)
 """How long ranks wait for one that tokenizes or is slower."""
@@ -191,6 +191,11 @@ class Job:
         if path.exists():
             try:
                 facts = json.loads(path.read_text())
+                if facts["format_version"] != FORMAT_VERSION:
+                    raise OutputError(
+                        f"{folder}: another release of this software began these results; finish with that one, or "
+                        "add --overwrite to begin anew."
+                    )
                 require_same(settings, facts["settings"], folder)
                 parts = [Part(number, *bounds) for number, bounds in enumerate(facts["parts"])]
             except (ValueError, KeyError, TypeError) as error:

@@ -318,6 +318,8 @@ def _table(options: PerturbOptions, model: Model, cells: Cells, group: Group) ->
     names_of_scores = ["gene_similarity", "cell_similarity"]
     names_of_scores += ["cls_similarity"] if model.cls_token is not None else []
     names_of_scores += [f"shift_{name}" for name in options.state_names]
+    if model.cls_token is not None:
+        names_of_scores += [f"cls_shift_{name}" for name in options.state_names]
     for name, scores in zip(names_of_scores, group.scores.T, strict=True):
         columns[name] = pa.array(scores, pa.float32(), from_pandas=True)  # NaN becomes null
     return pa.table(columns)

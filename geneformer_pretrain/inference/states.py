@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import torch
 from torch import Tensor
 
 from geneformer_pretrain.distributed.agreement import Ranks
@@ -14,7 +15,7 @@ from geneformer_pretrain.errors import DataError
 from geneformer_pretrain.inference.cells import Cells
 from geneformer_pretrain.inference.packs import Pack, Parts
 from geneformer_pretrain.inference.parts import fixed_size_list, write_table
-from geneformer_pretrain.inference.pooling import mean_of_genes
+from geneformer_pretrain.inference.pooling import first_token, mean_of_genes
 from geneformer_pretrain.inference.runner import Runner, windows
 
 
@@ -44,32 +45,45 @@ def find_states(cells: Cells, column: str, names: Sequence[str]) -> list[np.ndar
 def state_vectors(
     runner: Runner, cells: Cells, names: Sequence[str], members: Sequence[np.ndarray], path: Path, ranks: Ranks
 ) -> np.ndarray:
-    """Mean embedding of each state's cells, float32 [S, H]; kept in a file, and read from it if it is there.
+    """Mean embedding of each state's cells; kept in a file, and read from it if it is there.
 
     Each rank embeds its share of the cells.
+
+    Returns
+    -------
+    array
+        float32 [S, C, H]: the mean over genes, then the vector of <cls> in models that have it.
     """
+    kinds = ["embedding"] if runner.model.cls_token is None else ["embedding", "cls_embedding"]
     if ranks.gather(path.exists())[0]:
-        return np.array(pq.read_table(path)["embedding"].to_pylist(), np.float32)
-    sums = np.zeros((len(names), runner.model.hidden_size))
+        table = pq.read_table(path)
+        return np.stack([np.array(table[kind].to_pylist(), np.float32) for kind in kinds], axis=1)
+    sums = np.zeros((len(names), len(kinds), runner.model.hidden_size))
     for pack, rows in runner.run(_packs(runner, cells, members, ranks)):
         sums[pack.owner] += rows.sum(0, dtype=np.float64)
     counts = np.array([len(some) for some in members])
-    vectors = (np.sum(ranks.gather(sums), axis=0) / counts[:, None]).astype(np.float32)
+    vectors = (np.sum(ranks.gather(sums), axis=0) / counts[:, None, None]).astype(np.float32)
     if ranks.rank == 0:
-        columns = {"state": list(names), "cells": counts, "embedding": fixed_size_list(vectors)}
+        columns = {"state": list(names), "cells": counts}
+        columns |= {kind: fixed_size_list(vectors[:, place]) for place, kind in enumerate(kinds)}
         write_table(pa.table(columns), path)
     ranks.gather(None)
     return vectors
 
 
 def _packs(runner: Runner, cells: Cells, members: Sequence[np.ndarray], ranks: Ranks) -> Iterator[Pack]:
+    head = _mean if runner.model.cls_token is None else _mean_and_cls
     for state, some in enumerate(members):
-        mine = some[ranks.rank :: ranks.size]
+        mine = np.array_split(some, ranks.size)[ranks.rank]
         for part in windows(cells.lengths[mine], runner.window):
             tokens, offsets = cells.tokens(mine[part])
             for chosen, shape in runner.plan(np.diff(offsets)):
-                yield runner.pack_of(chosen, shape, tokens, offsets, _mean, state)
+                yield runner.pack_of(chosen, shape, tokens, offsets, head, state)
 
 
 def _mean(pack: Pack, hidden: Tensor, parts: Parts) -> Tensor:
-    return mean_of_genes(hidden, parts)
+    return mean_of_genes(hidden, parts)[:, None]
+
+
+def _mean_and_cls(pack: Pack, hidden: Tensor, parts: Parts) -> Tensor:
+    return torch.stack([mean_of_genes(hidden, parts), first_token(hidden, parts)], dim=1)

@@ -300,7 +300,7 @@ def _table(reader: ScoreReader, pools: Sequence[Pool], sums: Sums, symbols: Mapp
     rank = _ratio(sums.rank, sums.ranked)
     columns: dict[str, Any] = {"perturbation": names}
     if symbols is not None:
-        columns["symbol"] = ["+".join(symbols.get(gene) or gene for gene in name.split("+")) for name in names]
+        columns["symbol"] = pa.array([_symbol(name.split("+"), symbols) for name in names], pa.string())
     columns |= {"cells": sums.rows, "mean_rank": rank}
     for score, (name, pool) in enumerate(zip(reader.score_names, pools, strict=True)):
         count, size = sums.count[score], pool.ranks.size
@@ -336,6 +336,12 @@ def _table(reader: ScoreReader, pools: Sequence[Pool], sums: Sums, symbols: Mapp
     return pa.table(arrays).sort_by([(first, "ascending"), ("perturbation", "ascending")])
 
 
+def _symbol(genes: Sequence[str], symbols: Mapping[str, str]) -> str | None:
+    """Symbols joined by `+`, or None where one is not known."""
+    found = [symbols.get(gene) for gene in genes]
+    return None if None in found else "+".join(map(str, found))
+
+
 def compares_with_like_rank(sums: Sums) -> bool:
     """Decide what replicates are tested against: genes of like rank, if most scores have such, else no shift.
 
@@ -348,7 +354,7 @@ def _replicate_means(name: str, score: int, sums: Sums) -> FloatArray:
     """Mean excess of each replicate; its mean shift where there are no genes of like rank to compare with."""
     if compares_with_like_rank(sums):
         return _ratio(sums.replicate_excess[score], sums.replicate_compared[score])
-    if name.startswith("shift_"):
+    if "shift_" in name:
         return _ratio(sums.replicate_sum[score], sums.replicate_count[score])
     return np.full(sums.replicate_sum[score].shape, np.nan)  # every change lowers a similarity below 1
 

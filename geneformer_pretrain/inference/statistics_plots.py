@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -76,7 +77,9 @@ def plot_volcano(table: pa.Table, score: str, test: str, path: Path) -> None:
 
 
 def _columns(table: pa.Table, value: str, q: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    names = table["symbol" if "symbol" in table.column_names else "perturbation"]
+    names = table["perturbation"]
+    if "symbol" in table.column_names:
+        names = pc.coalesce(table["symbol"], names)
     return table[value].to_numpy(), table[q].to_numpy(), np.array(names.to_pylist(), object)
 
 

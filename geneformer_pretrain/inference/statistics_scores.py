@@ -67,7 +67,7 @@ def score_columns(files: Sequence[Path], states: Sequence[str] | None, replicate
     Returns
     -------
     list of str
-        `shift_STATE` of the states, then the similarities.
+        `shift_STATE` of the states, `cls_shift_STATE` where there are such, then the similarities.
 
     Raises
     ------
@@ -78,6 +78,7 @@ def score_columns(files: Sequence[Path], states: Sequence[str] | None, replicate
     shifts = [name for name in names if name.startswith("shift_")]
     if states is not None:
         shifts = [f"shift_{state}" for state in states]
+    shifts += [f"cls_{name}" for name in shifts if f"cls_{name}" in names]
     scores = shifts + [name for name in names if name.endswith("_similarity")]
     needed = ["cell", "perturbation", "rank", *scores, *([replicates] if replicates else [])]
     for file in files:

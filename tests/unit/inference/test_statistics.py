@@ -214,7 +214,7 @@ def test_summary_and_pictures(tmp_path: Path) -> None:
     assert values == json.loads((tmp_path / "summary.json").read_text())
     genes = read_genes(tmp_path)
     assert genes["symbol"]["gene003"] == "TTN"
-    assert genes["symbol"]["gene004"] == "gene004"
+    assert genes["symbol"]["gene004"] is None
     assert values["rows"] == 8 * 20 * 200
     assert values["replicates"]["names"] == [f"D{number}" for number in range(1, 9)]
     assert list(values["scores"]) == ["shift_healthy", "gene_similarity"]
