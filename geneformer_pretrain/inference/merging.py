@@ -87,9 +87,7 @@ class Merging:
     ) -> None:
         if error is not None:
             self._stopped.set()
-            self._thread.shutdown()
-            return
-        if self._output.suffix == ".h5ad":
+        elif self._output.suffix == ".h5ad":
             _write_h5ad(self._paths, self._output)
         else:
             merged = self._paths[0] if self._merged is None else self._merged.result()

@@ -1,6 +1,8 @@
 """Embeddings against stock transformers, their files, and mistakes of users."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import anndata
@@ -14,6 +16,7 @@ from scipy.sparse import csr_matrix
 
 from geneformer_pretrain.errors import ConfigError, DataError, OutputError
 from geneformer_pretrain.inference import runner as runner_module
+from geneformer_pretrain.inference.cells import CountsOptions
 from geneformer_pretrain.inference.embed import EmbedOptions, embed
 from geneformer_pretrain.inference.model import load_model
 from geneformer_pretrain.inference.runner import Runner
@@ -311,6 +314,55 @@ def test_cells_that_are_too_long(v1, tmp_path):
     path = write_cells(tmp_path / "cells.parquet", [*v1.cells[:3], list(range(2, 60))])
     with pytest.raises(DataError, match=r"cells\.parquet, row 3: 58 tokens"):
         embed(EmbedOptions(v1.model, [str(path)], tmp_path / "out.parquet"))
+
+
+def test_cells_longer_than_those_of_the_training(v1, v2, tmp_path, capsys):
+    for world, added in ((v1, 0), (v2, 1)):
+        model = tmp_path / f"model {added}"
+        shutil.copytree(world.model, model)
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps(config | {"geneformer_max_tokens": 20}))
+        short = [cell[:20] if len(cell) <= 20 or not added else [*cell[:19], cell[-1]] for cell in world.cells]
+        stock = Stock(world.model)
+        expected = [stock(cell)[added : len(cell) - added].mean(0) for cell in short]
+        for name, options in (("default", {}), ("asked for", {"max_tokens": 20})):
+            output = tmp_path / f"{name} {added}.parquet"
+            embed(EmbedOptions(model if name == "default" else world.model, [str(world.path)], output, **options))
+            np.testing.assert_allclose(vectors(output), expected, atol=1e-5)
+            longer = sum(len(cell) > 20 for cell in world.cells)
+            assert f"{longer} of 24 cells are cut to their first 20 tokens" in capsys.readouterr().out
+        whole = tmp_path / f"whole {added}.parquet"
+        embed(EmbedOptions(model, [str(world.path)], whole, max_tokens=48))
+        expected = [stock(cell)[added : len(cell) - added].mean(0) for cell in world.cells]
+        np.testing.assert_allclose(vectors(whole), expected, atol=1e-5)
+        with pytest.raises(ConfigError, match="--max-tokens 49: choose from 3 to 48"):
+            embed(EmbedOptions(model, [str(world.path)], tmp_path / "none.parquet", max_tokens=49))
+
+
+def test_counts_that_changed_are_tokenized_again(v1, tmp_path, monkeypatch):
+    """Cells that an earlier start tokenized are used for the same counts and options alone."""
+    adata = anndata.AnnData(csr_matrix(np.arange(1.0, 161).reshape(2, 80).astype(np.float32)))
+    adata.var["ensembl_id"] = v1.genes.tokens[2:]
+    adata.write_h5ad(tmp_path / "counts.h5ad")
+    plain = Runner.hidden
+    monkeypatch.setattr(Runner, "hidden", lambda *_: 1 / 0)
+    options = EmbedOptions(v1.model, [str(tmp_path / "counts.h5ad")], tmp_path / "out.parquet")
+    with pytest.raises(ZeroDivisionError):
+        embed(options)
+    monkeypatch.setattr(Runner, "hidden", plain)
+    adata[:, ::-1].copy().write_h5ad(tmp_path / "counts.h5ad")
+    with pytest.raises(OutputError, match="other settings"):
+        embed(replace(options, counts=CountsOptions(min_genes=1)))
+
+
+def test_columns_that_only_some_files_have(v1, tmp_path):
+    write_cells(tmp_path / "a.parquet", v1.cells[:3], tissue=["lung"] * 3, score=[1, 2, 3])
+    write_cells(tmp_path / "b.parquet", v1.cells[3:5], score=[0.5, 1.5], donor=["x", "y"])
+    embed(EmbedOptions(v1.model, [str(tmp_path)], tmp_path / "out.parquet"))
+    table = pq.read_table(tmp_path / "out.parquet")
+    assert table["tissue"].to_pylist() == ["lung"] * 3 + [None] * 2
+    assert table["donor"].to_pylist() == [None] * 3 + ["x", "y"]
+    assert table["score"].to_pylist() == [1, 2, 3, 0.5, 1.5]
 
 
 @pytest.mark.parametrize(("token", "message"), [(0, "is padding"), (82, "outside of the model's 82")])

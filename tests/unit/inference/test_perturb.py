@@ -1,9 +1,13 @@
 """Scores of perturbations against stock transformers, copy by copy, and mistakes of users."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from geneformer_pretrain.errors import ConfigError, DataError, OutputError
 from geneformer_pretrain.inference.edits import Mode
@@ -11,7 +15,7 @@ from geneformer_pretrain.inference.perturb import perturb
 from geneformer_pretrain.inference.perturbations import PerturbOptions
 from geneformer_pretrain.inference.runner import Runner
 from tests.unit.inference.test_edits import edited
-from tests.unit.inference.worlds import MAX_TOKENS, Stock, make_world
+from tests.unit.inference.worlds import MAX_TOKENS, Stock, make_world, write_cells
 
 
 @pytest.fixture(autouse=True)
@@ -306,6 +310,69 @@ def test_genes_that_some_cells_lack_all(v1, tmp_path, capsys):
 def test_options_that_cannot_work(v1, tmp_path, options, message):
     with pytest.raises((ConfigError, DataError), match=message):
         run(v1, tmp_path, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"genes": "ENSG404"}, "has no gene ENSG404"),
+        ({"states": "state", "start": "ill", "goal": "dead"}, "no cell has the value 'dead'"),
+        ({"replicates": "donor", "statistics": True}, r"--replicates donor: the column is 'A' in all of the 10 cells"),
+        ({"replicates": "nothing"}, "no column 'nothing'"),
+    ],
+)
+def test_a_mistake_leaves_nothing_behind(v1, tmp_path, monkeypatch, options, message):
+    monkeypatch.setattr(Runner, "run", None)  # nothing is computed
+    with pytest.raises((ConfigError, DataError), match=message):
+        run(v1, tmp_path, **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_overwrite_deletes_results_alone_and_only_when_new_ones_can_be_made(v1, tmp_path):
+    run(v1, tmp_path, max_cells=2)
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    before = rows_of(tmp_path / "out")
+    with pytest.raises(DataError, match="has no gene"):
+        run(v1, tmp_path, genes="ENSG404", overwrite=True)
+    assert rows_of(tmp_path / "out") == before
+    rows, _ = run(v1, tmp_path, max_cells=1, overwrite=True)
+    assert len({row["cell"] for row in rows}) == 1
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.txt").write_text("years")
+    with pytest.raises(OutputError, match="something else"):
+        run(v1, tmp_path, output=tmp_path / "thesis", overwrite=True)
+
+
+def test_cells_are_cut_before_they_are_perturbed(world, tmp_path):
+    rows, _ = run(world, tmp_path, max_tokens=10)
+    added = "cls" in world.genes.special_tokens
+    short = [[*cell[:9], 3] if added and len(cell) > 10 else cell[:10] for cell in world.cells]
+    reference = Reference(SimpleNamespace(model=world.model, genes=world.genes, cells=short), Mode.delete)
+    check(world, rows[::7], reference)
+    assert len(rows) == sum(len(cell) - 2 * added for cell in short)
+
+
+@given(data=st.data())
+@settings(max_examples=12, deadline=None)
+def test_company_in_a_pack_changes_nothing(v1, tmp_path_factory, data):
+    """Scores are the same whatever the size of packs and parts and whichever cells are perturbed in the same job."""
+    mode = data.draw(st.sampled_from(["delete", "overexpress", "shift"]))
+    options = {"mode": mode, "fraction": 0.3 if mode == "shift" else None}
+    chosen = sorted(data.draw(st.sets(st.integers(0, 9), min_size=1, max_size=3)))
+    together, _ = run(v1, tmp_path_factory.mktemp("all"), tokens=4096, **options)
+    some = tmp_path_factory.mktemp("some")
+    world = SimpleNamespace(
+        model=v1.model, path=write_cells(some / "cells.parquet", [v1.cells[cell] for cell in chosen])
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("geneformer_pretrain.inference.perturb.PART_TOKENS", data.draw(st.integers(500, 5000)))
+        apart, _ = run(world, some, tokens=data.draw(st.integers(48, 700)), **options)
+    expected = [row for row in together if row["cell"] in chosen]
+    keys = [(chosen.index(row["cell"]), row["perturbation"], row["rank"]) for row in expected]
+    assert keys == [(row["cell"], row["perturbation"], row["rank"]) for row in apart]
+    for name in ("gene_similarity", "cell_similarity"):
+        np.testing.assert_allclose([row[name] for row in expected], [row[name] for row in apart], atol=1e-6)
 
 
 def test_folder_of_something_else(v1, tmp_path):

@@ -1,0 +1,109 @@
+"""Parts of a job: cut by cost, shared, joined while they are made, and a folder that goes if nothing was made."""
+
+import threading
+import time
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from geneformer_pretrain.errors import OutputError
+from geneformer_pretrain.inference.merging import MERGED, Merging
+from geneformer_pretrain.inference.parts import Job, Lock, Part, Phases, cut, share
+
+
+@given(
+    costs=st.lists(st.floats(0.1, 100), min_size=1, max_size=60), part_cost=st.floats(1, 500), ranks=st.integers(1, 5)
+)
+def test_parts_hold_each_cell_once_and_cost_about_the_same(costs, part_cost, ranks):
+    parts = cut(np.array(costs), part_cost, ranks)
+    assert [part.first for part in parts] == [0, *(part.last for part in parts[:-1])]
+    assert parts[-1].last == len(costs)
+    assert all(part.last > part.first for part in parts)
+    wanted = sum(costs) / (ranks * max(1, round(sum(costs) / part_cost / ranks)))
+    assert max(sum(costs[part.first : part.last]) for part in parts) <= wanted + max(costs) + 1e-6
+    shares = [share(parts, rank, ranks) for rank in range(ranks)]
+    assert sorted((part for some in shares for part in some), key=lambda part: part.number) == parts
+
+
+def test_equal_ranks_get_equal_parts():
+    costs = np.tile(np.random.default_rng(0).random(7), 4)
+    assert [part.last - part.first for part in cut(costs, 1e9, 4)] == [7, 7, 7, 7]
+
+
+def write_part(job, part):
+    numbers = list(range(part.first, part.last))
+    pq.write_table(pa.table({"cell": numbers}), job.path(part).with_suffix(".new"))
+    job.path(part).with_suffix(".new").rename(job.path(part))
+
+
+@pytest.fixture
+def job(tmp_path):
+    (tmp_path / "parts").mkdir()
+    return Job(tmp_path / "parts", {}, [Part(number, 3 * number, 3 * number + 3) for number in range(6)])
+
+
+def test_parts_are_joined_in_order_while_they_are_made(job, tmp_path):
+    with Merging(job, tmp_path / "out.parquet"):
+        for number in (1, 0, 4, 2):
+            write_part(job, job.parts[number])
+        merged = job.folder / MERGED
+        deadline = time.monotonic() + 20
+        while not merged.exists() or merged.stat().st_size < 100:  # those at hand are in it before the last is made
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        for number in (5, 3):
+            threading.Timer(0.05, write_part, (job, job.parts[number])).start()
+    assert pq.read_table(tmp_path / "out.parquet")["cell"].to_pylist() == list(range(18))
+
+
+def test_a_failure_leaves_no_output(job, tmp_path):
+    def work():
+        with Merging(job, tmp_path / "out.parquet"):
+            write_part(job, job.parts[0])
+            raise RuntimeError("the device burns")
+
+    with pytest.raises(RuntimeError, match="the device burns"):
+        work()
+    assert not (tmp_path / "out.parquet").exists()
+
+
+def test_a_part_that_cannot_be_joined_is_an_error_at_once(job, tmp_path):
+    def work():
+        with Merging(job, tmp_path / "out.parquet") as merging:
+            job.path(job.parts[0]).write_text("no parquet")
+            while True:
+                merging.require_progress()
+                time.sleep(0.01)
+
+    with pytest.raises(pa.ArrowInvalid):
+        work()
+    assert not (tmp_path / "out.parquet").exists()
+
+
+def test_a_new_folder_goes_unless_something_was_made(tmp_path):
+    with Lock(tmp_path / "new"):
+        (tmp_path / "new" / "scores").mkdir()
+        with pytest.raises(OutputError, match="another process works on it"):
+            Lock(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    with Lock(tmp_path / "new"):
+        (tmp_path / "new" / "result").touch()
+    assert (tmp_path / "new" / "result").exists()
+    (tmp_path / "old").mkdir()
+    with Lock(tmp_path / "old"):
+        pass
+    assert (tmp_path / "old").exists()
+
+
+def test_phases():
+    phases = Phases()
+    time.sleep(0.02)
+    phases.end("warm-up")
+    phases.end("forward")
+    assert phases.total("warm-up", "forward") >= 0.02
+    assert set(phases.values) == {"warm_up_seconds", "forward_seconds"}
+    assert phases.line.startswith("Seconds: warm-up 0.0, forward 0.0")
