@@ -6,8 +6,7 @@ the whole; with several GPUs these cells once for each. Beside it, in the same r
 the Geneformer tools do (FP32, batches of 100 copies, the original anew for each batch), and the same with BF16
 autocast, on one batch of each of four cells that stand for a quarter of the work each.
 
-Scores alone: the statistics of the whole take seconds. Models have random weights and cells random genes, with
-lengths as in Genecorpus: neither matters for speed.
+Scores alone: the statistics of the whole take seconds. Models have random weights and cells random genes, with lengths as in Genecorpus: neither matters for speed.
 """
 
 import argparse

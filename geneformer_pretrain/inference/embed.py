@@ -14,7 +14,7 @@ from torch import Tensor
 
 from geneformer_pretrain.console import Progress, Summary
 from geneformer_pretrain.distributed.agreement import Ranks
-from geneformer_pretrain.errors import ConfigError, require
+from geneformer_pretrain.errors import ConfigError, OutputError, require
 from geneformer_pretrain.files import replacing, require_new
 from geneformer_pretrain.inference.cells import Cells, CountsOptions, find_corpus, open_cells
 from geneformer_pretrain.inference.merging import Groups, Merging, genes_path, merge_genes
@@ -95,9 +95,14 @@ def _prepare(options: EmbedOptions, work: Path, *, is_main: bool) -> AbstractCon
     if not is_main:
         return nullcontext()
     require(options.output.suffix in (".parquet", ".h5ad"), f"{options.output}: name a .parquet or an .h5ad file.")
+    require(options.tokens is None or options.tokens > 0, f"--pack-tokens {options.tokens}: must be above 0.")
+    require(options.genes is None or options.genes.suffix == ".parquet", f"{options.genes}: name a .parquet file.")
+    require(options.genes != options.output, f"{options.genes}: cells and genes need a file each.")
     require(options.group_by is None or options.genes is not None, "--group-by averages genes; add --genes FILE.")
     for path in (options.output, options.genes):
         if path is not None:
+            if path.exists() and any(Path(cells).exists() and path.samefile(cells) for cells in options.cells):
+                raise OutputError(f"{path}: these are the cells themselves; name another output.")
             require_new(path, overwrite=options.overwrite)
     if options.overwrite:
         remove(work)

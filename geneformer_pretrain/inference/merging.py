@@ -1,5 +1,6 @@
 """From the parts of an embedding job to its output files."""
 
+import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,8 +108,9 @@ def _write_h5ad(paths: list[Path], output: Path) -> None:
     vectors = table["embedding"].combine_chunks().flatten().to_numpy().reshape(-1, width)
     obs: pd.DataFrame = table.drop_columns(["embedding", "cell_id"]).to_pandas()
     obs.index = pd.Index(table["cell_id"].to_pylist(), dtype=object)
-    data = anndata.AnnData(csr_matrix((len(obs), 0), dtype=np.float32), obs=obs, obsm={"X_geneformer": vectors})
-    with replacing(output) as temporary:
+    with replacing(output) as temporary, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Observation names are not unique")  # the cells' own names
+        data = anndata.AnnData(csr_matrix((len(obs), 0), dtype=np.float32), obs=obs, obsm={"X_geneformer": vectors})
         data.write_h5ad(temporary)
 
 

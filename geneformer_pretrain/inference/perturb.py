@@ -70,6 +70,8 @@ def perturb(options: PerturbOptions) -> Summary:
 def _require_output(options: PerturbOptions) -> None:
     """Raise OutputError if the output holds something else, or finished results."""
     output = options.output
+    if output.exists() and not output.is_dir():
+        raise OutputError(f"{output}: is a file; name a folder.")
     if output.is_dir() and any(output.iterdir()) and not (output / "scores").is_dir():
         raise OutputError(f"{output}: holds something else than scores; name another output.")
     if (output / "summary.json").exists() and not options.overwrite:

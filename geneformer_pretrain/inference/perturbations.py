@@ -13,6 +13,12 @@ from geneformer_pretrain.inference.edits import Mode, Rule, find_copies
 from geneformer_pretrain.inference.model import Model
 from geneformer_pretrain.inference.runner import windows
 
+SCORE_COLUMNS = (
+    *("cell", "cell_id", "perturbation", "rank"),
+    *("gene_similarity", "cell_similarity", "cls_similarity"),
+)
+"""Columns of the scores that no column of the cells may replace."""
+
 CENSUS_TOKENS = 2**21
 """Tokens of the cells whose copies are counted at a time."""
 
@@ -73,6 +79,12 @@ class PerturbOptions:
         require(self.states is not None or not self.alternatives, "--alternatives needs --states, --start and --goal.")
         names = self.state_names
         require(len(set(names)) == len(names), "--start, --goal and --alternatives: a state is named twice.")
+        require(self.seed >= 0, f"--seed {self.seed}: must not be negative.")
+        require(self.tokens is None or self.tokens > 0, f"--pack-tokens {self.tokens}: must be above 0.")
+        require(
+            self.replicates not in SCORE_COLUMNS and not str(self.replicates).startswith(("shift_", "cls_shift_")),
+            f"--replicates {self.replicates}: scores have a column of this name themselves; rename that of the cells.",
+        )
         require(self.max_cells is None or self.max_cells > 0, f"--max-cells {self.max_cells}: must be above 0.")
 
     @property
@@ -121,7 +133,10 @@ def make_rule(options: PerturbOptions, model: Model, limit: int) -> Rule:
 def _listed(text: str) -> list[str]:
     """Gene ids of a file, one a line, or of a list with commas."""
     path = Path(text)
-    ids = path.read_text().split() if path.is_file() else text.split(",")
+    try:
+        ids = path.read_text(encoding="utf-8-sig").split() if path.is_file() else text.split(",")
+    except UnicodeDecodeError as error:
+        raise DataError(f"--genes {text}: not a text file; write one gene id a line.") from error
     ids = [gene.strip() for gene in ids if gene.strip()]
     if not ids:
         raise DataError(f"--genes {text}: names no gene.")
@@ -135,7 +150,7 @@ def _tokens_of(ids: Sequence[str], model: Model, option: str) -> np.ndarray:
         more = f" and {len(unknown) - LISTED} more" if len(unknown) > LISTED else ""
         raise DataError(
             f"{option}: the gene set {model.gene_set.name!r} has no gene {', '.join(unknown[:LISTED])}{more}; correct "
-            "the ids (`gene-set show` lists them)."
+            "the ids (`gene-set show` lists them), or the name of the file with one id a line."
         )
     repeated = [gene for place, gene in enumerate(ids) if tokens[place] in tokens[:place]]
     if repeated:

@@ -251,6 +251,9 @@ def test_existing_output(v1, tmp_path):
         ({"layer": -5}, "has 3 layers"),
         ({"pooling": "cls"}, "no token <cls>"),
         ({"group_by": "cell_type"}, "add --genes"),
+        ({"tokens": 0}, "must be above 0"),
+        ({"genes": Path("genes.csv")}, r"name a \.parquet"),
+        ({"genes": Path("out.parquet")}, "a file each"),
         ({"genes": Path("genes.parquet"), "group_by": "donor"}, "no column 'donor'"),
     ],
 )
@@ -337,6 +340,23 @@ def test_cells_longer_than_those_of_the_training(v1, v2, tmp_path, capsys):
         np.testing.assert_allclose(vectors(whole), expected, atol=1e-5)
         with pytest.raises(ConfigError, match="--max-tokens 49: choose from 3 to 48"):
             embed(EmbedOptions(model, [str(world.path)], tmp_path / "none.parquet", max_tokens=49))
+
+
+def test_cells_are_not_overwritten(v1, tmp_path):
+    path = write_cells(tmp_path / "cells.parquet", v1.cells)
+    before = path.read_bytes()
+    with pytest.raises(OutputError, match="the cells themselves"):
+        embed(EmbedOptions(v1.model, [str(path)], path, overwrite=True))
+    assert path.read_bytes() == before
+
+
+def test_ids_that_are_odd(v1, tmp_path):
+    tokens = pa.array(v1.cells[:3], pa.list_(pa.uint16()))
+    pq.write_table(pa.table({"input_ids": tokens, "cell_id": ["é 日本", "twice", "twice"]}), tmp_path / "cells.parquet")
+    embed(EmbedOptions(v1.model, [str(tmp_path / "cells.parquet")], tmp_path / "out.h5ad"))
+    with pytest.warns(UserWarning, match="not unique"):
+        data = anndata.read_h5ad(tmp_path / "out.h5ad")
+    assert list(data.obs_names) == ["é 日本", "twice", "twice"]
 
 
 def test_counts_that_changed_are_tokenized_again(v1, tmp_path, monkeypatch):

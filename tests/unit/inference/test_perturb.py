@@ -305,6 +305,9 @@ def test_genes_that_some_cells_lack_all(v1, tmp_path, capsys):
         ({"genes": "ENSG404"}, "has no gene ENSG404"),
         ({"genes": "S1,S1"}, "S1 is named twice"),
         ({"max_cells": 0}, "must be above 0"),
+        ({"tokens": 0}, "must be above 0"),
+        ({"seed": -1}, "must not be negative"),
+        ({"replicates": "perturbation"}, "scores have a column of this name"),
     ],
 )
 def test_options_that_cannot_work(v1, tmp_path, options, message):
@@ -373,6 +376,26 @@ def test_company_in_a_pack_changes_nothing(v1, tmp_path_factory, data):
     assert keys == [(row["cell"], row["perturbation"], row["rank"]) for row in apart]
     for name in ("gene_similarity", "cell_similarity"):
         np.testing.assert_allclose([row[name] for row in expected], [row[name] for row in apart], atol=1e-6)
+
+
+def test_files_of_genes(v1, tmp_path):
+    genes = ids(v1, 0, 3)
+    listed = tmp_path / "genes é.txt"
+    listed.write_bytes(b"\xef\xbb\xbf\r\n" + "\r\n\r\n  ".join(genes).encode() + b"\r\n\r\n")
+    rows, _ = run(v1, tmp_path, genes=str(listed))
+    assert {row["perturbation"] for row in rows} == set(genes)
+    for content, message in ((b"\xff\xfe\x00", "not a text file"), (b"\n \n", "names no gene")):
+        listed.write_bytes(content)
+        with pytest.raises(DataError, match=message):
+            run(v1, tmp_path, genes=str(listed), output=tmp_path / "none")
+    with pytest.raises(DataError, match=r"or the name of the file"):
+        run(v1, tmp_path, genes="nofile.txt", output=tmp_path / "none")
+
+
+def test_output_that_is_a_file(v1, tmp_path):
+    (tmp_path / "out").touch()
+    with pytest.raises(OutputError, match="is a file"):
+        run(v1, tmp_path)
 
 
 def test_folder_of_something_else(v1, tmp_path):
