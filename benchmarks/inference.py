@@ -19,18 +19,15 @@ import transformers
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.inference_tools.inputs import (
-    LOGNORMAL,
     SIZES,
     describe_phases,
-    draw_lengths,
     run_command,
     where,
     write_corpus,
     write_model,
 )
 from benchmarks.inference_tools.stock import BF16, ENCODER, FP32, measure_embedding
-
-LENGTHS = ("lognormal", "genecorpus")
+from geneformer_pretrain.planner.lengths import KINDS, simulated
 
 EMBED_CELLS = {"10m": 400_000, "106m": 60_000, "v2_104m": 20_000}
 """Cells for each GPU: about 20 s of forward passes on an H200."""
@@ -83,7 +80,6 @@ def measure_command(
     name: str, lengths: str, command: str, folder: Path, gpus: list[int], share: float
 ) -> dict[str, Any]:
     """Run `embed`, or `perturb` that deletes every gene, on each number of GPUs, with as much work for each GPU."""
-    shape = LOGNORMAL if lengths == "lognormal" else SIZES[name].genecorpus
     cells, output, options = EMBED_CELLS[name], folder / "embeddings.parquet", ["--overwrite"]
     if command == "perturb":
         cells, output = PERTURB_CELLS[name], folder / "perturbed"
@@ -92,7 +88,7 @@ def measure_command(
     one: dict[str, Any] | None = None
     for number in gpus:
         corpus = folder / f"{command}.parquet"
-        sizes = draw_lengths(name, max(8, int(cells * share * number)), shape)
+        sizes = simulated(lengths, SIZES[name].longest).draw(max(8, int(cells * share * number)))
         write_corpus(corpus, name, sizes)
         found = run_command(command, folder / name, corpus, "--output", output, *options, ranks=number)
         one = one or found
@@ -148,7 +144,7 @@ def compare(args: argparse.Namespace, name: str, folder: Path, device: torch.dev
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["10m", "106m"], choices=list(SIZES), help="default: 10m 106m")
-    parser.add_argument("--lengths", nargs="+", default=["lognormal"], choices=LENGTHS, help="default: lognormal")
+    parser.add_argument("--lengths", nargs="+", default=["lognormal"], choices=KINDS, help="default: lognormal")
     parser.add_argument("--commands", nargs="+", default=["embed", "perturb"], choices=["embed", "perturb"])
     parser.add_argument("--gpus", nargs="+", type=int, default=[1], metavar="N", help="such as 1 4: one, then four")
     parser.add_argument("--baseline", nargs="*", default=list(BASELINES), choices=list(BASELINES))

@@ -6,7 +6,8 @@ the whole; with several GPUs these cells once for each. Beside it, in the same r
 the Geneformer tools do (FP32, batches of 100 copies, the original anew for each batch), and the same with BF16
 autocast, on one batch of each of four cells that stand for a quarter of the work each.
 
-Scores alone: the statistics of the whole take seconds. Models have random weights and cells random genes, with lengths as in Genecorpus: neither matters for speed.
+Scores alone: the statistics of the whole take seconds. Models have random weights and cells random genes, with lengths
+as in Genecorpus: neither matters for speed.
 """
 
 import argparse
@@ -25,13 +26,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.inference_tools.inputs import (
     SIZES,
     describe_phases,
-    draw_lengths,
     run_command,
     where,
     write_corpus,
     write_model,
 )
 from benchmarks.inference_tools.stock import BF16, FP32, measure_deletion
+from geneformer_pretrain.planner.lengths import simulated
 
 PART_TOKENS = {"10m": 200_000_000, "106m": 50_000_000, "v2_104m": 50_000_000}
 """Tokens of the part for each GPU: half a minute of forward passes at most on an H200."""
@@ -55,7 +56,7 @@ def choose_part(tokens: np.ndarray, wanted: float) -> np.ndarray:
 def measure(name: str, cells: int, gpus: int, folder: Path, device: torch.device, plain: list[str]) -> dict[str, Any]:
     """Measure one model's part, compute the whole, and print both."""
     write_model(folder / name, name)
-    lengths = np.sort(draw_lengths(name, cells, SIZES[name].genecorpus))
+    lengths = np.sort(simulated("genecorpus", SIZES[name].longest).draw(cells))
     tokens = forward_tokens(name, lengths)
     wanted = PART_TOKENS[name] if device.type == "cuda" else 20_000
     part = choose_part(tokens, wanted)

@@ -24,7 +24,7 @@ V1, V2 = ["<pad>", "<mask>"], ["<pad>", "<mask>", "<cls>", "<eos>"]
 
 @dataclass(frozen=True)
 class Size:
-    """Architecture of a model, and lengths of cells like those of the corpus that it is meant for.
+    """Architecture of a model.
 
     Attributes
     ----------
@@ -32,8 +32,6 @@ class Size:
         Of BERT.
     vocab_size, special, longest
         Of the gene set.
-    genecorpus
-        Median, sigma and minimum of lognormal lengths as in Genecorpus.
     """
 
     layers: int
@@ -43,17 +41,13 @@ class Size:
     vocab_size: int = 25_426
     special: tuple[str, ...] = tuple(V1)
     longest: int = 2048
-    genecorpus: tuple[float, float, int] = (255, 1.41, 16)
 
 
 SIZES = {
     "10m": Size(6, 256, 512, 4),
     "106m": Size(12, 768, 3072, 12),
-    "v2_104m": Size(12, 768, 3072, 12, 20_275, tuple(V2), 4096, (1100, 0.83, 16)),
+    "v2_104m": Size(12, 768, 3072, 12, 20_275, tuple(V2), 4096),
 }
-
-LOGNORMAL = (900, 0.557, 200)
-"""Kind to padding."""
 
 
 def write_model(folder: Path, name: str) -> None:
@@ -78,13 +72,6 @@ def write_model(folder: Path, name: str) -> None:
     medians[:special] = np.nan
     tokens = [*size.special, *genes]
     GeneSet("benchmark", None, tokens, [None] * size.vocab_size, medians, size.longest).write(folder)
-
-
-def draw_lengths(name: str, cells: int, shape: tuple[float, float, int], seed: int = 0) -> np.ndarray:
-    """Lognormal lengths of cells, int64 [cells], cut at the model's longest."""
-    median, sigma, shortest = shape
-    lengths = np.exp(np.random.default_rng(seed).normal(np.log(median), sigma, cells))
-    return np.clip(lengths, shortest, SIZES[name].longest).astype(np.int64)
 
 
 def write_corpus(path: Path, name: str, lengths: np.ndarray, seed: int = 0) -> None:
