@@ -37,18 +37,16 @@ def _record(maxima, slot, value):
 
 @triton.jit
 def _cast(
-    x, scales, maxima, rows_out, columns_out, slot, num_rows, width,
+    x_rows, scales, maxima, slot, rows_out, columns_out,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, RECORD: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    valid = (rows < num_rows)[:, None] & (columns < width)[None, :]
-    value = tl.load(x + rows[:, None] * width + columns[None, :], mask=valid, other=0.0).to(tl.float32)
+    row, column = tl.program_id(0) * ROWS, tl.program_id(1) * COLUMNS
+    value = x_rows.load([row, column]).to(tl.float32)
     if RECORD:
         _record(maxima, slot, value)
-    low = (value * tl.load(scales + slot)).to(rows_out.dtype.element_ty)
-    tl.store(rows_out + rows[:, None] * width + columns[None, :], low, mask=valid)
-    tl.store(columns_out + columns[:, None] * num_rows + rows[None, :], low.T, mask=valid.T)
+    low = (value * tl.load(scales + slot)).to(rows_out.dtype)
+    rows_out.store([row, column], low)
+    columns_out.store([column, row], low.T)
 
 
 @library.custom_op("geneformer::fp8_cast", mutates_args=("maxima",))
@@ -60,7 +58,7 @@ def fp8_cast(
     Parameters
     ----------
     x
-        [R, C], contiguous, fewer than 2**31 elements.
+        [R, C], contiguous, R and C multiples of 16.
     scales
         FP32 [slots]: factors.
     maxima
@@ -75,15 +73,22 @@ def fp8_cast(
     require_contiguous(x)
     num_rows, width = x.shape
     rows_out, columns_out = _pair(x, is_gradient)
-    _cast[(triton.cdiv(num_rows, CAST["ROWS"]), triton.cdiv(width, CAST["COLUMNS"]))](
-        x, scales, maxima, rows_out, columns_out, slot, num_rows, width, RECORD=record, **CAST
-    )
+    rows, columns = CAST["ROWS"], CAST["COLUMNS"]
+    _cast[(triton.cdiv(num_rows, rows), triton.cdiv(width, columns))](
+        _blocks(x, rows, columns), scales, maxima, slot, _blocks(rows_out, rows, columns),
+        _blocks(columns_out, columns, rows), RECORD=record, **CAST,
+    )  # fmt: skip
     return rows_out, columns_out
 
 
 @fp8_cast.register_fake
 def _(x: Tensor, scales: Tensor, maxima: Tensor, slot: int, is_gradient: bool, record: bool) -> tuple[Tensor, Tensor]:
     return _pair(x, is_gradient)
+
+
+def _blocks(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """View a matrix as blocks for Hopper's copy engine; beyond its edges are zeros, and nothing is written."""
+    return TensorDescriptor.from_tensor(x, [rows, columns])
 
 
 def _pair(x: Tensor, is_gradient: bool) -> tuple[Tensor, Tensor]:
@@ -138,8 +143,8 @@ def _product_where_positive(
 def _operands(a: Tensor, b: Tensor, rows_out: Tensor, columns_out: Tensor) -> tuple[TensorDescriptor, ...]:
     """View the operands and results of a product as blocks."""
     rows, columns, depth = PRODUCT["ROWS"], PRODUCT["COLUMNS"], PRODUCT["DEPTH"]
-    blocks = (a, [rows, depth]), (b, [columns, depth]), (rows_out, [rows, columns]), (columns_out, [columns, rows])
-    return tuple(TensorDescriptor.from_tensor(x, shape) for x, shape in blocks)
+    blocks = (a, rows, depth), (b, columns, depth), (rows_out, rows, columns), (columns_out, columns, rows)
+    return tuple(_blocks(*block) for block in blocks)
 
 
 def _num_programs(num_rows: int, width: int) -> tuple[int]:
@@ -214,7 +219,7 @@ def fp8_product_where_positive(
     partial = torch.empty(triton.cdiv(num_rows, rows), width, dtype=torch.float32, device=a.device)
     a_rows, b_rows, *out = _operands(a, b, rows_out, columns_out)
     _product_where_positive[_num_programs(num_rows, width)](
-        a_rows, b_rows, inverse_a, inverse_b, TensorDescriptor.from_tensor(gate, [PRODUCT["COLUMNS"], rows]),
+        a_rows, b_rows, inverse_a, inverse_b, _blocks(gate, PRODUCT["COLUMNS"], rows),
         scales, maxima, slot, *out, partial, num_rows, width, a.shape[1], **PRODUCT,
     )  # fmt: skip
     return rows_out, columns_out, partial
