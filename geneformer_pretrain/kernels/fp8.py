@@ -37,16 +37,18 @@ def _record(maxima, slot, value):
 
 @triton.jit
 def _cast(
-    x_rows, scales, maxima, slot, rows_out, columns_out,
+    x, scales, maxima, slot, rows_out, columns_out, num_rows, width,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, RECORD: tl.constexpr,
 ):  # fmt: skip
-    row, column = tl.program_id(0) * ROWS, tl.program_id(1) * COLUMNS
-    value = x_rows.load([row, column]).to(tl.float32)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    valid = (rows < num_rows)[:, None] & (columns < width)[None, :]
+    value = tl.load(x + rows[:, None] * width + columns[None, :], mask=valid, other=0.0).to(tl.float32)
     if RECORD:
         _record(maxima, slot, value)
-    low = (value * tl.load(scales + slot)).to(rows_out.dtype)
-    rows_out.store([row, column], low)
-    columns_out.store([column, row], low.T)
+    low = (value * tl.load(scales + slot)).to(rows_out.dtype.element_ty)
+    tl.store(rows_out + rows[:, None] * width + columns[None, :], low, mask=valid)
+    tl.store(columns_out + columns[:, None] * num_rows + rows[None, :], low.T, mask=valid.T)
 
 
 @library.custom_op("geneformer::fp8_cast", mutates_args=("maxima",))
@@ -58,7 +60,7 @@ def fp8_cast(
     Parameters
     ----------
     x
-        [R, C], contiguous, R and C multiples of 16.
+        BF16 [R, C], contiguous, fewer than 2**31 elements.
     scales
         FP32 [slots]: factors.
     maxima
@@ -69,26 +71,26 @@ def fp8_cast(
     Returns
     -------
     The matrix [R, C], and transposed, [C, R].
+
+    Raises
+    ------
+    ValueError
+        Not contiguous, or of another dtype.
     """
     require_contiguous(x)
+    if x.dtype != torch.bfloat16:
+        raise ValueError(f"Only BF16 is cast to FP8, not {x.dtype}: from FP32, Triton 3.6 loses parts of the result.")
     num_rows, width = x.shape
     rows_out, columns_out = _pair(x, is_gradient)
-    rows, columns = CAST["ROWS"], CAST["COLUMNS"]
-    _cast[(triton.cdiv(num_rows, rows), triton.cdiv(width, columns))](
-        _blocks(x, rows, columns), scales, maxima, slot, _blocks(rows_out, rows, columns),
-        _blocks(columns_out, columns, rows), RECORD=record, **CAST,
-    )  # fmt: skip
+    _cast[(triton.cdiv(num_rows, CAST["ROWS"]), triton.cdiv(width, CAST["COLUMNS"]))](
+        x, scales, maxima, slot, rows_out, columns_out, num_rows, width, RECORD=record, **CAST
+    )
     return rows_out, columns_out
 
 
 @fp8_cast.register_fake
 def _(x: Tensor, scales: Tensor, maxima: Tensor, slot: int, is_gradient: bool, record: bool) -> tuple[Tensor, Tensor]:
     return _pair(x, is_gradient)
-
-
-def _blocks(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """View a matrix as blocks for Hopper's copy engine; beyond its edges are zeros, and nothing is written."""
-    return TensorDescriptor.from_tensor(x, [rows, columns])
 
 
 def _pair(x: Tensor, is_gradient: bool) -> tuple[Tensor, Tensor]:
@@ -144,7 +146,7 @@ def _operands(a: Tensor, b: Tensor, rows_out: Tensor, columns_out: Tensor) -> tu
     """View the operands and results of a product as blocks."""
     rows, columns, depth = PRODUCT["ROWS"], PRODUCT["COLUMNS"], PRODUCT["DEPTH"]
     blocks = (a, rows, depth), (b, columns, depth), (rows_out, rows, columns), (columns_out, columns, rows)
-    return tuple(_blocks(*block) for block in blocks)
+    return tuple(TensorDescriptor.from_tensor(x, [height, width]) for x, height, width in blocks)
 
 
 def _num_programs(num_rows: int, width: int) -> tuple[int]:
@@ -219,7 +221,7 @@ def fp8_product_where_positive(
     partial = torch.empty(triton.cdiv(num_rows, rows), width, dtype=torch.float32, device=a.device)
     a_rows, b_rows, *out = _operands(a, b, rows_out, columns_out)
     _product_where_positive[_num_programs(num_rows, width)](
-        a_rows, b_rows, inverse_a, inverse_b, _blocks(gate, PRODUCT["COLUMNS"], rows),
+        a_rows, b_rows, inverse_a, inverse_b, TensorDescriptor.from_tensor(gate, [PRODUCT["COLUMNS"], rows]),
         scales, maxima, slot, *out, partial, num_rows, width, a.shape[1], **PRODUCT,
     )  # fmt: skip
     return rows_out, columns_out, partial
@@ -280,7 +282,9 @@ class Fp8Linear(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         of_x, of_weight = forward_slots(number)
         x_rows, x_columns = fp8_cast(x, forward_scales, forward_maxima, of_x, False, record)
-        weight_rows, weight_columns = fp8_cast(weight, forward_scales, forward_maxima, of_weight, False, record)
+        weight_rows, weight_columns = fp8_cast(
+            weight.to(x.dtype), forward_scales, forward_maxima, of_weight, False, record
+        )
         inverse = reciprocals(forward_scales)
         inverse_x, inverse_weight = one(inverse, of_x), one(inverse, of_weight)
         ctx.save_for_backward(x_columns, weight_columns, inverse_x, inverse_weight, backward_scales)
@@ -316,8 +320,12 @@ class Fp8FeedForward(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         (of_x, of_expand), (of_hidden, of_contract) = forward_slots(EXPAND), forward_slots(CONTRACT)
         x_rows, x_columns = fp8_cast(x, forward_scales, forward_maxima, of_x, False, record)
-        expand_rows, expand_columns = fp8_cast(expand, forward_scales, forward_maxima, of_expand, False, record)
-        contract_rows, contract_columns = fp8_cast(contract, forward_scales, forward_maxima, of_contract, False, record)
+        expand_rows, expand_columns = fp8_cast(
+            expand.to(x.dtype), forward_scales, forward_maxima, of_expand, False, record
+        )
+        contract_rows, contract_columns = fp8_cast(
+            contract.to(x.dtype), forward_scales, forward_maxima, of_contract, False, record
+        )
         inverse = reciprocals(forward_scales)
         inverses = [one(inverse, slot) for slot in (of_x, of_expand, of_hidden, of_contract)]
         inverse_x, inverse_expand, inverse_hidden, inverse_contract = inverses

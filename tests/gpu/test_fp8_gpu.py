@@ -21,12 +21,11 @@ def rounded(x, dtype):
 
 
 @pytest.mark.parametrize("shape", [(1168, 256), (4096, 776)])
-@pytest.mark.parametrize("source", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("is_gradient", [False, True])
-def test_casts_are_bitwise_those_of_pytorch(shape, source, is_gradient):
+def test_casts_are_bitwise_those_of_pytorch(shape, is_gradient):
     from geneformer_pretrain.kernels.fp8 import fp8_cast
 
-    x = (100 * torch.randn(shape, device="cuda")).to(source)
+    x = (100 * torch.randn(shape, device="cuda")).bfloat16()
     x[7, 3] = 3e6  # saturates
     scales, maxima = torch.tensor([1.0, 0.7], device="cuda"), torch.tensor([0.0, 5.0], device="cuda")
     rows, columns = fp8_cast(x, scales, maxima, 1, is_gradient, True)

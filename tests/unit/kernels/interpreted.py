@@ -194,14 +194,19 @@ def test_feed_forward_and_its_residual_gradient(rows):
 @pytest.mark.parametrize(("is_gradient", "dtype"), [(False, torch.float8_e4m3fn), (True, torch.float8_e5m2)])
 @pytest.mark.parametrize("record", [True, False])
 def test_fp8_cast(record, is_gradient, dtype):
-    x = torch.randn(80, 144)
-    x[70, 130] = -1e6
+    x = torch.randn(80, 144).bfloat16()
+    x[70, 130] = -(2.0**20)
     scales, maxima = torch.tensor([1.0, 40.0]), torch.tensor([5.0, 5.0])
     rows, columns = fp8.fp8_cast(x, scales, maxima, 1, is_gradient, record)
     largest = torch.finfo(dtype).max
-    assert torch.equal(rows.view(torch.uint8), (40 * x).clamp(-largest, largest).to(dtype).view(torch.uint8))
+    assert torch.equal(rows.view(torch.uint8), (40 * x.float()).clamp(-largest, largest).to(dtype).view(torch.uint8))
     assert torch.equal(columns.view(torch.uint8), rows.view(torch.uint8).T)
-    assert maxima.tolist() == [5.0, 1e6 if record else 5.0]
+    assert maxima.tolist() == [5.0, 2.0**20 if record else 5.0]
+
+
+def test_fp32_is_not_cast():
+    with pytest.raises(ValueError, match=r"Only BF16 is cast to FP8, not torch\.float32"):
+        fp8.fp8_cast(torch.zeros(16, 16), torch.ones(1), torch.zeros(1), 0, False, True)
 
 
 def test_fp8_products_with_epilogues():
@@ -267,7 +272,7 @@ def test_linear_layers_in_fp8():
     low, gradient = torch.float8_e4m3fn, torch.float8_e5m2
     xs = [quantized(x, scales.forward_scales[3 * i], low) for i in range(3)]
     qkv, project, expand, contract = (
-        quantized(weight, scales.forward_scales[3 * i + 1], low) for i, weight in enumerate(weights)
+        quantized(weight.bfloat16(), scales.forward_scales[3 * i + 1], low) for i, weight in enumerate(weights)
     )
     hidden = quantized((xs[2] @ expand.T + biases[1].double()).relu(), scales.forward_scales[9], low)
     of_qkv, of_project, of_out = (
