@@ -105,11 +105,11 @@ def wait_for(ready: Callable[[], object], process: subprocess.Popen[str]) -> Non
     ("place", "number", "reason"),
     [
         ("during the start", signal.SIGKILL, "ServicePollForTokenError: wandb-core exited with code -9"),
-        ("after the start", signal.SIGKILL, r"\w+Error: .*"),
+        pytest.param("after the start", signal.SIGKILL, r"\w+Error: .*", marks=pytest.mark.slow),
         ("after the start", signal.SIGSTOP, "it did not finish within 2 s"),
         ("before the end", signal.SIGKILL, r"\w+Error: .*"),
-        ("before the end", signal.SIGSTOP, "it did not finish within 2 s"),
-        ("log raises", None, "ZeroDivisionError: division by zero"),
+        pytest.param("before the end", signal.SIGSTOP, "it did not finish within 2 s", marks=pytest.mark.slow),
+        pytest.param("log raises", None, "ZeroDivisionError: division by zero", marks=pytest.mark.slow),
     ],
     ids=lambda value: value.name if isinstance(value, signal.Signals) else str(value)[:20],
 )

@@ -24,7 +24,6 @@ from tests.tiny import (
     tiny_config,
 )
 
-
 ERRORS = SimpleNamespace(UsageError=type("UsageError", (Exception,), {}), AuthenticationError=PermissionError)
 
 
