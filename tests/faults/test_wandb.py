@@ -24,11 +24,11 @@ SCRIPT = """
 import sys, time
 from pathlib import Path
 from geneformer_pretrain.run import tracking
-from geneformer_pretrain.training import trainer
+from geneformer_pretrain.training import saving
 from geneformer_pretrain.training.main import main
 
 place, reached = sys.argv.pop(1), Path(sys.argv.pop(1))
-write, begin = trainer.write_model, tracking.start_trackers
+write, begin = saving.write_model, tracking.start_trackers
 go = reached.with_name("go")
 
 def pause():
@@ -50,7 +50,7 @@ def start(*arguments):
         wandb.Run.log = lambda *_, **__: 1 / 0
     return trackers
 
-trainer.write_model, tracking.CLOSE_SECONDS = export, 2.0
+saving.write_model, tracking.CLOSE_SECONDS = export, 2.0
 from geneformer_pretrain.run import logs
 logs.start_trackers = start
 main()
