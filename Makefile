@@ -73,7 +73,8 @@ clean: ## remove caches and build leftovers; checkpoints and the environment sta
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . \( -name .git -o -name .venv \) -prune -o -name __pycache__ -prune -exec rm -r {} +
 
-# The stamps are written last: an interrupted installation is taken up again by the next call.
+# The stamps are written last: an interrupted installation is taken up again by the next call. Byte code is made when a
+# module is imported first: that of all modules takes longer than the rest of the installation, for the few that are used.
 $(VENV)/.installed: requirements.txt pyproject.toml
 	@set -euo pipefail; \
 	python=; \
@@ -93,7 +94,7 @@ $(VENV)/.installed: requirements.txt pyproject.toml
 		"$$python" -m venv --without-pip $(VENV); \
 		"$$python" -m pip --python $(RUN) install --quiet pip; \
 	fi; \
-	$(RUN) $(PIP_INSTALL) --requirement requirements.txt
+	$(RUN) $(PIP_INSTALL) --no-compile --requirement requirements.txt
 	$(RUN) $(PIP_INSTALL) --no-deps --editable .
 	@touch $@
 

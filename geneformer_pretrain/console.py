@@ -30,9 +30,15 @@ def say(text: str, *, error: bool = False) -> None:
     number = 2 if error else 1
     try:
         if stream is not None:
-            print(text, file=stream, flush=True)
+            print(_encodable(text, stream), file=stream, flush=True)
     except (OSError, ValueError) as reason:  # ValueError: closed
         _report_loss(number, reason)
+
+
+def _encodable(text: str, stream: TextIO) -> str:
+    """Escape the characters that a stream's encoding lacks, such as those of a path under LANG=C."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def _report_loss(number: int, reason: Exception) -> None:
@@ -59,7 +65,7 @@ class TolerantStream:
         """Write, or drop."""
         try:
             if self._stream is not None:
-                self._stream.write(text)
+                self._stream.write(_encodable(text, self._stream))
         except (OSError, ValueError) as reason:
             _report_loss(self._number, reason)
         return len(text)

@@ -3,6 +3,7 @@
 Each message names the file, row, gene, key or option, and the remedy.
 """
 
+import errno
 import os
 from collections.abc import Sequence
 from pickle import UnpicklingError
@@ -40,6 +41,18 @@ def require(condition: bool, message: str) -> None:
     """Raise ConfigError with `message` unless `condition` holds."""
     if not condition:
         raise ConfigError(message)
+
+
+LACK_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
+"""Errors of the system that say nothing about the file they occur at."""
+
+
+def require_readable(error: Exception, path: object) -> None:
+    """Raise DataError where the system, and not the content of a file, is the reason why it cannot be read."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number in LACK_OF_RESOURCES:
+        remedy = "; raise the limit with ulimit -n" if number == errno.EMFILE else "; start again"
+        raise DataError(f"{path}: cannot be read now ({os.strerror(number)}){remedy}") from error
 
 
 LOST_CONNECTION = ("/gloo/transport/", "ncclRemoteError")

@@ -15,7 +15,10 @@ from .errors import OutputError
 
 log = logging.getLogger(__name__)
 
-NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK)
+UNSUPPORTED = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+"""Errors of file systems that lack an operation."""
+
+NO_LOCKS = (*UNSUPPORTED, errno.ENOLCK)
 """Errors of file systems that have no locks."""
 
 
@@ -26,10 +29,16 @@ def sync_file(file: IO[Any]) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring the names in a folder onto the disk: a new file or a rename is not safe before."""
+    """Bring the names in a folder onto the disk: a new file or a rename is not safe before.
+
+    Some network and FUSE file systems refuse it for folders; there nothing more can be done.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, *UNSUPPORTED):
+            raise
     finally:
         os.close(descriptor)
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from geneformer_pretrain.errors import DataError
+from geneformer_pretrain.errors import DataError, require_readable
 
 COLUMN = "input_ids"
 INT32_MAX = np.iinfo(np.int32).max
@@ -150,6 +150,7 @@ def _decode(files: Sequence[ParquetFile]) -> Iterator[CellBatch]:
                     yield CellBatch(source.path, row, *check_cells(batch.column(0), source.path, row))
                     row += batch.num_rows
         except (pa.ArrowException, OSError) as error:
+            require_readable(error, source.path)
             raise DataError(
                 f"{source.path}: damaged after row {row} ({error}); make or download the file again"
             ) from error

@@ -14,7 +14,7 @@ from geneformer_pretrain.data.corpus import open_corpus
 from geneformer_pretrain.data.parquet_cells import CellBatch
 from geneformer_pretrain.data.saved_folder import STATE_FILE, read_saved_folder
 from geneformer_pretrain.data.sources import find_parquet, read_description
-from geneformer_pretrain.errors import DataError
+from geneformer_pretrain.errors import DataError, require_readable
 
 ROWS_PER_BATCH = 2048
 
@@ -89,6 +89,7 @@ def read_rows(sources: Sequence[SourceFile], columns: Sequence[str]) -> Iterator
                 yield pa.table({name: given[name] if name in given else batch[name] for name in columns})
                 row += batch.num_rows
         except (pa.ArrowException, OSError) as error:
+            require_readable(error, source.path)
             raise DataError(f"{source.path}: damaged after row {row} ({error}); copy the file again") from error
 
 

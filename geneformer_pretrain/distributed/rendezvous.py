@@ -89,7 +89,7 @@ def meet(mistake: str = "") -> dist.Store:
         if mistake:
             raise ConfigError(mistake) from error
         raise
-    store.set(str(rank), mistake)
+    store.set(str(rank), mistake.encode(errors="backslashreplace").decode())
     if mistake:
         store.add("mistakes", 1)
     arrived = store.add("arrived", 1)

@@ -7,8 +7,10 @@ that hangs loses records, and closing it has a time limit.
 import logging
 import os
 import queue
+import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,9 @@ class Tracker:
         Ends the run there, with its exit code.
     extra_seconds
         Added to `CLOSE_SECONDS`.
+    helpers
+        Processes of the library. They are killed if they hang: one that keeps standard error open would keep the
+        reader of a pipe waiting after the end of the run.
     """
 
     def __init__(
@@ -53,9 +58,10 @@ class Tracker:
         log_record: Callable[[dict[str, Any]], None],
         finish: Callable[[int], None],
         extra_seconds: float = 0.0,
+        helpers: Iterable[int] = (),
     ) -> None:
         self.name, self.extra_seconds = name, extra_seconds
-        self._log_record, self._finish = log_record, finish
+        self._log_record, self._finish, self._helpers = log_record, finish, helpers
         self._queue: queue.Queue[dict[str, Any] | int] = queue.Queue(QUEUE_SIZE)
         self._lost = threading.Event()
         self._thread = threading.Thread(target=self._work, name=f"tracker-{name}", daemon=True)
@@ -68,19 +74,19 @@ class Tracker:
                 self._queue.put_nowait(record)
         except queue.Full:
             self._lose(f"it has not accepted the last {QUEUE_SIZE} records")
+            _kill(self._helpers)
 
     def close(self, exit_code: int) -> None:
         """End the tracker's run, waiting for at most a minute, and longer for models."""
         if self._lost.is_set():
             return
-        try:
+        with suppress(queue.Full):
             self._queue.put_nowait(exit_code)
-        except queue.Full:
-            return
         seconds = CLOSE_SECONDS + self.extra_seconds
         self._thread.join(seconds)
         if self._thread.is_alive():
             self._lose(f"it did not finish within {seconds:.0f} s")
+            _kill(self._helpers)
 
     def _work(self) -> None:
         try:
@@ -98,6 +104,23 @@ class Tracker:
 
 def _report_loss(name: str, reason: str) -> None:
     log.error("%s is lost (%s); the run goes on without it, metrics.jsonl has every record", name, reason)
+
+
+def _children() -> set[int]:
+    """Processes started by this one, where the system lists them."""
+    found: set[int] = set()
+    for path in Path("/proc/self/task").glob("*/children"):
+        with suppress(OSError):
+            found.update(map(int, path.read_text().split()))
+    return found
+
+
+def _kill(helpers: Iterable[int]) -> None:
+    """Kill processes that lead a group of their own, with their children."""
+    for helper in helpers:
+        with suppress(OSError):
+            if os.getpgid(helper) == helper:
+                os.killpg(helper, signal.SIGKILL)
 
 
 def start_trackers(config: Config, folder: Path) -> list[Tracker]:
@@ -135,6 +158,7 @@ def _start_wandb(config: Config, folder: Path) -> Tracker | None:
         arguments["id"] = id_file.read_text().strip()
     if arguments["mode"] != "offline":  # Offline runs of one id are joined when they are synced.
         arguments.setdefault("resume", "allow")
+    others = _children()
     try:
         run = wandb.init(**arguments)
     except (TypeError, ValueError, wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
@@ -144,6 +168,7 @@ def _start_wandb(config: Config, folder: Path) -> Tracker | None:
         ) from error
     except Exception as error:  # Its helper process, its server or the network: a restart at night goes on without it.
         _report_loss("W&B", f"{type(error).__name__}: {error}".partition("\n")[0])
+        _kill(_children() - others)
         return None
     if run.id is not None:
         id_file.write_text(f"{run.id}\n")
@@ -159,4 +184,5 @@ def _start_wandb(config: Config, folder: Path) -> Tracker | None:
         lambda record: run.log({k: v for k, v in record.items() if k != "step"}, step=record["step"]),
         finish,
         extra_seconds=0.0 if models is None else MODEL_SECONDS,
+        helpers=_children() - others,
     )

@@ -4,6 +4,7 @@ Configurations are in hydra_config/; `--cfg job` shows the composed one, `--help
 """
 
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
@@ -63,7 +64,7 @@ def train(arguments: Sequence[str]) -> int:
         for argument in arguments:  # A job script would take an earlier run's exit.json there for the outcome.
             key, _, folder = argument.partition("=")
             if key == "training.checkpoint_dir":
-                write_failed_start(Path(folder).expanduser(), error)
+                write_failed_start(Path(os.path.expanduser(folder)), error)
     try:
         return run(config, mistake)
     except Exception as error:

@@ -1,6 +1,7 @@
 """The lines that a run prints at its start and at its end."""
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,9 @@ from geneformer_pretrain.training.validation import Validation
 SAMPLE = Path(__file__).resolve().parents[2] / "sample_data" / "cells.parquet"
 MAX_SAMPLE_EPOCHS = 20
 """Epochs of the sample beyond which a run is taken for a mistake."""
+
+TASKS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+"""Variables in which srun and mpirun say how many tasks they started."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,12 @@ def _warnings(run: StartFacts, steps_of_epoch: int) -> list[str]:
             "            times over. It will learn no biology. Name your corpus: data.path=FOLDER",
             "*" * 100,
         ]
+    tasks = max(int(os.environ.get(name) or 1) for name in TASKS)
+    if run.resolved.world_size == 1 and tasks > 1:
+        lines.append(
+            f"alone       this process is one of {tasks} tasks of a launcher, and trains without the others: to train "
+            "together, start one torchrun a node (docs/scaling.md)"
+        )
     warmup, steps = warmup_steps(config.training), config.training.num_train_steps
     if warmup > steps:
         highest = learning_rate(steps - 1, config.training)

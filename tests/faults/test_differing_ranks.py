@@ -4,12 +4,16 @@ import os
 import signal
 import socket
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from geneformer_pretrain.config.model import Kernel
+from geneformer_pretrain.config.resolved import Resolved
+from geneformer_pretrain.model import resolve as resolving
 from tests.faults.injections import other_version
 from tests.faults.results import ENDLESS, has_step, resumed_from, saved_after, steps_done, steps_saved
 from tests.tiny import make_cells, overrides, read_exit, write_parquet
@@ -94,3 +98,31 @@ def test_a_first_run_that_fails_leaves_no_folder(tmp_path: Path, start: Any) -> 
     process = start(overrides(tmp_path, "data.path=none.parquet"), 2)
     assert process.wait() == [1, 1]
     assert not os.path.lexists(tmp_path / "run")
+
+
+def on_other_gpus(rank: int, kernel: Kernel = Kernel.torch) -> None:
+    """Let the second rank resolve as on another GPU, and choose its kernels."""
+    resolve = resolving.resolve
+
+    def resolve_there(*given: Any) -> Resolved:
+        name, chosen = [("NVIDIA H100", Kernel.torch), ("NVIDIA A100", kernel)][rank]
+        return replace(resolve(*given), device=name, attention_kernel=chosen)
+
+    resolving.resolve = resolve_there
+
+
+def test_gpus_of_different_kinds_train_together(tmp_path: Path, start: Any) -> None:
+    process = start(overrides(tmp_path), 2, on_other_gpus)
+    process.complete()
+    assert process.output().count("WARNING the ranks have different GPUs: NVIDIA A100, NVIDIA H100") == 1
+    assert "different GPUs" not in process.output(1)
+
+
+def test_gpus_that_need_different_kernels_are_refused(tmp_path: Path, start: Any, tally: Any) -> None:
+    """Each kernel draws dropout in its own way."""
+    row = tally(9, "ranks that differ in attention kernel")
+    row.injected += 1
+    process = start(overrides(tmp_path), 2, partial(on_other_gpus, kernel=Kernel.triton))
+    assert process.wait() == [1, 1]
+    assert "attention_kernel is 'torch' on rank 0, 'triton' on rank 1" in process.output()
+    row.survived += 1

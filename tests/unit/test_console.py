@@ -1,5 +1,6 @@
 """Progress: a bar on a terminal, plain lines at a bounded rate elsewhere."""
 
+import io
 import os
 import pty
 import re
@@ -90,3 +91,12 @@ def test_a_terminal_gets_a_bar() -> None:
     shown = os.read(leader, 10_000).decode()
     os.close(leader)
     assert re.search(r"\rtrain: 100%\|.*\| 3/3 \[.*, loss 2\]", shown)
+
+
+def test_characters_that_the_encoding_lacks_are_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as those of a path under an ASCII locale; nothing else is dropped."""
+    written = io.BytesIO()
+    monkeypatch.setattr(console.sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    console.say("output ümlaut")
+    console.say("more")
+    assert written.getvalue() == b"output \\xfcmlaut\nmore\n"

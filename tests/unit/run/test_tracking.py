@@ -24,6 +24,8 @@ from tests.tiny import (
     tiny_config,
 )
 
+ERRORS = SimpleNamespace(UsageError=type("UsageError", (Exception,), {}), AuthenticationError=PermissionError)
+
 
 class StandIn:
     """Stands for a W&B run."""
@@ -52,7 +54,7 @@ def wandb(monkeypatch):
         state.runs.append(StandIn(given, state.log, state.finish))
         return state.runs[-1]
 
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Error=UserWarning))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, errors=ERRORS))
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_DIR", "WANDB_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
     return state
@@ -267,13 +269,27 @@ def test_curves_that_cannot_be_drawn_are_one_line(tmp_path, monkeypatch, caplog)
     assert read_exit(tmp_path / "run")["reason"] == "completed"
 
 
-@pytest.mark.parametrize("error", [OSError("no such host"), UserWarning("No API key configured"), TypeError("nme")])
-def test_errors_of_wandb_are_named_as_such(tmp_path, monkeypatch, error):
+def refuse_to_start(monkeypatch, error):
     def init(**_):
         raise error
 
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Error=UserWarning))
-    config = tiny_config(tmp_path, "training.wandb_init_args={name: n}")
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, errors=ERRORS))
+
+
+@pytest.mark.parametrize("error", [ERRORS.UsageError("No API key configured"), TypeError("nme"), ValueError("mode")])
+def test_mistakes_are_named_as_such(tmp_path, monkeypatch, error):
+    refuse_to_start(monkeypatch, error)
     message = rf"^training\.wandb_init_args: wandb does not start with them: {error};.*training\.wandb_init_args=null"
     with pytest.raises(ConfigError, match=message):
-        start_trackers(config, tmp_path)
+        start_trackers(tiny_config(tmp_path, "training.wandb_init_args={name: n}"), tmp_path)
+
+
+@pytest.mark.parametrize("error", [OSError("no such host"), RuntimeError("timed out\nafter 90 s")])
+def test_a_server_that_does_not_answer_is_survived(tmp_path, monkeypatch, caplog, error):
+    """A run that is queued again at night finds no one to correct anything."""
+    refuse_to_start(monkeypatch, error)
+    assert start_trackers(tiny_config(tmp_path, "training.wandb_init_args={name: n}"), tmp_path) == []
+    reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+    assert [record.message for record in caplog.records] == [
+        f"W&B is lost ({reason}); the run goes on without it, metrics.jsonl has every record"
+    ]

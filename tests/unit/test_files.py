@@ -1,0 +1,73 @@
+"""Files on file systems that lack operations, and errors of the system that are not the file's fault."""
+
+import errno
+import os
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from geneformer_pretrain.data.corpus import open_corpus
+from geneformer_pretrain.errors import DataError
+from geneformer_pretrain.files import replacing
+from tests.corpora import write_parquet
+
+
+def write_where_folders_fail(path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Write a file where syncing a folder fails with an error of the system."""
+    fsync = os.fsync
+
+    def fail_for_folders(descriptor: int) -> None:
+        if Path(f"/proc/self/fd/{descriptor}").is_dir():
+            raise OSError(number, os.strerror(number))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fail_for_folders)
+    with replacing(path) as temporary:
+        temporary.write_text("whole")
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
+def test_folders_that_cannot_be_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """As on some FUSE and network mounts."""
+    write_where_folders_fail(tmp_path / "file", monkeypatch, number)
+    assert (tmp_path / "file").read_text() == "whole"
+
+
+def test_a_folder_on_a_failing_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        write_where_folders_fail(tmp_path / "file", monkeypatch, errno.EIO)
+
+
+@pytest.fixture
+def no_more_files() -> Iterator[list[int]]:
+    """Use up the file descriptors of this process, but for a number of them that the test frees."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 256), hard))
+    taken: list[int] = []
+    yield taken
+    for descriptor in taken:
+        os.close(descriptor)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_lack_of_file_descriptors_is_not_damage(tmp_path: Path, no_more_files: list[int]) -> None:
+    path = write_parquet(tmp_path / "cells.parquet", [[3, 4, 5]] * 10)
+    found = set()
+    for spare in range(12):
+        while True:
+            try:
+                no_more_files.append(os.open("/dev/null", os.O_RDONLY))
+            except OSError:
+                break
+        for _ in range(spare):
+            os.close(no_more_files.pop())
+        try:
+            open_corpus(path, tmp_path / f"cache{spare}")
+        except DataError as error:
+            found.add(str(error))
+        except OSError as error:
+            found.add(str(error))
+    assert any("cannot be read now (Too many open files); raise the limit with ulimit -n" in text for text in found)
+    assert not [text for text in found if "damaged" in text or "replace the file" in text]
