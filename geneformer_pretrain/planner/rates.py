@@ -17,7 +17,9 @@ class Rates:
     passes_width, passes_inner
         Passes over activations of widths H and F, forward and backward, per layer.
     passes_fp8_width, passes_fp8_inner
-        The same for casts to FP8.
+        The same for casts to FP8 of Transformer Engine.
+    passes_kernels_width
+        The same for FP8 of PyTorch layers; stands also for products of Triton that are slower than cuBLAS'.
     passes_logits
         Passes over the logits of the masked tokens.
     update_bytes, update_bandwidth
@@ -46,6 +48,7 @@ class Rates:
     passes_inner: float = 3.4
     passes_fp8_width: float = 28
     passes_fp8_inner: float = 14
+    passes_kernels_width: float = 62
     passes_logits: float = 8
     update_bytes: float = 38
     update_bandwidth: float = 0.85

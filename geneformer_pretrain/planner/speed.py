@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from geneformer_pretrain.config.model import Kernel
 from geneformer_pretrain.config.schema import Config
 from geneformer_pretrain.errors import ConfigError, require
-from geneformer_pretrain.kernels.select import FLASH_HEAD_SIZES
+from geneformer_pretrain.kernels.select import FLASH_HEAD_SIZES, MIN_CAPABILITY, SMALLER_SHARED_MEMORY
 from geneformer_pretrain.model.resolve import MAX_GRAPH_WIDTH
 from geneformer_pretrain.planner.arithmetic import attention_flops, head_flops, layer_flops, sharding_traffic
 from geneformer_pretrain.planner.measured import Card
@@ -78,11 +78,13 @@ def check_card(config: Config, cluster: Cluster) -> None:
         "plan sizes runs in BF16 and FP8; leave training.compute_dtype=auto.",
     )
     model, training = config.model, config.training
-    if training.use_fp8 and not (model.use_te_layers or cluster.card.is_hopper or model.fused_kernels is Kernel.triton):
-        raise ConfigError(
-            f"{cluster.card.name}: FP8 with PyTorch layers is for Hopper GPUs; set model.use_te_layers=true, or "
-            "training.use_fp8=false for BF16."
-        )
+    if config.fp8_by_kernels:
+        runs = MIN_CAPABILITY[0] <= cluster.card.capability < SMALLER_SHARED_MEMORY[0]
+        if not runs or model.fused_kernels is Kernel.torch:
+            raise ConfigError(
+                f"{cluster.card.name}: FP8 with PyTorch layers needs compute capability 9 or 10 and "
+                "model.fused_kernels=auto; set model.use_te_layers=true, or training.use_fp8=false for BF16."
+            )
     head_size = model.hidden_size // model.num_attention_heads
     require(
         head_size in FLASH_HEAD_SIZES,
@@ -119,8 +121,11 @@ def compute_seconds(config: Config, card: Card, attended: float, *, graphs: bool
     again = 1 + (-(-layers // every) / layers / 3 if every else 0)  # A forward is a third of forward and backward.
     matrix = rates.matrix_fp8 * (card.fp8_tflops or 0) * 1e12 if fp8 else rates.matrix_bf16 * peak
     attention = (rates.attention_hopper if card.is_hopper else rates.attention_elsewhere) * peak
-    width = rates.passes_width + (rates.passes_fp8_width if fp8 else 0)
-    inner = rates.passes_inner + (rates.passes_fp8_inner if fp8 else 0)
+    width, inner = rates.passes_width, rates.passes_inner
+    if config.fp8_by_kernels:
+        width += rates.passes_kernels_width
+    elif fp8:
+        width, inner = width + rates.passes_fp8_width, inner + rates.passes_fp8_inner
     passes = 2 * layers * (width * model.hidden_size + inner * model.intermediate_size)
     loss = 2 * rates.passes_logits * training.mlm_probability * model.vocab_size
     of_token = (

@@ -53,7 +53,7 @@ def test_plan_prints_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[s
         (["--price", "nan"], "--price nan: it must be a number"),
         (["data.path=s3://bucket/cells"], "s3://bucket/cells: a remote address"),
         (["model.hidden_size=300"], "make heads of size 75"),
-        (["training.use_fp8=true", "--gpu", "l40s"], "FP8 with PyTorch layers is for Hopper GPUs"),
+        (["training.use_fp8=true", "--gpu", "l40s"], "FP8 with PyTorch layers needs compute capability 9 or 10"),
         (["data.path=none.parquet"], "none.parquet: no such file or folder"),
         (["data.gene_set=none"], "data.gene_set: none"),
         (["--config-name", "4b", "--gpu", "a100"], "has no FP8: set training.use_fp8=false"),
