@@ -335,6 +335,10 @@ class BatchBuilder:
 
 
 def build_batches(builder: BatchBuilder, stream: PackStream, packs: Iterable[int]) -> Iterator[Batch]:
-    """Yield the micro-batches of the given packs, built one by one in the calling thread; for validation."""
+    """Yield micro-batches of the first epoch's packs, built one by one in the calling thread; for validation.
+
+    No further epoch is planned, as a stream that is read on would.
+    """
+    plan = stream.plan(0)
     for pack in packs:
-        yield builder.build(pack, *stream.locate(pack))
+        yield builder.build(pack, 0, plan.pack(pack))

@@ -1,9 +1,9 @@
 """Delayed scaling: each step's FP8 scales come from the largest magnitudes of the steps before.
 
-The definitions are those of Transformer Engine's `DelayedScaling` with its defaults, and so is the state, so that a run
-may change between its layers and PyTorch's: a history of 1,024 maxima a tensor, newest last, of which the largest is
-scaled to the largest FP8 number. Maxima are recorded by the kernels that cast, in a step's micro-batches, and turn into
-scales once a step, over all ranks.
+The definitions are those of Transformer Engine's `DelayedScaling` with its defaults (but for infinite maxima), and so
+is the state, so that a run may change between its layers and PyTorch's: a history of 1,024 maxima a tensor, newest
+last, of which the largest is scaled to the largest FP8 number. Maxima are recorded by the kernels that cast, in a
+step's micro-batches, and turn into scales once a step, over all ranks.
 """
 
 from collections.abc import Iterator
@@ -72,8 +72,11 @@ class _Direction:
         self.history = torch.zeros(num_layers * len(LINEARS), HISTORY, num_tensors, device=device)
 
     def update(self, maxima: Tensor) -> None:
-        """Turn the maxima of a step, over all ranks, into scales; they stay where all are zero, or one is infinite."""
-        self.history[:, 0] = maxima.view(len(self.history), -1)
+        """Turn the maxima of a step, over all ranks, into scales; a tensor without any keeps its scale.
+
+        Infinite maxima, of a step whose update is skipped, are not entered: they would hold the scale for 1,024 steps.
+        """
+        self.history[:, 0] = maxima.where(maxima.isfinite(), 0.0).view(len(self.history), -1)
         largest = self.history.amax(1).view_as(self.scales)
         scales = self.largest / largest
         usable = (largest > 0) & largest.isfinite() & scales.isfinite()

@@ -74,7 +74,8 @@ def use_triton_fused(model: ModelConfig, device: torch.device, compute_dtype: to
     ConfigError
         Kernels asked for where they do not run, FP8 included.
     """
-    unsupported = _unsupported(model, device, compute_dtype, model.hidden_size)
+    # In FP8 the gradient of query, key and value is cast in one piece.
+    unsupported = _unsupported(model, device, compute_dtype, (3 if fp8 else 1) * model.hidden_size)
     for name, most in (("hidden_size", MAX_WIDTH), ("vocab_size", MAX_VOCABULARY)):
         value = getattr(model, name)
         if value > most:

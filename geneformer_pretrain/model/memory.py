@@ -120,9 +120,10 @@ def peak_memory(
         # Two layers and the root are gathered at a time, or everything.
         gathered = root + (2 if reshards else layers) * weights_of_layer
         working = reduced + itemsize * gathered
-        if training.use_nvfsdp:  # It keeps shards of what it gathers, and Transformer Engine keeps its copies under it.
+        if training.use_nvfsdp:  # It keeps shards of what it gathers.
             working += itemsize * owned if itemsize < WEIGHT else 0
-            working += 2 * kept * weights_of_layer if training.use_fp8 else 0
+        if training.use_fp8:  # Under FSDP2, Transformer Engine casts again for the backward and keeps no copies.
+            working += (copies if training.use_nvfsdp or config.fp8_by_kernels else 0) * kept * weights_of_layer
 
     gradients = GRADIENT * owned
     # Gradients are there from the start where DDP or nvFSDP keep buffers, and from the second micro-batch on.

@@ -49,6 +49,13 @@ def check_machine(config: Config, device: torch.device) -> None:
             f"training.use_fp8=True needs compute capability 8.9 or higher; {torch.cuda.get_device_name(device)} "
             f"has {capability[0]}.{capability[1]}; set training.use_fp8=False for BF16.",
         )
+        if config.model.use_te_layers:
+            _check_recipe(config.training.fp8_recipe)
+    require(
+        not config.training.tensorboard or find_spec("tensorboard") is not None,
+        "training.tensorboard=True needs TensorBoard, which is not installed; install it (pip install tensorboard), or "
+        "set training.tensorboard=False.",
+    )
     if config.training.use_nvfsdp:
         remedy = "set training.use_nvfsdp=False for DDP, or training.use_fsdp2=True to shard with FSDP2."
         require(on_gpu, f"training.use_nvfsdp=True needs CUDA GPUs, and none is visible here; {remedy}")
@@ -62,6 +69,25 @@ def check_machine(config: Config, device: torch.device) -> None:
             f"training.use_nvfsdp=True was made for megatron-fsdp {NVFSDP_RELEASES}x, whose interface changes between "
             f"releases; {version} is installed. Install 'megatron-fsdp~={NVFSDP_RELEASES}1', or {remedy}",
         )
+
+
+def _check_recipe(recipe: Fp8Recipe) -> None:
+    """Raise ConfigError for a recipe of Transformer Engine's that this GPU does not have."""
+    if recipe in (Fp8Recipe.delayed, Fp8Recipe.current):
+        return
+    import transformer_engine.pytorch as te
+
+    available: dict[Fp8Recipe, Callable[..., tuple[bool, str]]] = {
+        Fp8Recipe.block: te.is_fp8_block_scaling_available,
+        Fp8Recipe.mxfp8: te.is_mxfp8_available,
+        Fp8Recipe.nvfp4: te.is_nvfp4_available,
+    }
+    there, reason = available[recipe](return_reason=True)
+    require(
+        there,
+        f"training.fp8_recipe={recipe} does not run on {torch.cuda.get_device_name()}: {reason} "
+        "Choose delayed or current.",
+    )
 
 
 class Precision:
@@ -106,30 +132,12 @@ class KernelFp8(Precision):
 
 
 class TransformerEngineFp8(Precision):
-    """FP8 by Transformer Engine layers.
-
-    Raises
-    ------
-    ConfigError
-        A recipe that this GPU does not have.
-    """
+    """FP8 by Transformer Engine layers."""
 
     def __init__(self, model: BertForMaskedLM, choice: Fp8Recipe) -> None:
         import transformer_engine.pytorch as te
         from transformer_engine.common import recipe
 
-        available: dict[Fp8Recipe, Callable[..., tuple[bool, str]]] = {
-            Fp8Recipe.block: te.is_fp8_block_scaling_available,
-            Fp8Recipe.mxfp8: te.is_mxfp8_available,
-            Fp8Recipe.nvfp4: te.is_nvfp4_available,
-        }
-        if choice in available:
-            there, reason = available[choice](return_reason=True)
-            require(
-                there,
-                f"training.fp8_recipe={choice} does not run on {torch.cuda.get_device_name()}: {reason} "
-                "Choose delayed or current.",
-            )
         recipes = {
             Fp8Recipe.delayed: recipe.DelayedScaling,
             Fp8Recipe.current: recipe.Float8CurrentScaling,
@@ -162,13 +170,7 @@ class TransformerEngineFp8(Precision):
 
 
 def make_precision(config: Config, model: BertForMaskedLM, device: torch.device) -> Precision:
-    """Make the precision that a configuration asks for, and prepare the model for it.
-
-    Raises
-    ------
-    ConfigError
-        A recipe of FP8 that this GPU does not have.
-    """
+    """Make the precision that a configuration asks for, and prepare the model for it."""
     if not config.training.use_fp8:
         return Precision()
     if config.model.use_te_layers:

@@ -9,6 +9,7 @@ import os
 import queue
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict
@@ -80,10 +81,11 @@ class Tracker:
         """End the tracker's run, waiting for at most a minute, and longer for models."""
         if self._lost.is_set():
             return
+        seconds = CLOSE_SECONDS + (self.extra_seconds if exit_code == 0 else 0.0)  # Models are those of a complete run.
+        end = time.monotonic() + seconds
         with suppress(queue.Full):
-            self._queue.put_nowait(exit_code)
-        seconds = CLOSE_SECONDS + self.extra_seconds
-        self._thread.join(seconds)
+            self._queue.put(exit_code, timeout=seconds)
+        self._thread.join(max(0.0, end - time.monotonic()))
         if self._thread.is_alive():
             self._lose(f"it did not finish within {seconds:.0f} s")
             _kill(self._helpers)
@@ -116,8 +118,8 @@ def _children() -> set[int]:
 
 
 def _kill(helpers: Iterable[int]) -> None:
-    """Kill processes that lead a group of their own, with their children."""
-    for helper in helpers:
+    """Kill those that still are children of this process and lead a group of their own, with their children."""
+    for helper in set(helpers) & _children():
         with suppress(OSError):
             if os.getpgid(helper) == helper:
                 os.killpg(helper, signal.SIGKILL)

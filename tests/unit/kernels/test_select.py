@@ -125,3 +125,12 @@ def test_fp8_of_pytorch_layers_uses_the_fused_kernels_or_says_why_not(monkeypatc
     else:
         with pytest.raises(ConfigError, match=rf"use_fp8=true with PyTorch layers {reason}.*model\.use_te_layers=true"):
             kernels.use_triton_fused(model, torch.device("cuda"), torch.bfloat16, fp8=True)
+
+
+def test_fp8_of_pytorch_layers_limits_the_tokens_to_three_widths(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    fits, too_large = (load_config("10m", [f"model.micro_batch_size={cells}"]).model for cells in (1365, 1366))
+    assert kernels.use_triton_fused(too_large, torch.device("cuda"), torch.bfloat16)
+    assert kernels.use_triton_fused(fits, torch.device("cuda"), torch.bfloat16, fp8=True)
+    with pytest.raises(ConfigError, match="supports micro-batches up to 2,796,202 tokens, not 2,797,568"):
+        kernels.use_triton_fused(too_large, torch.device("cuda"), torch.bfloat16, fp8=True)
