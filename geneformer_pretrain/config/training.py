@@ -136,9 +136,9 @@ class TrainingConfig:
     max_skipped_steps: int
     """Stop after this many updates in a row were skipped because a gradient was not finite."""
     skip_outlier_steps: float | None
-    """Skip an update whose gradient norm lies more than this number of standard deviations above the mean of the last
-    100, both of the logarithm; 6 catches bad batches alone. Never the first 100 steps, nor more than 5 in a row;
-    docs/internals.md has the formula. null: none is skipped for that."""
+    """Skip an update whose gradient norm lies more than this number of standard deviations above the running mean of
+    about 100 steps, both of the logarithm; 6 catches bad batches alone. Never the first 100 steps after it was switched
+    on, nor more than 5 in a row; docs/internals.md has the formula. null: none is skipped for that."""
     hang_timeout_seconds: float
     """End the run, naming the rank at fault, when it makes no progress for that long; 0 never does. It must exceed
     the longest single phase: compilation in the first step, a save, planning an epoch."""

@@ -302,7 +302,7 @@ class BatchBuilder:
             raise RuntimeError(
                 f"pack {pack} of epoch {epoch} has {num_masked} masked tokens; there is room for {len(labels)}. Make "
                 f"the shape with the loader's training.mlm_probability ({rule.probability}); if it was, another "
-                "training.seed avoids this rare accident"
+                "training.seed avoids this rare accident, or another data.validation_cells among held-out cells"
             )
         return int(num_masked)
 

@@ -11,7 +11,7 @@ from geneformer_pretrain.run.record import CONFIG_FILE, OLD_CONFIG_PREFIX, is_re
 
 _WRITTEN = re.compile(
     r"step_\d+(\.(tmp|replaced|trash))?|(final|best)_model(\.(tmp|replaced))?|metrics\.jsonl(\.tmp)?|wandb|tensorboard|"
-    rf"wandb_id\.txt|training_curves\.png|{OLD_CONFIG_PREFIX}\d+\.yaml|{re.escape(CONFIG_FILE)}"
+    rf"wandb_id\.txt|training_curves\.png(\.tmp)?|{OLD_CONFIG_PREFIX}\d+\.yaml|{re.escape(CONFIG_FILE)}"
 )
 _OF_RANKS = {"cells": re.compile(r"rank_\d+\.jsonl(\.tmp)?"), "hang": re.compile(r"rank_\d+\.txt")}
 

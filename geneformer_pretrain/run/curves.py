@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from geneformer_pretrain.console import say
+from geneformer_pretrain.files import replacing
 
 log = logging.getLogger(__name__)
 
@@ -71,10 +72,9 @@ def draw_curves(metrics: Path, png: Path) -> dict[str, Any]:
     speed.set(ylabel="tokens/s", xlabel="step", ylim=(0, None))
     for axis in (loss, rate, speed):
         axis.grid(alpha=0.3)
-    temporary = png.with_name(f".{png.name}.tmp")
     try:
-        figure.savefig(temporary, dpi=120, format="png")
-        temporary.replace(png)
+        with replacing(png) as temporary:
+            figure.savefig(temporary, dpi=120, format="png")
     except OSError as error:
         raise OutputError(f"{png}: cannot be written ({error.strerror}); choose another --output.") from error
     return last

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 HISTORY = 100
-"""Steps that the history looks back on, and the steps at the start of a run that are never skipped."""
+"""Steps that the running mean is about, and steps without a skip after the option was switched on."""
 
 MIN_DEVIATION = 0.1
 """Smallest standard deviation of the log norm that counts: a norm that hardly ever changes is no reason to skip."""
