@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from geneformer_pretrain.console import say
+from geneformer_pretrain.errors import DataError, OutputError
 from geneformer_pretrain.files import replacing
 
 log = logging.getLogger(__name__)
@@ -52,8 +53,6 @@ def draw_curves(metrics: Path, png: Path) -> dict[str, Any]:
     """
     from matplotlib.figure import Figure
 
-    from geneformer_pretrain.errors import OutputError
-
     records, last = read_records(metrics)
     figure = Figure(figsize=(9, 8), layout="constrained")
     loss, rate, speed = figure.subplots(3, 1, sharex=True, height_ratios=[3, 1, 1])
@@ -95,8 +94,6 @@ def read_records(metrics: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     DataError
         As `draw_curves`.
     """
-    from geneformer_pretrain.errors import DataError
-
     try:
         lines = metrics.read_bytes().split(b"\n")
     except OSError as error:

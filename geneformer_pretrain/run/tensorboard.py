@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-from geneformer_pretrain.errors import ConfigError
 from geneformer_pretrain.run.tracking import Tracker
 
 FOLDER = "tensorboard"
@@ -18,19 +17,9 @@ def start_tensorboard(folder: Path, first_step: int) -> Tracker:
         Of the run.
     first_step
         Completed steps. TensorBoard does not show events of later ones, which are made again.
-
-    Raises
-    ------
-    ConfigError
-        TensorBoard is not installed.
     """
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ConfigError(
-            f"training.tensorboard=true: TensorBoard cannot be imported ({error}); install it (pip install "
-            "tensorboard), or set training.tensorboard=false."
-        ) from error
+    from torch.utils.tensorboard import SummaryWriter
+
     writer = SummaryWriter(str(folder / FOLDER), purge_step=first_step + 1 if first_step else None)
 
     def log_record(record: dict[str, Any]) -> None:

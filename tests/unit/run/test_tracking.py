@@ -5,13 +5,15 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from geneformer_pretrain.config.compose import load_config
-from geneformer_pretrain.errors import ConfigError, TrainingError
+from geneformer_pretrain.errors import ConfigError
+from geneformer_pretrain.model import precision
 from geneformer_pretrain.run import metrics, tracking
 from geneformer_pretrain.run.metrics import MetricsLog
 from geneformer_pretrain.run.tracking import Tracker, start_trackers
@@ -246,12 +248,11 @@ def test_tensorboard_has_the_records(tmp_path, monkeypatch):
 
 
 def test_a_missing_tensorboard_is_named_with_the_remedy(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tensorboard", None)
-    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
-    with pytest.raises(
-        TrainingError, match=r"training\.tensorboard=true: .*pip install tensorboard.*tensorboard=false"
-    ):
+    """Before anything is made."""
+    monkeypatch.setattr(precision, "find_spec", lambda name: None if name == "tensorboard" else find_spec(name))
+    with pytest.raises(ConfigError, match=r"training\.tensorboard=True .*pip install tensorboard.*tensorboard=False"):
         train.run(tiny_config(tmp_path, "training.tensorboard=true"))
+    assert not (tmp_path / "run/config.yaml").exists()
 
 
 def test_curves_are_drawn_at_the_end(tmp_path, capsys):
