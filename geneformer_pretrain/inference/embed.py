@@ -27,6 +27,7 @@ from geneformer_pretrain.inference.parts import (
     Phases,
     Writer,
     at_once,
+    clear,
     fixed_size_list,
     in_turn,
     join_ranks,
@@ -104,9 +105,10 @@ def _prepare(options: EmbedOptions, work: Path, *, is_main: bool) -> AbstractCon
             if path.exists() and any(Path(cells).exists() and path.samefile(cells) for cells in options.cells):
                 raise OutputError(f"{path}: these are the cells themselves; name another output.")
             require_new(path, overwrite=options.overwrite)
+    lock = Lock(work)
     if options.overwrite:
-        remove(work)
-    return Lock(work)
+        clear(work)
+    return lock
 
 
 def _embed(options: EmbedOptions, work: Path, ranks: Ranks, phases: Phases) -> Summary:

@@ -19,6 +19,7 @@ from geneformer_pretrain.inference import runner as runner_module
 from geneformer_pretrain.inference.cells import CountsOptions
 from geneformer_pretrain.inference.embed import EmbedOptions, embed
 from geneformer_pretrain.inference.model import load_model
+from geneformer_pretrain.inference.parts import Lock
 from geneformer_pretrain.inference.runner import Runner
 from tests.unit.inference.worlds import Stock, gene_set, make_cells, make_world, write_cells, write_model
 
@@ -242,6 +243,18 @@ def test_existing_output(v1, tmp_path):
     with pytest.raises(OutputError, match="exists already"):
         run(v1, tmp_path)
     run(v1, tmp_path, overwrite=True)
+
+
+def test_overwrite_leaves_a_job_at_work_alone(v1, tmp_path):
+    work = tmp_path / "out.parquet.parts"
+    with Lock(work):
+        (work / "part-00000.parquet").write_text("theirs")
+        with pytest.raises(OutputError, match="another process works on it"):
+            run(v1, tmp_path, overwrite=True)
+        assert (work / "part-00000.parquet").read_text() == "theirs"
+    output, _ = run(v1, tmp_path, overwrite=True)
+    assert len(vectors(output)) == 24
+    assert not work.exists()
 
 
 @pytest.mark.parametrize(
