@@ -193,7 +193,7 @@ def _summarize(options: PerturbOptions, model: Model) -> None:
 
 def _open(options: PerturbOptions, model: Model, corpus: Path, *, is_main: bool) -> _Opened:
     """Open the cells, choose those to perturb and count their copies."""
-    cells = open_cells(corpus, model, _work(options), max_tokens=options.max_tokens, is_main=is_main)
+    cells = open_cells(corpus, model, max_tokens=options.max_tokens, is_main=is_main)
     rule = make_rule(options, model, cells.max_tokens)
     states: list[np.ndarray] = []
     chosen = np.arange(cells.num_cells)

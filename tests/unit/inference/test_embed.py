@@ -245,6 +245,63 @@ def test_existing_output(v1, tmp_path):
     run(v1, tmp_path, overwrite=True)
 
 
+@pytest.mark.parametrize("name", ["out.parquet", "out.h5ad"])
+def test_an_output_that_cannot_be_written_does_not_keep_the_genes_from_going_on(v1, tmp_path, monkeypatch, name):
+    from geneformer_pretrain.inference import merging
+
+    output, genes = tmp_path / name, tmp_path / "genes.parquet"
+    with monkeypatch.context() as patch:
+        patch.setattr(merging, "replacing", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(v1, tmp_path, output=output, genes=genes)
+    assert genes.exists()
+    assert not output.exists()
+    other = tmp_path / "other.parquet"
+    other.write_text("mine")
+    with pytest.raises(OutputError, match=r"other\.parquet: this output exists already"):
+        run(v1, tmp_path, output=output, genes=other)
+    run(v1, tmp_path, output=output, genes=genes)
+    assert output.exists()
+    assert other.read_text() == "mine"
+    with pytest.raises(OutputError, match="exists already"):
+        run(v1, tmp_path, output=tmp_path / "second.parquet", genes=genes)
+
+
+def test_a_corpus_that_is_replaced_is_noticed(v1, tmp_path, monkeypatch):
+    """Another file with the same rows, lengths and size ends a job that was stopped."""
+    path = tmp_path / "cells.parquet"
+    plain = Runner.hidden
+    write_cells(path, v1.cells)
+    monkeypatch.setattr(Runner, "hidden", lambda *_: 1 / 0)
+    options = EmbedOptions(v1.model, [str(path)], tmp_path / "out.parquet")
+    with pytest.raises(ZeroDivisionError):
+        embed(options)
+    monkeypatch.setattr(Runner, "hidden", plain)
+    write_cells(path, [cell[::-1] for cell in v1.cells])
+    with pytest.raises(OutputError, match="other settings .cells was"):
+        embed(options)
+
+
+def test_partitioned_corpus(v1, tmp_path):
+    for tissue, cells in (("liver", v1.cells[:3]), ("lung", v1.cells[3:5])):
+        folder = tmp_path / "corpus" / f"tissue={tissue}"
+        folder.mkdir(parents=True)
+        write_cells(folder / "p.parquet", cells)
+    embed(EmbedOptions(v1.model, [str(tmp_path / "corpus")], tmp_path / "out.parquet"))
+    stock = Stock(v1.model)
+    expected = [stock(cell).mean(0) for cell in v1.cells[:5]]
+    np.testing.assert_allclose(vectors(tmp_path / "out.parquet"), expected, atol=1e-5)
+
+
+def test_selected_rows_are_refused_before_anything_is_computed(v1, tmp_path, monkeypatch):
+    import datasets
+
+    datasets.Dataset.from_dict({"input_ids": v1.cells}).select([4, 2, 7]).save_to_disk(tmp_path / "saved")
+    monkeypatch.setattr(Runner, "run", None)
+    with pytest.raises(DataError, match=r"saved: an index selects its rows; apply Dataset\.flatten_indices"):
+        embed(EmbedOptions(v1.model, [str(tmp_path / "saved")], tmp_path / "out.parquet"))
+
+
 def test_overwrite_leaves_a_job_at_work_alone(v1, tmp_path):
     work = tmp_path / "out.parquet.parts"
     with Lock(work):
