@@ -9,6 +9,7 @@ import anndata
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.ipc as ipc
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -278,7 +279,7 @@ def test_a_corpus_that_is_replaced_is_noticed(v1, tmp_path, monkeypatch):
         embed(options)
     monkeypatch.setattr(Runner, "hidden", plain)
     write_cells(path, [cell[::-1] for cell in v1.cells])
-    with pytest.raises(OutputError, match="other settings .cells was"):
+    with pytest.raises(OutputError, match=r"other settings \(cells was"):
         embed(options)
 
 
@@ -296,10 +297,16 @@ def test_partitioned_corpus(v1, tmp_path):
 def test_selected_rows_are_refused_before_anything_is_computed(v1, tmp_path, monkeypatch):
     import datasets
 
-    datasets.Dataset.from_dict({"input_ids": v1.cells}).select([4, 2, 7]).save_to_disk(tmp_path / "saved")
+    saved = tmp_path / "saved"
+    datasets.Dataset.from_dict({"input_ids": v1.cells}).save_to_disk(saved)
+    table = pa.table({"indices": pa.array([4, 2, 7], pa.uint64())})
+    with ipc.new_stream(saved / "indices.arrow", table.schema) as writer:
+        writer.write_table(table)
+    state = json.loads((saved / "state.json").read_text()) | {"_indices_data_files": [{"filename": "indices.arrow"}]}
+    (saved / "state.json").write_text(json.dumps(state))
     monkeypatch.setattr(Runner, "run", None)
     with pytest.raises(DataError, match=r"saved: an index selects its rows; apply Dataset\.flatten_indices"):
-        embed(EmbedOptions(v1.model, [str(tmp_path / "saved")], tmp_path / "out.parquet"))
+        embed(EmbedOptions(v1.model, [str(saved)], tmp_path / "out.parquet"))
 
 
 def test_overwrite_leaves_a_job_at_work_alone(v1, tmp_path):
