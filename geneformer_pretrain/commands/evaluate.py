@@ -75,7 +75,7 @@ def _evaluate(arguments: argparse.Namespace, work: Path) -> Summary:
     seed, options = arguments.seed, counts_options(arguments)
     model = load_model(arguments.model, gene_set=arguments.gene_set, dtype=arguments.dtype)
     corpus = find_corpus(arguments.cells, model, work, options, is_main=True)
-    cells = open_cells(corpus, model, work, max_tokens=arguments.max_tokens)
+    cells = open_cells(corpus, model, max_tokens=arguments.max_tokens)
     chosen = choose_cells(cells, arguments.label, arguments.groups, max_cells=arguments.max_cells, seed=seed)
     folds = split_folds(chosen.classes, seed)
     features: dict[str, Features] = {}

@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-cells", type=int, metavar="N", help="perturb a random choice of so many cells")
     parser.add_argument("--seed", type=int, default=0, help="decides the choice of cells")
     parser.add_argument("--no-statistics", action="store_true", help="write scores alone")
-    parser.add_argument("--overwrite", action="store_true", help="delete the output folder, and start anew")
+    parser.add_argument("--overwrite", action="store_true", help="delete earlier results there, and start anew")
 
 
 def run(arguments: argparse.Namespace) -> Summary:

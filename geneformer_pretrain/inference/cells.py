@@ -1,6 +1,7 @@
 """Cells for inference: a corpus of tokens, or counts that are tokenized into one first."""
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -15,7 +16,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from geneformer_pretrain.console import Progress, say
-from geneformer_pretrain.data.sources import read_description
+from geneformer_pretrain.data.sources import find_parquet, read_description
 from geneformer_pretrain.data.vocabulary import require_gene_set
 from geneformer_pretrain.errors import ConfigError, DataError
 from geneformer_pretrain.files import replacing
@@ -232,9 +233,7 @@ def find_corpus(
     return corpus
 
 
-def open_cells(
-    corpus: Path, model: Model, folder: Path, *, max_tokens: int | None = None, is_main: bool = True
-) -> Cells:
+def open_cells(corpus: Path, model: Model, *, max_tokens: int | None = None, is_main: bool = True) -> Cells:
     """Open a corpus for a model.
 
     Parameters
@@ -243,8 +242,6 @@ def open_cells(
         See `find_corpus`.
     model
         Model that will read it.
-    folder
-        Folder for intermediate results.
     max_tokens
         Longer cells are cut; by default those longer than the cells that the model was trained on.
     is_main
@@ -257,7 +254,7 @@ def open_cells(
     ConfigError
         `max_tokens` beyond what the model can read.
     """
-    source = open_tokens(corpus, folder / "cache", show_progress=is_main)
+    source = open_tokens(corpus)
     return Cells(source, model, _max_tokens(source, model, max_tokens, is_main=is_main))
 
 
@@ -288,8 +285,16 @@ def is_corpus(path: str | Path) -> bool:
     location = Path(path)
     if location.is_dir():
         marks = ("corpus.json", "state.json", "dataset_dict.json")
-        return any((location / mark).is_file() for mark in marks) or any(location.glob("*.parquet"))
+        return any((location / mark).is_file() for mark in marks) or _has_parquet(location)
     return location.suffix == ".parquet"
+
+
+def _has_parquet(folder: Path) -> bool:
+    try:
+        find_parquet(folder)
+    except DataError:
+        return False
+    return True
 
 
 def _require_gene_set(corpus: Path, model: Model, *, is_main: bool) -> None:
@@ -313,11 +318,15 @@ def _tokenized(paths: Sequence[str | Path], model: Model, folder: Path, options:
     from geneformer_pretrain.tokenization.counts import file_state, find_counts
 
     files = find_counts([str(path) for path in paths])
-    made_of = [[str(file.absolute()), file_state(file)] for file in files]
+    states = [file_state(file) for file in files]
+    made_of = [[str(file.absolute()), state] for file, state in zip(files, states, strict=True)]
     key = xxhash.xxh3_64_hexdigest(json.dumps([made_of, asdict(options), model.gene_set.fingerprint]).encode())
     output = folder / f"cells-{key}.parquet"
     if not output.exists():
         _tokenize(files, model, output, options, is_main)
+    # As old as its counts: made of the same ones again, it is the same corpus.
+    changed = max(state["changed_ns"] for state in states)
+    os.utime(output, ns=(changed, changed))
     return output
 
 

@@ -1,5 +1,7 @@
 """Embeddings of cells, and mean contextual embeddings of genes."""
 
+import json
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -21,12 +23,14 @@ from geneformer_pretrain.inference.merging import Groups, Merging, genes_path, m
 from geneformer_pretrain.inference.model import Model, load_model
 from geneformer_pretrain.inference.packs import Pack, Parts
 from geneformer_pretrain.inference.parts import (
+    JOB_FILE,
     Job,
     Lock,
     Part,
     Phases,
     Writer,
     at_once,
+    clear,
     fixed_size_list,
     in_turn,
     join_ranks,
@@ -103,10 +107,26 @@ def _prepare(options: EmbedOptions, work: Path, *, is_main: bool) -> AbstractCon
         if path is not None:
             if path.exists() and any(Path(cells).exists() and path.samefile(cells) for cells in options.cells):
                 raise OutputError(f"{path}: these are the cells themselves; name another output.")
-            require_new(path, overwrite=options.overwrite)
+            is_unfinished = path == options.genes and _is_of_job(path, work)
+            require_new(path, overwrite=options.overwrite or is_unfinished)
+    lock = Lock(work)
     if options.overwrite:
-        remove(work)
-    return Lock(work)
+        clear(work)
+    return lock
+
+
+def _relative(genes: Path, work: Path) -> str:
+    """Path of the file of genes from the folder of the output, the same if both are moved."""
+    return os.path.relpath(genes, work.parent)
+
+
+def _is_of_job(genes: Path, work: Path) -> bool:
+    """Decide whether a job that was stopped may have written its file of genes, which precedes the output."""
+    try:
+        settings = json.loads((work / JOB_FILE).read_text())["settings"]
+        return bool(settings["genes"] == _relative(genes, work))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _embed(options: EmbedOptions, work: Path, ranks: Ranks, phases: Phases) -> Summary:
@@ -175,7 +195,7 @@ def _open(options: EmbedOptions, model: Model, work: Path, ranks: Ranks) -> tupl
     corpus = in_turn(ranks, lambda: find_corpus(options.cells, model, work, options.counts, is_main=is_main))
 
     def open_all() -> tuple[Cells, Groups | None]:
-        cells = open_cells(corpus, model, work, max_tokens=options.max_tokens, is_main=is_main)
+        cells = open_cells(corpus, model, max_tokens=options.max_tokens, is_main=is_main)
         return cells, None if options.group_by is None else _group(cells, options.group_by)
 
     cells, groups = at_once(ranks, open_all)
@@ -188,7 +208,7 @@ def _open(options: EmbedOptions, model: Model, work: Path, ranks: Ranks) -> tupl
         "layer": model.num_layers_below(options.layer),
         "pooling": options.pooling,
         "dtype": str(model.dtype).removeprefix("torch."),
-        "genes": options.genes is not None,
+        "genes": None if options.genes is None else _relative(options.genes, work),
         "group by": options.group_by,
     }
     costs = cells.lengths * (1.0 + cells.lengths / (6.0 * model.hidden_size))

@@ -72,6 +72,8 @@ class Merging:
                 with pq.ParquetFile(path) as file:
                     writer = writer or open_writer(target, file.schema_arrow)
                     for group in range(file.num_row_groups):
+                        if self._stopped.is_set():
+                            return target
                         writer.write_table(file.read_row_group(group))
                 with target.open("rb") as written:  # little is left to be synced at the end
                     sync_file(written)

@@ -320,6 +320,18 @@ def _compression_of(schema: pa.Schema) -> dict[str, str]:
     }
 
 
+def clear(folder: Path) -> None:
+    """Delete the results of a job, but not its lock.
+
+    The settings go last: after a kill in between, no other job takes the parts that are left for its own.
+    """
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == JOB_FILE):
+        if path.is_dir():
+            remove(path)
+        elif path.name != LOCK_FILE:
+            path.unlink()
+
+
 def remove(folder: Path) -> None:
     """Delete a folder with all results in it, if it is there."""
     with suppress(FileNotFoundError):

@@ -24,12 +24,14 @@ from geneformer_pretrain.inference.edits import Copies, Mode, Rule
 from geneformer_pretrain.inference.model import Model, load_model
 from geneformer_pretrain.inference.packs import Pack
 from geneformer_pretrain.inference.parts import (
+    LOCK_FILE,
     Job,
     Lock,
     Part,
     Phases,
     Writer,
     at_once,
+    clear,
     in_turn,
     join_ranks,
     local_device,
@@ -44,6 +46,9 @@ from geneformer_pretrain.inference.statistics_scores import MIN_REPLICATES
 
 PART_TOKENS = 2**28
 """About the tokens of a part: half a minute of work on a GPU for small models, some minutes for large ones."""
+
+RESULTS = ("summary.json", "genes.parquet", "ranked.png", "volcano.png", "states.parquet")
+"""Files beside the folder of scores; the first is written last and says that all are complete."""
 
 MEASURED_SECONDS = 1.0
 """Duration of the measurement that the estimate rests on."""
@@ -72,7 +77,8 @@ def _require_output(options: PerturbOptions) -> None:
     output = options.output
     if output.exists() and not output.is_dir():
         raise OutputError(f"{output}: is a file; name a folder.")
-    if output.is_dir() and any(output.iterdir()) and not (output / "scores").is_dir():
+    is_ours = (output / LOCK_FILE).exists() or (output / "scores").is_dir()  # the lock is made first, and stays
+    if output.is_dir() and any(output.iterdir()) and not is_ours:
         raise OutputError(f"{output}: holds something else than scores; name another output.")
     if (output / "summary.json").exists() and not options.overwrite:
         raise OutputError(f"{output}: these results are complete; name another output or add --overwrite.")
@@ -84,12 +90,11 @@ def _work(options: PerturbOptions) -> Path:
 
 
 def _clear(options: PerturbOptions) -> None:
-    """Delete earlier results, but not what has just been made of counts."""
-    for path in options.output.iterdir():
-        if path.is_dir() and path != _work(options):
-            remove(path)
-        elif path.suffix in (".parquet", ".json", ".png"):
-            path.unlink()
+    """Delete earlier results, but neither what has just been made of counts nor files of others."""
+    for name in RESULTS:
+        (options.output / name).unlink(missing_ok=True)
+    if (options.output / "scores").is_dir():
+        clear(options.output / "scores")
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,10 +156,10 @@ def _perturb(options: PerturbOptions, model: Model, ranks: Ranks, phases: Phases
         f"{rate:,.0f} tokens/s; forward alone {forward_rate:,.0f} tokens/s.",
     ]
     if is_main:
-        remove(work)
         if options.statistics:
             _summarize(options, model)
             lines.append(f"{options.output / 'genes.parquet'}: statistics of each perturbation.")
+        remove(work)
     phases.end("statistics")
     values = {
         "cells": len(opened.chosen),
@@ -188,7 +193,7 @@ def _summarize(options: PerturbOptions, model: Model) -> None:
 
 def _open(options: PerturbOptions, model: Model, corpus: Path, *, is_main: bool) -> _Opened:
     """Open the cells, choose those to perturb and count their copies."""
-    cells = open_cells(corpus, model, _work(options), max_tokens=options.max_tokens, is_main=is_main)
+    cells = open_cells(corpus, model, max_tokens=options.max_tokens, is_main=is_main)
     rule = make_rule(options, model, cells.max_tokens)
     states: list[np.ndarray] = []
     chosen = np.arange(cells.num_cells)

@@ -101,12 +101,12 @@ def summarize(
     output.mkdir(parents=True, exist_ok=True)
     with replacing(output / "genes.parquet") as path:
         pq.write_table(table, path)
-    with replacing(output / "summary.json") as path:
-        path.write_text(json.dumps(summary, indent=1) + "\n")
     test = "replicate_q" if replicates else "q"
     for name, plot in (("ranked.png", plot_ranked), ("volcano.png", plot_volcano)):
         with replacing(output / name) as path:
             plot(table, reader.score_names[0], test, path)
+    with replacing(output / "summary.json") as path:  # the last, since it says that all are complete
+        path.write_text(json.dumps(summary, indent=1) + "\n")
     return summary
 
 

@@ -4,7 +4,6 @@ Training draws cells at random and converts parquet files for that. Inference re
 each batch of rows when it gets there. Every rank decodes its own share while its device works.
 """
 
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -21,9 +20,9 @@ import xxhash
 from geneformer_pretrain.data.arrow_cache import ParquetReader, SourceFile, fingerprint
 from geneformer_pretrain.data.corpus import Corpus, open_corpus
 from geneformer_pretrain.data.parquet_cells import COLUMN, ParquetFile, check_cells
-from geneformer_pretrain.data.saved_folder import STATE_FILE
+from geneformer_pretrain.data.saved_folder import STATE_FILE, read_saved_folder
 from geneformer_pretrain.data.sources import find_parquet, read_description
-from geneformer_pretrain.errors import DataError
+from geneformer_pretrain.errors import DataError, require_readable
 
 LENGTH = "length"
 """Column with the tokens of each cell, which saves decoding all of them beforehand."""
@@ -65,23 +64,25 @@ class Tokens(Protocol):
         """
 
 
-def open_tokens(path: Path, cache: Path, *, show_progress: bool) -> Tokens:
+def open_tokens(path: Path) -> Tokens:
     """Open a corpus as `data.open_corpus` takes it.
 
     Parameters
     ----------
     path
         Corpus folder, parquet files or saved folder.
-    cache
-        Folder for a saved folder that an index selects rows of; it is converted.
 
     Raises
     ------
     DataError
-        Nothing is found there, or a file cannot be used.
+        Nothing is found there, a file cannot be used, or an index selects rows of a saved folder.
     """
+    if (path / STATE_FILE).is_file() and read_saved_folder(path).index_names:
+        raise DataError(
+            f"{path}: an index selects its rows; apply Dataset.flatten_indices and save_to_disk the result."
+        )
     if (path / STATE_FILE).is_file() or (path / "dataset_dict.json").is_file():
-        return MappedTokens(open_corpus(path, cache, show_progress=show_progress))
+        return MappedTokens(open_corpus(path, path))  # without an index there is nothing to convert
     description = read_description(path)
     found = ParquetTokens(find_parquet(path) if description is None else description.parts)
     if description is not None:
@@ -154,7 +155,9 @@ class _Batch:
 class ParquetTokens:
     """Tokens of parquet files, decoded from the front; a jump over whole row groups skips them.
 
-    The column `length` is used for the lengths where there is one, and compared with the cells when they are read.
+    The column `length` is used for the lengths of a row group if its sum is the number of tokens there, as the footer
+    says, and compared with the cells when they are read. The files' times of change are part of the fingerprint, since
+    a file may be replaced by one of the same size.
     Only one thread may read at a time.
 
     Parameters
@@ -172,14 +175,16 @@ class ParquetTokens:
         reader = ParquetReader(paths)
         self._files: list[ParquetFile] = reader.files
         self.sources = reader.sources
-        sizes = [_row_group_sizes(file.path) for file in self._files]
+        self._footers = [pq.read_metadata(file.path) for file in self._files]
+        sizes = [_row_group_sizes(footer) for footer in self._footers]
         filled = [np.flatnonzero(some) for some in sizes]
         self._file_of_group = np.repeat(np.arange(len(sizes)), [len(some) for some in filled])
         self._number_of_group = np.concatenate(filled)
         self._first_cell = np.concatenate([[0], np.cumsum(np.concatenate(sizes)[np.concatenate(sizes) > 0])])
         with ThreadPoolExecutor(READERS) as readers:
             self.lengths = np.concatenate(list(readers.map(self._read_lengths, range(len(self._file_of_group)))))
-        identity = [(os.path.basename(file.path), file.path.stat().st_size, file.rows) for file in self._files]
+        states = [(file.path.stat(), file) for file in self._files]
+        identity = [(file.path.name, state.st_size, state.st_mtime_ns, file.rows) for state, file in states]
         self.fingerprint = fingerprint(str(identity), xxhash.xxh3_128_hexdigest(self.lengths.data))
         self._batches: Iterator[_Batch] = iter(())
         self._batch = _Batch(0, np.empty(0, np.int32), np.zeros(1, np.int64))
@@ -228,7 +233,7 @@ class ParquetTokens:
             source = self._files[number]
             first = self._first_cell_of_file(number)
             inside = self._number_of_group[(self._file_of_group == number) & (self._first_cell[:-1] >= cell)]
-            with _reading(source.path), _open(source.path) as file:
+            with self._open(number) as file:
                 for batch in file.iter_batches(
                     source.rows_per_batch, row_groups=inside.tolist(), columns=[COLUMN], use_threads=False
                 ):
@@ -248,41 +253,43 @@ class ParquetTokens:
 
     def _read_lengths(self, group: int) -> np.ndarray:
         """Tokens of each cell of a row group, int32."""
-        source = self._files[self._file_of_group[group]]
-        number = [int(self._number_of_group[group])]
-        row = int(self._first_cell[group]) - self._first_cell_of_file(int(self._file_of_group[group]))
-        with _reading(source.path), _open(source.path) as file:
+        place, number = int(self._file_of_group[group]), int(self._number_of_group[group])
+        source = self._files[place]
+        row = int(self._first_cell[group]) - self._first_cell_of_file(place)
+        with self._open(place) as file:
             schema = file.schema_arrow
             if LENGTH in schema.names and pa.types.is_integer(schema.field(LENGTH).type):
-                column = file.read_row_group(number[0], columns=[LENGTH], use_threads=False)[LENGTH]
-                if not column.null_count:
-                    lengths = column.to_numpy()
-                    if lengths.min() < 1:
-                        bad = row + int(lengths.argmin())
-                        raise DataError(f"{source.path}, row {bad}: {LENGTH} is {lengths.min()}; drop the row.")
+                column = file.read_row_group(number, columns=[LENGTH], use_threads=False)[LENGTH]
+                lengths = column.to_numpy() if not column.null_count else np.zeros(1, np.int64)
+                if lengths.min() > 0 and lengths.sum(dtype=np.float64) == _num_tokens(self._footers[place], number):
                     return lengths.astype(np.int32)
             found = []
             for batch in file.iter_batches(
-                source.rows_per_batch, row_groups=number, columns=[COLUMN], use_threads=False
+                source.rows_per_batch, row_groups=[number], columns=[COLUMN], use_threads=False
             ):
                 _, offsets = check_cells(batch.column(0), source.path, row)
                 found.append(np.diff(offsets).astype(np.int32))
                 row += batch.num_rows
             return np.concatenate(found)
 
-
-def _row_group_sizes(path: Path) -> np.ndarray:
-    metadata = pq.read_metadata(path)
-    return np.array([metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)], np.int64)
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: damaged ({error}); make or download the file again.") from error
+    @contextmanager
+    def _open(self, number: int) -> Iterator[pq.ParquetFile]:
+        """Open a file, whose footer is not read again."""
+        path, footer = self._files[number].path, self._footers[number]
+        try:
+            with pq.ParquetFile(path, metadata=footer, pre_buffer=False, buffer_size=READ_BUFFER) as file:
+                yield file
+        except (pa.ArrowException, OSError) as error:
+            require_readable(error, path)
+            raise DataError(f"{path}: damaged ({error}); make or download the file again.") from error
 
 
-def _open(path: Path) -> pq.ParquetFile:
-    return pq.ParquetFile(path, pre_buffer=False, buffer_size=READ_BUFFER)
+def _row_group_sizes(footer: pq.FileMetaData) -> np.ndarray:
+    return np.array([footer.row_group(number).num_rows for number in range(footer.num_row_groups)], np.int64)
+
+
+def _num_tokens(footer: pq.FileMetaData, number: int) -> int:
+    """Tokens of a row group; empty cells and nulls count as one each."""
+    group = footer.row_group(number)
+    columns = (group.column(place) for place in range(group.num_columns))
+    return next(int(column.num_values) for column in columns if column.path_in_schema.split(".")[0] == COLUMN)

@@ -9,6 +9,7 @@ import anndata
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.ipc as ipc
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -19,6 +20,7 @@ from geneformer_pretrain.inference import runner as runner_module
 from geneformer_pretrain.inference.cells import CountsOptions
 from geneformer_pretrain.inference.embed import EmbedOptions, embed
 from geneformer_pretrain.inference.model import load_model
+from geneformer_pretrain.inference.parts import Lock
 from geneformer_pretrain.inference.runner import Runner
 from tests.unit.inference.worlds import Stock, gene_set, make_cells, make_world, write_cells, write_model
 
@@ -242,6 +244,81 @@ def test_existing_output(v1, tmp_path):
     with pytest.raises(OutputError, match="exists already"):
         run(v1, tmp_path)
     run(v1, tmp_path, overwrite=True)
+
+
+@pytest.mark.parametrize("name", ["out.parquet", "out.h5ad"])
+def test_an_output_that_cannot_be_written_does_not_keep_the_genes_from_going_on(v1, tmp_path, monkeypatch, name):
+    from geneformer_pretrain.inference import merging
+
+    output, genes = tmp_path / name, tmp_path / "genes.parquet"
+    with monkeypatch.context() as patch:
+        patch.setattr(merging, "replacing", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(v1, tmp_path, output=output, genes=genes)
+    assert genes.exists()
+    assert not output.exists()
+    other = tmp_path / "other.parquet"
+    other.write_text("mine")
+    with pytest.raises(OutputError, match=r"other\.parquet: this output exists already"):
+        run(v1, tmp_path, output=output, genes=other)
+    run(v1, tmp_path, output=output, genes=genes)
+    assert output.exists()
+    assert other.read_text() == "mine"
+    with pytest.raises(OutputError, match="exists already"):
+        run(v1, tmp_path, output=tmp_path / "second.parquet", genes=genes)
+
+
+def test_a_corpus_that_is_replaced_is_noticed(v1, tmp_path, monkeypatch):
+    """Another file with the same rows, lengths and size ends a job that was stopped."""
+    path = tmp_path / "cells.parquet"
+    plain = Runner.hidden
+    write_cells(path, v1.cells)
+    monkeypatch.setattr(Runner, "hidden", lambda *_: 1 / 0)
+    options = EmbedOptions(v1.model, [str(path)], tmp_path / "out.parquet")
+    with pytest.raises(ZeroDivisionError):
+        embed(options)
+    monkeypatch.setattr(Runner, "hidden", plain)
+    write_cells(path, [cell[::-1] for cell in v1.cells])
+    with pytest.raises(OutputError, match=r"other settings \(cells was"):
+        embed(options)
+
+
+def test_partitioned_corpus(v1, tmp_path):
+    for tissue, cells in (("liver", v1.cells[:3]), ("lung", v1.cells[3:5])):
+        folder = tmp_path / "corpus" / f"tissue={tissue}"
+        folder.mkdir(parents=True)
+        write_cells(folder / "p.parquet", cells)
+    embed(EmbedOptions(v1.model, [str(tmp_path / "corpus")], tmp_path / "out.parquet"))
+    stock = Stock(v1.model)
+    expected = [stock(cell).mean(0) for cell in v1.cells[:5]]
+    np.testing.assert_allclose(vectors(tmp_path / "out.parquet"), expected, atol=1e-5)
+
+
+def test_selected_rows_are_refused_before_anything_is_computed(v1, tmp_path, monkeypatch):
+    import datasets
+
+    saved = tmp_path / "saved"
+    datasets.Dataset.from_dict({"input_ids": v1.cells}).save_to_disk(saved)
+    table = pa.table({"indices": pa.array([4, 2, 7], pa.uint64())})
+    with ipc.new_stream(saved / "indices.arrow", table.schema) as writer:
+        writer.write_table(table)
+    state = json.loads((saved / "state.json").read_text()) | {"_indices_data_files": [{"filename": "indices.arrow"}]}
+    (saved / "state.json").write_text(json.dumps(state))
+    monkeypatch.setattr(Runner, "run", None)
+    with pytest.raises(DataError, match=r"saved: an index selects its rows; apply Dataset\.flatten_indices"):
+        embed(EmbedOptions(v1.model, [str(saved)], tmp_path / "out.parquet"))
+
+
+def test_overwrite_leaves_a_job_at_work_alone(v1, tmp_path):
+    work = tmp_path / "out.parquet.parts"
+    with Lock(work):
+        (work / "part-00000.parquet").write_text("theirs")
+        with pytest.raises(OutputError, match="another process works on it"):
+            run(v1, tmp_path, overwrite=True)
+        assert (work / "part-00000.parquet").read_text() == "theirs"
+    output, _ = run(v1, tmp_path, overwrite=True)
+    assert len(vectors(output)) == 24
+    assert not work.exists()
 
 
 @pytest.mark.parametrize(

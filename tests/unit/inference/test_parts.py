@@ -71,6 +71,31 @@ def test_a_failure_leaves_no_output(job, tmp_path):
     assert not (tmp_path / "out.parquet").exists()
 
 
+def test_after_a_failure_the_parts_at_hand_are_not_joined(job, tmp_path, monkeypatch):
+    for part in job.parts:
+        write_part(job, part)
+    begun, failed = threading.Event(), threading.Event()
+    plain, joined = pq.ParquetFile.read_row_group, []
+
+    def read_row_group(self, group):
+        joined.append(group)
+        begun.set()
+        assert failed.wait(20)
+        return plain(self, group)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", read_row_group)
+
+    def work():
+        with Merging(job, tmp_path / "out.parquet"):
+            assert begun.wait(20)
+            threading.Timer(0.2, failed.set).start()
+            raise RuntimeError("the device burns")
+
+    with pytest.raises(RuntimeError, match="the device burns"):
+        work()
+    assert len(joined) == 1
+
+
 def test_a_part_that_cannot_be_joined_is_an_error_at_once(job, tmp_path):
     def work():
         with Merging(job, tmp_path / "out.parquet") as merging:

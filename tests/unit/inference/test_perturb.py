@@ -1,13 +1,16 @@
 """Scores of perturbations against stock transformers, copy by copy, and mistakes of users."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
+import anndata
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.sparse import csr_matrix
 
 from geneformer_pretrain.errors import ConfigError, DataError, OutputError
 from geneformer_pretrain.inference.edits import Mode
@@ -333,18 +336,85 @@ def test_a_mistake_leaves_nothing_behind(v1, tmp_path, monkeypatch, options, mes
 
 def test_overwrite_deletes_results_alone_and_only_when_new_ones_can_be_made(v1, tmp_path):
     run(v1, tmp_path, max_cells=2)
-    (tmp_path / "out" / "notes.txt").write_text("mine")
+    mine = [tmp_path / "out" / name for name in ("notes.txt", "my.parquet", "my.json", "figure.png", "figures/1.png")]
+    for path in mine:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
     before = rows_of(tmp_path / "out")
     with pytest.raises(DataError, match="has no gene"):
         run(v1, tmp_path, genes="ENSG404", overwrite=True)
     assert rows_of(tmp_path / "out") == before
     rows, _ = run(v1, tmp_path, max_cells=1, overwrite=True)
     assert len({row["cell"] for row in rows}) == 1
-    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+    assert all(path.read_text() == "mine" for path in mine)
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.txt").write_text("years")
     with pytest.raises(OutputError, match="something else"):
         run(v1, tmp_path, output=tmp_path / "thesis", overwrite=True)
+
+
+def _counts(world, path):
+    adata = anndata.AnnData(csr_matrix(np.arange(1.0, 321).reshape(4, 80).astype(np.float32)))
+    adata.var["ensembl_id"] = world.genes.tokens[2:]
+    adata.obs["state"] = ["ill", "well", "ill", "well"]
+    adata.write_h5ad(path)
+
+
+def test_a_corrected_command_goes_on_with_the_cells_of_a_mistaken_one(v1, tmp_path, monkeypatch):
+    _counts(v1, tmp_path / "counts.h5ad")
+    of_counts = SimpleNamespace(model=v1.model, path=tmp_path / "counts.h5ad")
+    with pytest.raises(DataError, match="no cell has the value 'nope'"):
+        run(of_counts, tmp_path, states="state", start="nope", goal="well")
+    assert list((tmp_path / "out" / "work").glob("cells-*.parquet"))
+    monkeypatch.setattr("geneformer_pretrain.inference.cells._tokenize", None)
+    rows, _ = run(of_counts, tmp_path, states="state", start="ill", goal="well")
+    assert {row["cell"] for row in rows} == {0, 2}
+
+
+def test_killed_in_its_statistics_it_does_not_tokenize_again(v1, tmp_path, monkeypatch):
+    _counts(v1, tmp_path / "counts.h5ad")
+    of_counts = SimpleNamespace(model=v1.model, path=tmp_path / "counts.h5ad")
+    with monkeypatch.context() as patch:
+        patch.setattr("geneformer_pretrain.inference.statistics.plot_volcano", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(of_counts, tmp_path, statistics=True)
+    assert not (tmp_path / "out" / "summary.json").exists()
+    monkeypatch.setattr("geneformer_pretrain.inference.cells._tokenize", None)
+    _, summary = run(of_counts, tmp_path, statistics=True)
+    assert summary.values["perturbations"] == 0
+    assert (tmp_path / "out" / "volcano.png").exists()
+    assert not (tmp_path / "out" / "work").exists()
+
+
+def test_scores_are_completed_by_statistics_later(v1, tmp_path):
+    """Cells that counts are tokenized into a second time are the same ones."""
+    _counts(v1, tmp_path / "counts.h5ad")
+    of_counts = SimpleNamespace(model=v1.model, path=tmp_path / "counts.h5ad")
+    run(of_counts, tmp_path)
+    _, summary = run(of_counts, tmp_path, statistics=True)
+    assert summary.values["perturbations"] == 0
+    assert (tmp_path / "out" / "summary.json").exists()
+
+
+def test_killed_while_it_deletes(v1, tmp_path, monkeypatch):
+    run(v1, tmp_path, max_cells=2)
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    unlink = Path.unlink
+
+    def killed(path, *args, **kwargs):
+        if path.name == "_job.json":
+            raise KeyboardInterrupt
+        unlink(path, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(v1, tmp_path, max_cells=1, overwrite=True)
+    assert not rows_of(tmp_path / "out")
+    with pytest.raises(OutputError, match="max cells was 2, is 1"):
+        run(v1, tmp_path, max_cells=1)
+    rows, _ = run(v1, tmp_path, max_cells=1, overwrite=True)
+    assert len({row["cell"] for row in rows}) == 1
 
 
 def test_cells_are_cut_before_they_are_perturbed(world, tmp_path):

@@ -1,6 +1,8 @@
 """Tokens read from parquet in place, against the cells that were written."""
 
+import errno
 import json
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -42,7 +44,7 @@ def test_any_cells_in_any_order_of_requests(tmp_path_factory, sizes, group_rows,
     cells = write(folder, sizes, group_rows, with_length)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parquet_cells, "MAX_ROWS_PER_BATCH", batch_rows)
-        tokens = open_tokens(folder, folder / "cache", show_progress=False)
+        tokens = open_tokens(folder)
     assert tokens.lengths.tolist() == [len(cell) for cell in cells]
     for _ in range(4):
         chosen = np.array(sorted(data.draw(st.sets(st.integers(0, len(cells) - 1)))), np.int64)
@@ -52,36 +54,65 @@ def test_any_cells_in_any_order_of_requests(tmp_path_factory, sizes, group_rows,
     assert tokens.describe_cell(cell) == "{}/{}.parquet, row {}".format(folder, *rows[cell])
 
 
-def test_nothing_is_written(tmp_path):
-    write(tmp_path / "corpus", [5], 2, True)
-    tokens = open_tokens(tmp_path / "corpus", tmp_path / "cache", show_progress=False)
-    tokens.read(np.arange(5))
-    assert not (tmp_path / "cache").exists()
-
-
-def test_fingerprint_follows_the_content_not_the_place(tmp_path):
-    for place, seed in (("one", 0), ("two", 0), ("three", 1)):
-        write(tmp_path / place, [9], 4, True, seed)
-    found = [
-        open_tokens(tmp_path / place, tmp_path, show_progress=False).fingerprint for place in ("one", "two", "three")
-    ]
+def test_fingerprint_follows_the_files_not_the_place(tmp_path):
+    write(tmp_path / "one", [9], 4, True)
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    write(tmp_path / "three", [9], 4, True, seed=1)
+    found = [open_tokens(tmp_path / place).fingerprint for place in ("one", "two", "three")]
     assert found[0] == found[1] != found[2]
+    write(tmp_path / "two", [9], 4, True)
+    assert open_tokens(tmp_path / "two").fingerprint != found[0]
 
 
 def test_lengths_that_lie(tmp_path):
-    table = pa.table({"input_ids": [[5, 6], [7, 8, 9]], "length": [2, 2]})
+    table = pa.table({"input_ids": [[5, 6], [7, 8, 9]], "length": [3, 2]})
     pq.write_table(table, tmp_path / "cells.parquet")
-    tokens = open_tokens(tmp_path, tmp_path, show_progress=False)
-    with pytest.raises(DataError, match=r"cells\.parquet, row 1: input_ids has 3 tokens, and length says 2"):
+    tokens = open_tokens(tmp_path)
+    with pytest.raises(DataError, match=r"cells\.parquet, row 0: input_ids has 2 tokens, and length says 3"):
         tokens.read(np.arange(2))
-    pq.write_table(table.set_column(1, "length", [[2, 0]]), tmp_path / "cells.parquet")
-    with pytest.raises(DataError, match="row 1: length is 0"):
-        open_tokens(tmp_path, tmp_path, show_progress=False)
+
+
+@pytest.mark.parametrize("column", [[3000, 3000], [2, 0], [5, 0], [6, -1], [None, 5], [2**62, 2**62]])
+def test_column_length_of_another_meaning(tmp_path, column):
+    pq.write_table(pa.table({"input_ids": [[5, 6], [7, 8, 9]], "length": column}), tmp_path / "cells.parquet")
+    tokens = open_tokens(tmp_path)
+    assert tokens.lengths.tolist() == [2, 3]
+    assert tokens.read(np.arange(2)).tolist() == [5, 6, 7, 8, 9]
+
+
+def test_footers_are_read_a_few_times_whatever_the_number_of_row_groups(tmp_path, monkeypatch):
+    """Opening would otherwise take time that grows with the square of the row groups."""
+    cells = write(tmp_path, [40, 40], 1, True)
+    plain, footers = pq.ParquetFile, []
+
+    def opened(path, *, metadata=None, **options):
+        footers.append(metadata)
+        return plain(path, metadata=metadata, **options)
+
+    monkeypatch.setattr("geneformer_pretrain.inference.tokens.pq.ParquetFile", opened)
+    tokens = open_tokens(tmp_path)
+    for cell in (3, 70, 20):
+        assert tokens.read(np.array([cell])).tolist() == cells[cell]
+    assert len(footers) > 80
+    assert sum(footer is None for footer in footers) <= 4  # inspection, and read_metadata
+
+
+@pytest.mark.parametrize(("number", "remedy"), [(errno.EMFILE, "ulimit -n"), (errno.ESTALE, "start again")])
+def test_a_system_that_fails_does_not_blame_the_file(tmp_path, monkeypatch, number, remedy):
+    write(tmp_path, [4], 2, True)
+    tokens = open_tokens(tmp_path)
+
+    def fail(*_, **__):
+        raise OSError(number, "no")
+
+    monkeypatch.setattr("geneformer_pretrain.inference.tokens.pq.ParquetFile", fail)
+    with pytest.raises(DataError, match=rf"0\.parquet: cannot be read now .*{remedy}"):
+        tokens.read(np.arange(4))
 
 
 def test_damaged_while_it_is_read(tmp_path):
     write(tmp_path / "corpus", [400], 50, True)
-    tokens = open_tokens(tmp_path / "corpus", tmp_path, show_progress=False)
+    tokens = open_tokens(tmp_path / "corpus")
     path = tmp_path / "corpus" / "0.parquet"
     path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(DataError, match=r"0\.parquet: damaged"):
@@ -96,4 +127,4 @@ def test_corpus_that_lacks_cells(tmp_path):
         json.dumps({"format_version": 1, "gene_set": genes, "parts": [{"file": "0.parquet", "cells": 6}]})
     )
     with pytest.raises(DataError, match=r"hold 5 cells, and corpus\.json lists 6"):
-        open_tokens(tmp_path / "corpus", tmp_path, show_progress=False)
+        open_tokens(tmp_path / "corpus")
