@@ -85,7 +85,13 @@ def _evaluate(arguments: argparse.Namespace, work: Path) -> Summary:
         paths = arguments.counts or arguments.cells
     if paths:  # first, as it can fail in the shortest time
         cells.require_columns(["cell_id"], "--counts finds cells by it")
-        wanted = Wanted(chosen.ids, chosen.classes.kept, lambda: cells.ids(np.arange(cells.num_cells)).to_pylist())
+        wanted = Wanted(
+            chosen.ids,
+            chosen.classes.kept,
+            lambda: cells.ids(np.arange(cells.num_cells)).to_pylist(),
+            chosen.tokens,
+            chosen.offsets,
+        )
         counts = counts_of_cells(paths, wanted, model.gene_set, options)
         features["PCA of log-normalised counts"] = principal_components(
             log_normalised(counts.matrix, counts.totals), seed

@@ -7,6 +7,9 @@ from dataclasses import asdict
 
 from geneformer_pretrain.console import Summary
 
+SAMPLE = "sample_data/cells.parquet"
+"""The shipped `data.path`, a corpus too small to plan with."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `plan`."""
@@ -38,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> Summary:
     """Plan the run that the arguments describe."""
-    from geneformer_pretrain.config.compose import load_config
+    from geneformer_pretrain.config.compose import load_config, read_overrides
     from geneformer_pretrain.data.vocabulary import apply_gene_set
     from geneformer_pretrain.errors import require
     from geneformer_pretrain.planner.lengths import genecorpus, of_corpus, of_tokens
@@ -61,7 +64,9 @@ def run(arguments: argparse.Namespace) -> Summary:
         lengths = of_corpus(arguments.corpus)
     elif arguments.tokens is not None:
         lengths = of_tokens(int(arguments.tokens), config.model.seq_length)
-    elif any(override.startswith("data.path=") for override in arguments.overrides):
+    elif config.data.path != SAMPLE or "data.path" in {
+        override.key_or_group for override in read_overrides(arguments.overrides)
+    }:
         lengths = of_corpus(config.data.path)
     else:
         lengths = genecorpus(config.model.seq_length)

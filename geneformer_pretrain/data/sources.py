@@ -121,6 +121,7 @@ def find_parquet(path: str | Path) -> list[Path]:
 def _refuse_other_than_a_path(text: str) -> None:
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://?", text)
     if scheme:
+        text = f"{scheme[1]}://{text[scheme.end() :]}"  # pathlib drops a slash
         command = REMOTE.get(scheme[1].lower())
         how = f", for instance with `{command.format(path=text)}`," if command else ""
         raise DataError(

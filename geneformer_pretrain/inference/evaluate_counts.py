@@ -2,8 +2,8 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
-from functools import partial
+from dataclasses import dataclass, field, fields
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +13,9 @@ from scipy import sparse
 from geneformer_pretrain.data.sources import read_description
 from geneformer_pretrain.errors import DataError
 from geneformer_pretrain.inference.cells import CountsOptions
+from geneformer_pretrain.inference.evaluate import token_presence
 from geneformer_pretrain.tokenization.cell_columns import given_totals
-from geneformer_pretrain.tokenization.counts import CountsFile, find_counts, open_counts
+from geneformer_pretrain.tokenization.counts import CountsBlock, CountsFile, find_counts, open_counts
 from geneformer_pretrain.tokenization.gene_ids import canonical
 from geneformer_pretrain.tokenization.gene_set import GeneSet
 from geneformer_pretrain.tokenization.tokenizer import tokenize_blocks
@@ -50,17 +51,73 @@ class Wanted:
         Their numbers among `all_ids`, int64 [cells].
     all_ids
         Reads the names of all cells that were tokenized, in their order.
+    tokens, offsets
+        Tokens of cell i are `tokens[offsets[i]:offsets[i + 1]]`.
     """
 
     ids: Sequence[str]
     numbers: IntArray
     all_ids: Callable[[], Sequence[str]]
+    tokens: np.ndarray
+    offsets: IntArray
+
+    @cached_property
+    def places(self) -> dict[str, list[int]]:
+        """Places of the cells that have a name."""
+        found: dict[str, list[int]] = {}
+        for place, name in enumerate(self.ids):
+            found.setdefault(name, []).append(place)
+        return found
+
+    def genes(self, gene_set: GeneSet) -> sparse.csr_array:
+        """Matrix [cells, V] that has 1 where a cell's tokens hold a gene."""
+        presence = token_presence(self.tokens, self.offsets, gene_set.vocab_size).tocoo()
+        is_gene = presence.col >= gene_set.num_special_tokens
+        return _ones(presence.row[is_gene], presence.col[is_gene], presence.shape)
+
+
+@dataclass(eq=False)
+class _Rows:
+    """Rows of the files that may be wanted cells: their names are, and they have counts of all genes of the tokens.
+
+    Attributes
+    ----------
+    numbers
+        Number of each row, by file and row.
+    of_cell
+        Numbers of the rows that each wanted cell may be.
+    totals
+        What `--n-counts-column` says of each row.
+    with_name
+        Rows of each name, whatever genes they have.
+    columns
+        Columns of the matrix by the genes' ids.
+    entries
+        Arrays of numbers, columns and counts.
+    """
+
+    of_cell: list[list[int]]
+    numbers: dict[tuple[int, int], int] = field(default_factory=dict)
+    totals: list[float] = field(default_factory=list)
+    with_name: Counter[str] = field(default_factory=Counter)
+    columns: dict[str, int] = field(default_factory=dict)
+    entries: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = field(default_factory=list)
+
+    def matrix(self) -> sparse.csr_array:
+        """Counts, float64 [rows, genes]."""
+        rows, columns, counts = (np.concatenate(part) for part in zip(*self.entries, strict=True))
+        return sparse.csr_array(
+            sparse.coo_array((counts, (rows, columns)), shape=(len(self.numbers), len(self.columns)))
+        )
 
 
 def options_of_corpus(corpus: str | Path, given: CountsOptions) -> CountsOptions:
-    """Return the options that a corpus was tokenized with, from its `corpus.json`; those given now go first."""
-    folder = Path(corpus)
-    description = read_description(folder) if folder.is_dir() else None
+    """Return the options that a corpus was tokenized with, from its `corpus.json`; those given now go first.
+
+    Files of a corpus, or a pattern for them, are of the one whose folder they lie in.
+    """
+    folder = Path(corpus) if Path(corpus).is_dir() else Path(corpus).parent
+    description = read_description(folder)
     content = {} if description is None else description.content
     while "rule" not in content and "split" in content:  # a part made by `split` holds the corpus it is of
         content = content["split"]["corpus"]
@@ -78,9 +135,9 @@ def counts_of_cells(
 ) -> CellCounts:
     """Read the counts of cells.
 
-    Cells are found by their ids. Where an id stands in several rows, rows that `tokenize` leaves out with these options
-    do not count; if there are several still, all rows that it keeps have to be the tokenized cells, in their order.
-    Genes are matched between files by their ids; a gene that a file lacks counts 0 there.
+    A cell's row has its id, and counts of all genes among its tokens. Where several rows do, those that `tokenize`
+    leaves out with these options are no candidates; if there are several still, all rows that it keeps have to be the
+    tokenized cells, in their order. Genes are matched between files by their ids; a gene that a file lacks counts 0.
 
     Parameters
     ----------
@@ -104,75 +161,114 @@ def counts_of_cells(
         allow_noninteger=options.allow_noninteger,
     )
     files = find_counts(paths)
-    columns: dict[str, int] = {}
-    totals = np.empty(len(wanted.ids))
-    parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-    for path, rows in zip(files, _find_rows(files, open_file, wanted, gene_set, options), strict=True):
-        if (rows < 0).all():
-            continue
-        with open_file(path) as counts:
-            parts.extend(_entries(counts, rows, columns))
-            if options.n_counts_column is not None:
-                given = given_totals(counts, options.n_counts_column, 0, counts.num_cells)
-                totals[rows[rows >= 0]] = given[rows >= 0]
-    cells, genes, values = (np.concatenate(part) for part in zip(*parts, strict=True))
-    matrix = sparse.csr_array(sparse.coo_array((values, (cells, genes)), shape=(len(totals), len(columns))))
-    return CellCounts(matrix, matrix.sum(axis=1) if options.n_counts_column is None else totals)
-
-
-def _find_rows(
-    files: Sequence[Path],
-    open_file: "partial[CountsFile]",
-    wanted: Wanted,
-    gene_set: GeneSet,
-    options: CountsOptions,
-) -> list[IntArray]:
-    """Number of the wanted cell in each row of each file, or -1; int64 [rows] a file."""
-    place_of = {name: place for place, name in enumerate(wanted.ids)}
-    found = np.zeros(len(wanted.ids), np.int64)
-    rows_of_file = []
-    for path in files:
-        with open_file(path) as counts:
-            names = counts.cell_ids(0, counts.num_cells)
-        rows_of_file.append(np.array([place_of.get(name, -1) for name in names], np.int64))
-        np.add.at(found, rows_of_file[-1][rows_of_file[-1] >= 0], 1)
-    if (found == 1).all():
-        return rows_of_file
-    if (missing := np.flatnonzero([found[place_of[name]] == 0 for name in wanted.ids])).size:
-        raise DataError(
-            f"--counts: cell {wanted.ids[missing[0]]!r} is in none of the files; name those that the cells come from."
-        )
-    return _rows_that_tokenize_keeps(files, open_file, wanted, gene_set, options)
-
-
-def _rows_that_tokenize_keeps(
-    files: Sequence[Path],
-    open_file: "partial[CountsFile]",
-    wanted: Wanted,
-    gene_set: GeneSet,
-    options: CountsOptions,
-) -> list[IntArray]:
-    """Do the work of `_find_rows` where ids occur several times."""
-    rows_of_file, kept = [], []
+    found = _Rows([[] for _ in wanted.ids])
+    genes = wanted.genes(gene_set)
     for number, path in enumerate(files):
         with open_file(path) as counts:
-            rows_of_file.append(np.full(counts.num_cells, -1, np.int64))
-            kept += [(number, row, name) for row, name in _kept(counts, gene_set, options)]
-    names = [name for _, _, name in kept]
-    if names == list(wanted.all_ids()):
-        chosen = [kept[number] for number in wanted.numbers.tolist()]
-    else:
-        occurring, times = Counter(names), Counter(wanted.ids)
-        if (name := next((name for name in wanted.ids if not occurring[name] == times[name] == 1), None)) is not None:
+            _read_rows(found, number, counts, wanted, genes, gene_set, options)
+    _require_rows(found, wanted)
+    several = [place for place, rows in enumerate(found.of_cell) if len(rows) > 1]
+    if several:
+        kept = []
+        for number, path in enumerate(files):
+            with open_file(path) as counts:
+                kept += [(name, found.numbers.get((number, row))) for row, name in _kept(counts, gene_set, options)]
+        _choose(found, several, kept, wanted)
+    chosen = [rows[0] for rows in found.of_cell]
+    matrix = found.matrix()[chosen]
+    return CellCounts(matrix, matrix.sum(axis=1) if options.n_counts_column is None else np.array(found.totals)[chosen])
+
+
+def _read_rows(
+    found: _Rows,
+    number: int,
+    counts: CountsFile,
+    wanted: Wanted,
+    genes: sparse.csr_array,
+    gene_set: GeneSet,
+    options: CountsOptions,
+) -> None:
+    """Add the rows of a file that may be wanted cells."""
+    names = [canonical(gene) for gene in counts.gene_ids.tolist()]
+    column_of = np.array([found.columns.setdefault(name, len(found.columns)) for name in names], np.int64)
+    token_of = gene_set.match(counts.gene_ids.tolist()).token_of_column
+    for block in counts.blocks():
+        first, last = block.first_row, block.first_row + block.num_cells
+        ids = counts.cell_ids(first, last)
+        found.with_name.update(name for name in ids if name in wanted.places)
+        pairs = np.array([(row, place) for row, name in enumerate(ids) for place in wanted.places.get(name, ())])
+        pairs = pairs.reshape(-1, 2)
+        pairs = pairs[_have_genes(block, token_of, pairs[:, 0], genes[pairs[:, 1]])]
+        rows = np.unique(pairs[:, 0])
+        number_of = np.full(block.num_cells, -1, np.int64)
+        number_of[rows] = len(found.numbers) + np.arange(len(rows))
+        found.numbers.update(((number, first + row), int(number_of[row])) for row in rows.tolist())
+        for row, place in pairs.tolist():
+            found.of_cell[place].append(int(number_of[row]))
+        if options.n_counts_column is not None and len(rows):
+            found.totals += given_totals(counts, options.n_counts_column, first, last)[rows].tolist()
+        row_number = np.repeat(number_of, np.diff(block.indptr))
+        used = row_number >= 0
+        found.entries.append((row_number[used], column_of[block.indices[used]], block.data[used].astype(np.float64)))
+
+
+def _have_genes(block: CountsBlock, token_of: np.ndarray, rows: IntArray, genes: sparse.csr_array) -> NDArray[np.bool_]:
+    """True where row `rows[i]` of a block has counts of all genes that are 1 in row i of `genes`, [n, V]."""
+    row, token = np.repeat(np.arange(block.num_cells), np.diff(block.indptr)), token_of[block.indices]
+    counted = (token >= 0) & (block.data != 0)
+    there = _ones(row[counted], token[counted], (block.num_cells, genes.shape[1]))
+    return np.asarray(genes.multiply(there[rows]).sum(axis=1) == genes.sum(axis=1))
+
+
+def _ones(rows: np.ndarray, columns: np.ndarray, shape: tuple[int, ...]) -> sparse.csr_array:
+    """Make a matrix that has 1 at these places, which may repeat."""
+    matrix = sparse.csr_array(sparse.coo_array((np.ones(len(rows), np.float32), (rows, columns)), shape=shape))
+    matrix.data[:] = 1
+    return matrix
+
+
+def _require_rows(found: _Rows, wanted: Wanted) -> None:
+    """Raise DataError for a cell without a row, and if cells of the same name come from files that are not named."""
+    tokenized = Counter(name for name in wanted.all_ids() if name in wanted.places)
+    for name, rows in zip(wanted.ids, found.of_cell, strict=True):
+        there = found.with_name[name]
+        if not there:
+            raise DataError(f"--counts: cell {name!r} is in none of the files; name those that the cells come from.")
+        if there < tokenized[name]:
             raise DataError(
-                f"--counts: cell {name!r} is there {occurring[name]} times, and among the cells {times[name]} times; "
-                "name exactly the files that the cells come from, in the order in which they were tokenized."
+                f"--counts: {tokenized[name]} cells of the corpus are called {name!r}, and {there} in the files; name "
+                "all files that were tokenized."
             )
-        by_name = {name: (file, row, name) for file, row, name in kept}
-        chosen = [by_name[name] for name in wanted.ids]
-    for place, (file, row, _) in enumerate(chosen):
-        rows_of_file[file][row] = place
-    return rows_of_file
+        if not rows:
+            raise DataError(
+                f"--counts: cell {name!r} of the files has no counts of some genes that are among its tokens; name the "
+                "files that the cells come from, and the options of `tokenize` (--counts-layer, --raw)."
+            )
+
+
+def _choose(found: _Rows, several: list[int], kept: list[tuple[str, int | None]], wanted: Wanted) -> None:
+    """Choose one of the rows that a cell may be, for each cell in `several`.
+
+    Parameters
+    ----------
+    kept
+        Name and number of each row that `tokenize` keeps.
+    """
+    in_order = [name for name, _ in kept] == list(wanted.all_ids()) and all(
+        kept[number][1] in rows for number, rows in zip(wanted.numbers.tolist(), found.of_cell, strict=True)
+    )
+    numbers = {number for _, number in kept}
+    for place in several:
+        rows = [row for row in found.of_cell[place] if row in numbers]
+        if in_order:
+            rows = [row for row in rows if row == kept[wanted.numbers[place]][1]]
+        if len(rows) != 1:
+            raise DataError(
+                f"--counts: {len(rows) or 'none'} of the {len(found.of_cell[place])} rows that may be cell "
+                f"{wanted.ids[place]!r} are of the corpus; name exactly the files that were tokenized, in their order, "
+                "or give each cell an id of its own and tokenize again."
+            )
+        found.of_cell[place] = rows
 
 
 def _kept(counts: CountsFile, gene_set: GeneSet, options: CountsOptions) -> Iterator[tuple[int, str]]:
@@ -186,15 +282,3 @@ def _kept(counts: CountsFile, gene_set: GeneSet, options: CountsOptions) -> Iter
         allow_low_match=options.allow_low_match,
     ):
         yield from zip(block.rows.tolist(), block.cell_ids, strict=True)
-
-
-def _entries(
-    counts: CountsFile, rows: IntArray, columns: dict[str, int]
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Yield (cell, gene, count) of the wanted rows of a file, block by block."""
-    names = [canonical(gene) for gene in counts.gene_ids.tolist()]
-    column_of = np.array([columns.setdefault(name, len(columns)) for name in names], np.int64)
-    for block in counts.blocks():
-        row = np.repeat(rows[block.first_row :][: len(block.indptr) - 1], np.diff(block.indptr))
-        kept = row >= 0
-        yield row[kept], column_of[block.indices[kept]], block.data[kept].astype(np.float64)

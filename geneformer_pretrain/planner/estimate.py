@@ -42,7 +42,7 @@ class StepTime:
     Attributes
     ----------
     is_measured
-        True if a run of this model, shape, engine and precision on as many of these GPUs was measured.
+        True if a run of this model, shape, engine and precision on as many of these GPUs of one node was measured.
     basis
         The measured run, or what is missing, in words.
     """
@@ -77,8 +77,7 @@ def step_time(
         return StepTime(seconds, False, f"estimated, these layers in this precision were not measured on {cluster.gpu}")
     model, training = config.model, config.training
     engine = "fsdp2" if training.use_fsdp2 else "nvfsdp" if training.use_nvfsdp else "ddp"
-    if cluster.gpus == 1:
-        engine = "ddp"
+    own_kernels = Kernel.torch not in (model.attention_kernel, model.fused_kernels)
 
     def differences(row: Measurement) -> tuple[float, ...]:
         return (
@@ -95,9 +94,13 @@ def step_time(
     corrected = seconds * (nearest.step_ms or 0) / 1e3 / modelled_measurement(nearest, config)
     is_measured = (
         not any(differences(nearest))
+        and cluster.nodes == 1  # as all measured runs
         and training.gradient_accumulation_steps == 1
         and training.shard_group_size is None
-        and Kernel.torch not in (model.attention_kernel, model.fused_kernels)
+        and own_kernels
         and training.cuda_graphs is not False
     )
-    return StepTime(corrected, is_measured, f"{'measured' if is_measured else 'estimated from'} {nearest}")
+    basis = f"{'measured' if is_measured else 'estimated from'} {nearest}"
+    if not own_kernels:
+        basis += "; PyTorch's kernels, which the configuration asks for, are slower, by how much is not modelled"
+    return StepTime(corrected, is_measured, basis)

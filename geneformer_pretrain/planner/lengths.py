@@ -7,14 +7,8 @@ from pathlib import Path
 from statistics import NormalDist
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from geneformer_pretrain.data.corpus import open_corpus
-from geneformer_pretrain.data.parquet_cells import inspect_parquet
-from geneformer_pretrain.data.sources import find_parquet, read_description
-from geneformer_pretrain.errors import DataError
+from geneformer_pretrain.inference.tokens import open_tokens
 
 QUANTILES = 4096
 """Cells of a simulated sample."""
@@ -137,29 +131,6 @@ def of_corpus(path: str) -> CellLengths:
     DataError
         Nothing is found, or a file is not a corpus.
     """
-    folder = Path(path)
-    if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
-        with tempfile.TemporaryDirectory() as cache:  # used for a folder that selects rows
-            lengths = open_corpus(folder, cache).lengths.astype(np.int64)
-    else:
-        description = read_description(folder)
-        files = find_parquet(path) if description is None else description.parts
-        lengths = np.concatenate([_of_parquet(file) for file in files])
-    if not len(lengths):
-        raise DataError(f"{path}: the corpus has no cells.")
+    with tempfile.TemporaryDirectory() as cache:  # used for a saved folder that selects rows
+        lengths = open_tokens(Path(path), Path(cache), show_progress=False).lengths.astype(np.int64)
     return CellLengths(lengths, len(lengths), int(lengths.sum()), path)
-
-
-def _of_parquet(file: Path) -> np.ndarray:
-    if not inspect_parquet(file).rows:
-        return np.empty(0, np.int64)
-    try:
-        if "length" in pq.read_schema(file).names:
-            return pq.read_table(file, columns=["length"])["length"].to_numpy().astype(np.int64)
-        lengths = [
-            pc.list_value_length(batch.column(0)).to_numpy(zero_copy_only=False).astype(np.int64)
-            for batch in pq.ParquetFile(file).iter_batches(columns=["input_ids"])
-        ]
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{file}: cannot be read as parquet ({error}).") from error
-    return np.concatenate(lengths)

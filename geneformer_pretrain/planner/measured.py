@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from geneformer_pretrain.config.model import Kernel
 from geneformer_pretrain.config.schema import Config
 from geneformer_pretrain.errors import ConfigError
 
@@ -84,12 +85,17 @@ class Measurement:
         return values
 
     def applied_to(self, config: Config) -> Config:
-        """Return this run's configuration: its model, shape, engine and precision, the rest as in `config`."""
+        """Return this run's configuration: its model, shape, engine and precision, the rest as in `config`.
+
+        All measured runs had CUDA graphs and kernels as `auto` chooses them.
+        """
         model = replace(
             config.model,
             **self.architecture,
             micro_batch_size=self.micro_batch_size,
             use_te_layers=self.use_te_layers,
+            attention_kernel=Kernel.auto,
+            fused_kernels=Kernel.auto,
         )
         training = replace(
             config.training,
@@ -100,6 +106,7 @@ class Measurement:
             shard_group_size=None,
             gradient_accumulation_steps=1,
             recompute_every_n_layers=self.recompute_every_n_layers,
+            cuda_graphs=None,
         )
         return replace(config, model=model, training=training)
 

@@ -1,9 +1,9 @@
 """Time of a training step by a model with few constants.
 
 A micro-batch costs its matrix products, its attention, the passes over activations between them, and the loss; a step
-costs the update and what communication adds. Over the measured runs of one to four GPUs the model is within 10%, fitted
-to the others without a run's model within 15% (tests/unit/planner/test_measured.py); on other GPUs, and between nodes,
-it is a guess.
+costs the update and what communication adds. Over the measured runs of one to four GPUs the model is within 5%; fitted
+to the runs of two models, it is within 12% for the third (tests/unit/planner/test_measured.py); on other GPUs, and
+between nodes, it is a guess.
 """
 
 from dataclasses import dataclass

@@ -12,16 +12,17 @@ from geneformer_pretrain.config.compose import load_config
 from geneformer_pretrain.config.model import Kernel
 from geneformer_pretrain.config.schema import Config
 from geneformer_pretrain.model.memory import num_parameters, peak_memory
-from geneformer_pretrain.planner.estimate import attended_by, modelled_measurement, step_time
+from geneformer_pretrain.planner.estimate import StepTime, attended_by, modelled_measurement, step_time
 from geneformer_pretrain.planner.lengths import simulated
 from geneformer_pretrain.planner.measured import Measurement, card, measured_like, measurements
 from geneformer_pretrain.planner.plan import GIB
 from geneformer_pretrain.planner.rates import FITTED, Rates
 from geneformer_pretrain.planner.speed import Cluster, compute_seconds, replays_graphs
 from tests.conftest import ROOT
-from tests.unit.planner.conftest import plan, training
+from tests.unit.planner.conftest import model, plan, training
 
 TIMED = [row for row in measurements() if row.step_ms is not None and not row.outdated]
+NEWEST = next(row for row in reversed(TIMED) if row.lengths == "lognormal")
 WEIGHED = [row for row in measurements() if row.memory_gib is not None]
 
 
@@ -35,9 +36,9 @@ def milliseconds(row: Measurement) -> float:
 
 
 @pytest.mark.parametrize("row", TIMED, ids=label)
-def test_time_is_within_ten_percent_of_each_measured_run(configs: dict[str, Config], row: Measurement) -> None:
+def test_time_is_within_five_percent_of_each_measured_run(configs: dict[str, Config], row: Measurement) -> None:
     """By the model alone; what users see is corrected by the nearest run besides."""
-    assert 1e3 * modelled_measurement(row, configs["10m"]) == pytest.approx(milliseconds(row), rel=0.10)
+    assert 1e3 * modelled_measurement(row, configs["10m"]) == pytest.approx(milliseconds(row), rel=0.05)
 
 
 def repeats(row: Measurement) -> Measurement:
@@ -46,7 +47,7 @@ def repeats(row: Measurement) -> Measurement:
 
 
 @pytest.mark.parametrize("row", TIMED, ids=label)
-def test_time_from_the_other_runs_is_within_six_percent(configs: dict[str, Config], row: Measurement) -> None:
+def test_time_from_the_other_runs_is_within_five_percent(configs: dict[str, Config], row: Measurement) -> None:
     """As `plan` would give it had this run and its repetitions never been made."""
     config = row.applied_to(configs["10m"])
     others = [other for other in measured_like(config, row.gpu) if repeats(other) != repeats(row)]
@@ -54,7 +55,7 @@ def test_time_from_the_other_runs_is_within_six_percent(configs: dict[str, Confi
     parameters = num_parameters(config.model)
     found = step_time(config, cluster, parameters, attended_by(row), reshards=row.reshard_after_forward, rows=others)
     assert not found.is_measured
-    assert 1e3 * found.seconds == pytest.approx(milliseconds(row), rel=0.06)
+    assert 1e3 * found.seconds == pytest.approx(milliseconds(row), rel=0.05)
 
 
 BY_KERNELS = [row for row in measurements() if row.use_fp8 and not row.use_te_layers]
@@ -88,7 +89,7 @@ def fitted_to(rows: list[Measurement], config: Config) -> Rates:
     return rates(least_squares(residuals, np.zeros(len(FREE))).x)
 
 
-@pytest.mark.parametrize(("model", "largest"), [("10m", 0.06), ("106m", 0.06), ("4b", 0.13)])
+@pytest.mark.parametrize(("model", "largest"), [("10m", 0.06), ("106m", 0.06), ("4b", 0.12)])
 def test_a_model_that_was_never_measured_is_within_some_percent(
     configs: dict[str, Config], model: str, largest: float
 ) -> None:
@@ -187,6 +188,28 @@ def test_measured_step_is_given_as_measured(configs: dict[str, Config]) -> None:
     on_a100, is_measured = step("106m", "a100", 1)
     assert not is_measured
     assert 200 < on_a100 < 400  # a third of the matrix rate, half of the bandwidth
+
+
+def test_what_was_not_measured_is_not_called_so(configs: dict[str, Config]) -> None:
+    """Runs between nodes, FSDP2 on one GPU, and kernels or graphs that the measured runs did not have."""
+
+    def step(config: Config, gpus: int = 1, gpus_per_node: int = 8) -> StepTime:
+        cluster = Cluster("h200", card("h200"), gpus, gpus_per_node, 1)
+        parameters = num_parameters(config.model)
+        return step_time(config, cluster, parameters, attended_by(NEWEST), reshards=False)
+
+    assert step(configs["106m"], 4).is_measured
+    assert not step(configs["106m"], 4, 2).is_measured
+    assert step(configs["106m"], 4, 2).seconds > step(configs["106m"], 4).seconds
+    with_graphs = step(configs["10m"])
+    assert with_graphs.is_measured
+    assert not step(training(configs["10m"], use_fsdp2=True)).is_measured
+    without = step(training(configs["10m"], cuda_graphs=False))
+    assert not without.is_measured
+    assert without.seconds - with_graphs.seconds > 2e-3  # 24.4 to 27.6 ms were measured
+    torch_kernels = step(model(configs["10m"], attention_kernel=Kernel.torch))
+    assert torch_kernels.seconds == with_graphs.seconds
+    assert torch_kernels.basis.endswith("is not modelled")
 
 
 def test_a_model_of_the_same_layers_is_estimated_by_its_own_shape(configs: dict[str, Config]) -> None:

@@ -9,6 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from geneformer_pretrain.cli import main
+from geneformer_pretrain.commands.plan import SAMPLE
+from geneformer_pretrain.config.compose import load_config
 from geneformer_pretrain.errors import ConfigError
 from geneformer_pretrain.planner.measured import card
 
@@ -89,6 +91,24 @@ def test_data_path_is_the_corpus(tmp_path: Path, capsys: pytest.CaptureFixture[s
     _, out, _ = run_plan(capsys, f"data.path={tmp_path}/cells.parquet", "data.validation_fraction=0.5")
     assert "a step takes more cells than the corpus has" in out
     assert f"1 cells, 2 tokens ({tmp_path}/cells.parquet)" in out
+
+
+@pytest.mark.parametrize("prefix", ["", "++"])
+def test_data_path_is_the_corpus_however_it_is_set(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, prefix: str
+) -> None:
+    pq.write_table(pa.table({"input_ids": [[5, 6, 7], [8]]}), tmp_path / "cells.parquet")
+    _, out, _ = run_plan(capsys, f"{prefix}data.path={tmp_path}/cells.parquet")
+    assert f"2 cells, 4 tokens ({tmp_path}/cells.parquet)" in out
+    monkeypatch.setattr("geneformer_pretrain.commands.plan.SAMPLE", "another.parquet")  # as if a configuration set it
+    _, out, _ = run_plan(capsys)
+    assert f"({load_config().data.path})" in out
+
+
+def test_the_shipped_path_is_the_sample(capsys: pytest.CaptureFixture[str]) -> None:
+    assert load_config().data.path == SAMPLE
+    assert "Genecorpus-30M" in run_plan(capsys)[1]
+    assert f"({SAMPLE})" in run_plan(capsys, f"data.path={SAMPLE}")[1]
 
 
 def test_unknown_gpu_is_a_config_error() -> None:
