@@ -8,6 +8,8 @@ from statistics import NormalDist
 
 import numpy as np
 
+from geneformer_pretrain.data.corpus import open_corpus
+from geneformer_pretrain.data.saved_folder import STATE_FILE
 from geneformer_pretrain.inference.tokens import open_tokens
 
 QUANTILES = 4096
@@ -131,6 +133,9 @@ def of_corpus(path: str) -> CellLengths:
     DataError
         Nothing is found, or a file is not a corpus.
     """
-    with tempfile.TemporaryDirectory() as cache:  # used for a saved folder that selects rows
-        lengths = open_tokens(Path(path), Path(cache), show_progress=False).lengths.astype(np.int64)
+    if (Path(path) / STATE_FILE).is_file():
+        with tempfile.TemporaryDirectory() as cache:  # used for a saved folder that selects rows
+            lengths = open_corpus(path, cache).lengths.astype(np.int64)
+    else:
+        lengths = open_tokens(Path(path)).lengths.astype(np.int64)
     return CellLengths(lengths, len(lengths), int(lengths.sum()), path)
