@@ -22,12 +22,12 @@ COMMANDS: dict[str, str] = {
     "tokenize": "turn counts of genes in cells into a corpus of tokens",
     "plan": "size a run before it is started: memory, time, disk and cost, without a GPU",
     "curves": "draw the training curves of a run from its metrics.jsonl",
-    "evaluate": "what the embeddings of labelled cells are worth, beside baselines",
-    "embed": "Embed cells with a trained model.",
-    "export": "a checkpoint of a run to a plain Hugging Face BERT",
-    "perturb": "Delete, overexpress or shift genes in silico, and score what changes.",
-    "inspect": "Report and draw what a corpus holds: lengths, genes, groups, padding saved, steps per epoch.",
-    "split": "Split a corpus into a training and a held-out part, by cell or by whole groups.",
+    "evaluate": "score the embeddings of labelled cells, beside baselines",
+    "embed": "embed cells with a trained model",
+    "export": "convert a checkpoint of a run to a plain Hugging Face BERT",
+    "perturb": "delete, overexpress or shift genes in silico, and score what changes",
+    "inspect": "report and draw what a corpus holds: lengths, genes, groups, padding saved, steps per epoch",
+    "split": "split a corpus into a training and a held-out part, by cell or by whole groups",
 }
 """Names of the commands, each with what it does; the module's name has underscores for dashes."""
 
@@ -51,7 +51,14 @@ def _run(arguments: list[str]) -> int:
 
     module = import_module(_module(parsed.command))
     try:
+        if parsed.report is not None:
+            _require_report(Path(parsed.report), getattr(parsed, "output", None))
         summary = module.run(parsed)
+        if os.environ.get("RANK", "0") == "0":
+            for line in summary.lines:
+                say(line)
+            if parsed.report is not None:
+                Path(parsed.report).write_text(json.dumps(summary.values, indent=1) + "\n")
     except KeyboardInterrupt:
         say("Interrupted.", error=True)
         return 1
@@ -61,12 +68,16 @@ def _run(arguments: list[str]) -> int:
             raise
         say(f"Error: {text}", error=True)
         return 1
-    if os.environ.get("RANK", "0") == "0":
-        for line in summary.lines:
-            say(line)
-        if parsed.report is not None:
-            Path(parsed.report).write_text(json.dumps(summary.values, indent=1) + "\n")
     return 0
+
+
+def _require_report(path: Path, output: Path | str | None) -> None:
+    """Raise ConfigError, before the work, if the summary could not be written; it may lie in the new output."""
+    from geneformer_pretrain.errors import require
+
+    is_folder = path.parent.is_dir() or (output is not None and path.parent == Path(output))
+    require(is_folder, f"--report {path}: there is no folder {path.parent}; make it, or correct the path.")
+    require(not path.is_dir(), f"--report {path}: is a folder; name a file.")
 
 
 def _module(command: str) -> str:

@@ -67,6 +67,45 @@ def test_a_summary_is_printed_and_reported(
     assert json.loads((tmp_path / "report.json").read_text()) == {"size": 3}
 
 
+@pytest.mark.parametrize(("report", "said"), [("none/report.json", "there is no folder"), (".", "is a folder")])
+def test_a_report_that_cannot_be_written_is_refused_before_the_work(
+    command: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str], report: str, said: str
+) -> None:
+    command.run = lambda arguments: pytest.fail("ran")
+    assert end_of("try", "--report", str(tmp_path / report)) == 1
+    assert capsys.readouterr().err.startswith(f"Error: --report {tmp_path / report}: {said}")
+
+
+def test_a_report_may_lie_in_the_new_output(command: SimpleNamespace, tmp_path: Path) -> None:
+    def run(arguments: SimpleNamespace) -> Summary:
+        Path(arguments.output).mkdir()
+        return Summary()
+
+    command.run, command.add_arguments = run, lambda parser: parser.add_argument("--output")
+    assert end_of("try", "--output", str(tmp_path / "new"), "--report", str(tmp_path / "new/report.json")) == 0
+    assert (tmp_path / "new/report.json").read_text() == "{}\n"
+
+
+def test_a_report_that_fails_after_the_work_is_one_line(
+    command: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "folder").mkdir()
+
+    def run(arguments: object) -> Summary:
+        (tmp_path / "folder").rmdir()
+        return Summary(["done"])
+
+    command.run = run
+    assert end_of("try", "--report", str(tmp_path / "folder/report.json")) == 1
+    printed = capsys.readouterr()
+    assert printed.out == "done\n"
+    assert printed.err == f"Error: {tmp_path}/folder/report.json: No such file or directory\n"
+
+
+def test_help_texts_are_of_one_style() -> None:
+    assert all(text[0].islower() and not text.endswith(".") for text in cli.COMMANDS.values())
+
+
 @pytest.mark.parametrize(
     ("error", "printed"),
     [
