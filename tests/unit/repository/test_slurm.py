@@ -92,12 +92,13 @@ def run(
     job: dict[str, str],
     *args: str,
     signum: signal.Signals | None = None,
-    ready: str = "arguments0",
+    ready: tuple[str, ...] = ("arguments0",),
     to_script: bool = False,
 ) -> tuple[int, str, list[str]]:
     """Run the script; return its exit status, its output and the jobs it queued again.
 
-    A signal goes to srun, and to the script too, once a file is in the run's folder.
+    A signal goes to srun, and to the script too, once files are in the run's folder: each worker's, since a signal kills
+    one that has not said yet what to do with it.
     """
     folder, stubs = Path(job["CHECKPOINT_DIR"]), Path(job["STUBS"])
     process = subprocess.Popen(
@@ -105,7 +106,9 @@ def run(
     )
     if signum is not None:
         deadline = time.monotonic() + 90
-        while not any(folder.glob(ready)) and time.monotonic() < deadline and process.poll() is None:
+        while (
+            not all(any(folder.glob(name)) for name in ready) and time.monotonic() < deadline and process.poll() is None
+        ):
             time.sleep(0.05)
         os.kill(int((stubs / "srun.pid").read_text()), signum)
         if to_script:
@@ -127,7 +130,7 @@ def test_completed_run_ends(job: dict[str, str]) -> None:
 def test_several_nodes_are_one_run(job: dict[str, str]) -> None:
     """One task a node, which all meet at the first; each passes the signal to its worker."""
     job["SLURM_JOB_NUM_NODES"] = "2"
-    status, output, requeued = run(job, "wait", signum=signal.SIGUSR1, ready="arguments1")
+    status, output, requeued = run(job, "wait", signum=signal.SIGUSR1, ready=("arguments0", "arguments1"))
     assert (status, requeued) == (0, [f"requeue {job['SLURM_JOB_ID']}"]), output
 
 
@@ -162,7 +165,7 @@ def test_a_run_goes_through_a_time_limit(job: dict[str, str], tmp_path: Path) ->
     given = [*overrides(tmp_path), "training.lr_schedule=constant", "training.save_every_n_steps=100000"]
     given = [each for each in given if not each.startswith("training.checkpoint_dir=")]
     status, output, requeued = run(
-        job, *given, "training.num_train_steps=100000", signum=signal.SIGUSR1, ready="metrics.jsonl"
+        job, *given, "training.num_train_steps=100000", signum=signal.SIGUSR1, ready=("metrics.jsonl",)
     )
     assert (status, requeued) == (0, [f"requeue {job['SLURM_JOB_ID']}"]), output
     step = read_exit(folder)["step"]
