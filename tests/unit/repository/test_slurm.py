@@ -97,8 +97,8 @@ def run(
 ) -> tuple[int, str, list[str]]:
     """Run the script; return its exit status, its output and the jobs it queued again.
 
-    A signal goes to srun, and to the script too, once files are in the run's folder: each worker's, since a signal kills
-    one that has not said yet what to do with it.
+    A signal goes to srun, and to the script too, once files are in the run's folder: one of each worker, since a signal
+    kills a worker that has no handler yet.
     """
     folder, stubs = Path(job["CHECKPOINT_DIR"]), Path(job["STUBS"])
     process = subprocess.Popen(
