@@ -6,23 +6,20 @@ tends to. Loading the model and preparing kernels are printed beside them and ar
 """
 
 import argparse
-import json
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import torch
-import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.inference_tools.inputs import (
     SIZES,
     describe_phases,
+    measure_models,
     run_command,
-    where,
     write_corpus,
     write_model,
 )
@@ -153,16 +150,7 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="also print the kernels that take longest")
     parser.add_argument("--json", type=Path, help="write all numbers to this file")
     args = parser.parse_args()
-    device, name_of_device = where()
-    print(f"{name_of_device}; torch {torch.__version__}, transformers {transformers.__version__}", flush=True)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    results: dict[str, Any] = {"device": name_of_device}
-    with tempfile.TemporaryDirectory() as folder:
-        for name in args.models:
-            results[name] = compare(args, name, Path(folder), device)
-            if args.json:
-                args.json.write_text(json.dumps(results, indent=1) + "\n")
+    measure_models(args.models, lambda name, folder, device: compare(args, name, folder, device), args.json)
 
 
 if __name__ == "__main__":

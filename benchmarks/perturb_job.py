@@ -11,23 +11,20 @@ as in Genecorpus: neither matters for speed.
 """
 
 import argparse
-import json
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.inference_tools.inputs import (
     SIZES,
     describe_phases,
+    measure_models,
     run_command,
-    where,
     write_corpus,
     write_model,
 )
@@ -116,16 +113,11 @@ def main() -> None:
     parser.add_argument("--plain", nargs="*", default=[FP32, BF16], choices=[FP32, BF16], help="default: both")
     parser.add_argument("--json", type=Path, help="write all numbers to this file")
     args = parser.parse_args()
-    device, name_of_device = where()
-    print(f"{name_of_device}; torch {torch.__version__}, transformers {transformers.__version__}", flush=True)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    results: dict[str, Any] = {"device": name_of_device}
-    with tempfile.TemporaryDirectory() as folder:
-        for name in args.models:
-            results[name] = measure(name, args.cells, args.gpus, Path(folder), device, args.plain)
-            if args.json:
-                args.json.write_text(json.dumps(results, indent=1) + "\n")
+    measure_models(
+        args.models,
+        lambda name, folder, device: measure(name, args.cells, args.gpus, folder, device, args.plain),
+        args.json,
+    )
 
 
 if __name__ == "__main__":

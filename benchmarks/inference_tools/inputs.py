@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,22 @@ def describe_phases(report: dict[str, Any]) -> str:
         if key.endswith("_seconds")
     ]
     return "s: " + ", ".join(phases)
+
+
+def measure_models(
+    names: list[str], measure: Callable[[str, Path, torch.device], dict[str, Any]], output: Path | None
+) -> None:
+    """Measure one model after the other in a temporary folder, and write what there is to a JSON file after each."""
+    device, name_of_device = where()
+    print(f"{name_of_device}; torch {torch.__version__}, transformers {transformers.__version__}", flush=True)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    results: dict[str, Any] = {"device": name_of_device}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in names:
+            results[name] = measure(name, Path(folder), device)
+            if output:
+                output.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def where() -> tuple[torch.device, str]:

@@ -59,16 +59,12 @@ def in_turn(ranks: Ranks, action: Callable[[], T]) -> T:
     UserError
         On every rank, if it fails on any; one process alone raises its own error.
     """
-    if ranks.size == 1:
-        return action()
-    results: list[T] = []
-
-    def act() -> None:
-        results.append(action())
-
-    for is_first in (True, False):
-        ranks.run_on_all_ranks(act if (ranks.rank == 0) is is_first else lambda: None, UserError)
-    return results[0]
+    if ranks.rank > 0:
+        at_once(ranks, lambda: None)
+        return at_once(ranks, action)
+    result = at_once(ranks, action)
+    at_once(ranks, lambda: None)
+    return result
 
 
 def at_once(ranks: Ranks, action: Callable[[], T]) -> T:

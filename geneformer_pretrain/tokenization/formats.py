@@ -1,6 +1,7 @@
 """The file formats of counts, known by their content: AnnData, 10x HDF5, loom, and 10x Matrix Market folders."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,8 +70,8 @@ def open_format(path: Path, *, gene_id_column: str, layer: str | None, raw: bool
             f"{path}: neither HDF5 (h5ad, 10x, loom) nor a zarr or Matrix Market folder; "
             "convert it to h5ad, or get a new copy if it should be one."
         )
-    file = h5py.File(path, "r")
-    try:
+    with ExitStack() as stack:
+        file = stack.enter_context(h5py.File(path, "r"))
         if "obs" in file and "var" in file:
             opened = _open_anndata(file, path, gene_id_column, layer, raw)
         elif "row_attrs" in file and "matrix" in file:
@@ -78,10 +79,7 @@ def open_format(path: Path, *, gene_id_column: str, layer: str | None, raw: bool
         else:
             _refuse_other_matrix("a 10x file", layer, raw)
             opened = _open_tenx(file, path, gene_id_column)
-    except BaseException:
-        file.close()
-        raise
-    opened.close = file.close
+        opened.close = stack.pop_all().close
     return opened
 
 
