@@ -91,8 +91,8 @@ class StepResults:
     def pause(self, kind: str, seconds: float) -> None:
         """Count time that is not part of a step: "save_seconds" or "validation_seconds"."""
         self.pauses[kind] += seconds
-        if self.pending is not None:
-            self.pending.launched += seconds  # on a CPU the pending step was over before the pause, which it is to hold
+        if self.pending is not None and self.pending.finished is not None:
+            self.pending.finished += seconds  # the record of a step that was over before the pause is to hold it
 
     def collect(self) -> None:
         """Read the totals of the pending step, if there is one, and report them.
@@ -110,8 +110,8 @@ class StepResults:
         if pending.ready is not None:
             self.beat("waiting for the device")
         loss_sum, masked, tokens, cells, stop, save, norm, *history = pending.wait()
-        finished = pending.launched if pending.ready is None else time.perf_counter()
-        seconds, self.clock = finished - self.clock, finished
+        assert pending.finished is not None
+        seconds, self.clock = pending.finished - self.clock, pending.finished
         step_seconds = max(seconds - sum(self.pauses.values()), 1e-9)
         self.stop_requested, self.save_requested = self.stop_requested or stop > 0, self.save_requested or save > 0
         self._count(pending.step, tokens, cells, masked)

@@ -39,8 +39,8 @@ class PendingStep:
         Over all micro-batches and ranks: sum of cross-entropies, masked tokens, tokens, cells, and the requests; then
         the gradient norm before clipping and, if there is one, the state of the `NormHistory`. FP64 in host memory,
         valid once `ready` has happened.
-    launched
-        Host time at the end of the step; on a CPU the step is over by then.
+    finished
+        Host time at which the step was over; on a GPU None until somebody has waited for it.
     batches
         This rank's micro-batches, without their tokens.
     """
@@ -49,7 +49,7 @@ class PendingStep:
     learning_rate: float
     totals: Tensor
     ready: torch.cuda.Event | None
-    launched: float
+    finished: float | None
     batches: list[BatchMetadata]
     loader_wait: float
     validation: dict[str, float] = field(default_factory=dict)
@@ -58,6 +58,8 @@ class PendingStep:
         """Wait for the device and return the totals."""
         if self.ready is not None:
             self.ready.synchronize()
+        if self.finished is None:
+            self.finished = time.perf_counter()
         return self.totals.tolist()
 
 
@@ -157,7 +159,8 @@ class TrainStep:
         self.engine.push_weights()
         history = [] if self.history is None else [self.history.state]
         host, ready = _to_host(torch.cat([totals, norm.double()[None], *history]))
-        return PendingStep(step + 1, rate, host, ready, time.perf_counter(), infos, waited)
+        finished = time.perf_counter() if ready is None else None
+        return PendingStep(step + 1, rate, host, ready, finished, infos, waited)
 
     def forward_backward(self, batch: Batch, is_last: bool) -> tuple[Tensor, Tensor]:
         """Add the gradients of one micro-batch, perhaps the last of its step; return what `forward` does."""

@@ -195,6 +195,7 @@ class Trainer:
             is_last = progress.step == training.num_train_steps
             is_best = False
             if self.validation is not None and self._due(training.validate_every_n_steps, is_last):
+                latest.wait()  # or what is left of the step would count as validation
                 started = time.perf_counter()
                 latest.validation = self.validate()
                 is_best = self.saver.record_best(progress, latest.validation)

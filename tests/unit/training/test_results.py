@@ -43,11 +43,11 @@ def results():
 
 
 def collect(
-    results, step, *, loss=6.0, masked=3.0, tokens=64.0, stop=0.0, save=0.0, norm=1.0, launched=None, history=()
+    results, step, *, loss=6.0, masked=3.0, tokens=64.0, stop=0.0, save=0.0, norm=1.0, finished=None, history=()
 ):
     totals = torch.tensor([loss, masked, tokens, 2.0, stop, save, norm, *history], dtype=torch.float64)
     batch = BatchMetadata(step, 1, np.array([4, 5]), int(tokens), int(masked))
-    results.pending = PendingStep(step, 1e-3, totals, None, float(step) if launched is None else launched, [batch], 0.0)
+    results.pending = PendingStep(step, 1e-3, totals, None, float(step) if finished is None else finished, [batch], 0.0)
     results.collect()
 
 
@@ -68,12 +68,12 @@ def test_a_record_holds_means_rates_and_counts(results):
 
 
 def test_pauses_are_no_part_of_a_step(results):
-    collect(results, 1, launched=1.0)
+    collect(results, 1, finished=1.0)
     results.pause("save_seconds", 3.0)
-    collect(results, 2, launched=5.0)
+    collect(results, 2, finished=5.0)
     record = results.metrics.records[1]
     assert (record["seconds"], record["step_seconds"], record["save_seconds"]) == (4.0, 1.0, 3.0)
-    collect(results, 3, launched=6.0)
+    collect(results, 3, finished=6.0)
     assert "save_seconds" not in results.metrics.records[2]
 
 

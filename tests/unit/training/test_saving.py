@@ -1,15 +1,18 @@
 """When checkpoints are saved, and which is kept as the best."""
 
+import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file
+from torch import Tensor
 
 from geneformer_pretrain.training import main as train
-from geneformer_pretrain.training import saving
+from geneformer_pretrain.training import saving, step
 from geneformer_pretrain.training.validation import Validation
 from tests.checkpoints import read_checkpoint
 from tests.tiny import (
@@ -114,6 +117,36 @@ def test_saves_and_validation_are_not_part_of_a_step(tmp_path: Path, validated: 
         pauses = record.get("save_seconds", 0) + record.get("validation_seconds", 0)
         assert record["step_seconds"] == pytest.approx(record["seconds"] - pauses, abs=1e-6)
         assert 0 < record["packing_fill"] <= 1
+
+
+def test_validation_does_not_count_what_is_left_of_a_step(
+    tmp_path: Path, validated: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device takes 50 ms for each step; validation has to wait for it, and takes no time of its own."""
+    free_at = 0.0
+
+    def wait(until: float) -> None:
+        time.sleep(max(until - time.perf_counter(), 0.0))
+
+    def launch(totals: Tensor) -> tuple[Tensor, Any]:
+        nonlocal free_at
+        free_at = max(free_at, time.perf_counter()) + 0.05
+        return totals, SimpleNamespace(synchronize=partial(wait, free_at))
+
+    evaluate = Validation.evaluate
+
+    def evaluate_on_device(*args: Any) -> dict[str, float]:
+        wait(free_at)
+        return evaluate(*args)
+
+    monkeypatch.setattr(step, "_to_host", launch)
+    monkeypatch.setattr(Validation, "evaluate", evaluate_on_device)
+    config = validated("training.save_every_n_steps=null", "training.keep_best=false")
+    assert train.run(config) == 0
+    records = read_metrics(tmp_path / "run")
+    assert [record["step"] for record in records if "validation_seconds" in record] == [2, 4, 6, 8]
+    assert min(record["step_seconds"] for record in records) > 0.04
+    assert max(record.get("validation_seconds", 0.0) for record in records) < 0.04
 
 
 @pytest.mark.parametrize("name", ["10m", "106m", "4b", "v2_104m", "v2_316m"])
