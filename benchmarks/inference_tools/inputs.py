@@ -119,7 +119,9 @@ def describe_phases(report: dict[str, Any]) -> str:
         for key, value in report.items()
         if key.endswith("_seconds")
     ]
-    return "s: " + ", ".join(phases)
+    own = report.get("forward_seconds_of_ranks")
+    by_rank = "; forward by rank " + ", ".join(f"{value:.1f}" for value in own) if own else ""
+    return "s: " + ", ".join(phases) + by_rank
 
 
 def measure_models(

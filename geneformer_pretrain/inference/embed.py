@@ -152,8 +152,7 @@ def _embed(options: EmbedOptions, work: Path, ranks: Ranks, phases: Phases) -> S
     phases.end("warm-up")
     with Merging(job, options.output) if ranks.rank == 0 else nullcontext() as merging:
         _run(runner, head, cells, job, share(left, ranks.rank, ranks.size), groups, merging)
-        ranks.gather(None)
-        phases.end("forward")
+        phases.end_on_all("forward", ranks)
         if merging is not None and options.genes is not None:
             merge_genes(job, model, options.group_by, groups, options.genes)
     if merging is not None:

@@ -87,6 +87,7 @@ class Phases:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.of_ranks: dict[str, list[float]] = {}
         self._since = perf_counter()
 
     def end(self, name: str) -> None:
@@ -95,6 +96,13 @@ class Phases:
         self.seconds[name] = self.seconds.get(name, 0.0) + now - self._since
         self._since = now
 
+    def end_on_all(self, name: str, ranks: Ranks) -> None:
+        """End a phase once all ranks are through with it, and keep what each took."""
+        own = ranks.gather(perf_counter() - self._since)
+        if ranks.size > 1:
+            self.of_ranks[name] = own
+        self.end(name)
+
     def total(self, *names: str) -> float:
         """Seconds of some phases."""
         return sum(self.seconds[name] for name in names)
@@ -102,12 +110,18 @@ class Phases:
     @property
     def line(self) -> str:
         """The phases in words."""
-        return "Seconds: " + ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.seconds.items()) + "."
+        parts = []
+        for name, seconds in self.seconds.items():
+            own = self.of_ranks.get(name)
+            parts.append(f"{name} {seconds:.1f}" + (f" (ranks {min(own):.1f} to {max(own):.1f})" if own else ""))
+        return f"Seconds: {', '.join(parts)}."
 
     @property
-    def values(self) -> dict[str, float]:
+    def values(self) -> dict[str, Any]:
         """The phases for a report."""
-        return {f"{name.replace('-', '_')}_seconds": seconds for name, seconds in self.seconds.items()}
+        values = {f"{name}_seconds": seconds for name, seconds in self.seconds.items()}
+        values |= {f"{name}_seconds_of_ranks": seconds for name, seconds in self.of_ranks.items()}
+        return {name.replace("-", "_"): value for name, value in values.items()}
 
 
 def local_device() -> torch.device:

@@ -145,8 +145,7 @@ def _perturb(options: PerturbOptions, model: Model, ranks: Ranks, phases: Phases
     ranks.gather(None)
     phases.end("warm-up")
     _run(options, model, runner, comparing, opened, job, share(left, ranks.rank, ranks.size), ranks)
-    ranks.gather(None)
-    phases.end("forward")
+    phases.end_on_all("forward", ranks)
     seconds = phases.total("open", "forward")
     rate, forward_rate = tokens / seconds, tokens / phases.total("forward")
     lines = [

@@ -1,7 +1,9 @@
 """Parts of a job: cut by cost, shared, joined while they are made, and a folder that goes if nothing was made."""
 
+import re
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -132,3 +134,12 @@ def test_phases():
     assert phases.total("warm-up", "forward") >= 0.02
     assert set(phases.values) == {"warm_up_seconds", "forward_seconds"}
     assert phases.line.startswith("Seconds: warm-up 0.0, forward 0.0")
+
+
+def test_a_phase_that_ranks_end_together_keeps_what_each_took():
+    phases = Phases()
+    ranks = SimpleNamespace(size=2, gather=lambda own: (time.sleep(0.05), [own, own + 0.05])[1])
+    phases.end_on_all("forward", ranks)
+    own, other = phases.values["forward_seconds_of_ranks"]
+    assert own < other <= phases.total("forward")
+    assert re.fullmatch(r"Seconds: forward 0\.1 \(ranks 0\.0 to 0\.1\)\.", phases.line)
