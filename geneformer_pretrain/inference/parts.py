@@ -119,7 +119,7 @@ class Phases:
     @property
     def values(self) -> dict[str, Any]:
         """The phases for a report."""
-        values = {f"{name}_seconds": seconds for name, seconds in self.seconds.items()}
+        values: dict[str, Any] = {f"{name}_seconds": seconds for name, seconds in self.seconds.items()}
         values |= {f"{name}_seconds_of_ranks": seconds for name, seconds in self.of_ranks.items()}
         return {name.replace("-", "_"): value for name, value in values.items()}
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
 from geneformer_pretrain.config.compose import load_config
 from geneformer_pretrain.distributed.world import World
@@ -20,7 +21,7 @@ from geneformer_pretrain.training.step import next_batch
 from geneformer_pretrain.training.trainer import Trainer
 from tests.tiny import RunWorkers, overrides, read_metrics
 
-pytest.importorskip("megatron_fsdp")
+layout = pytest.importorskip("megatron_fsdp.experimental.layout")
 
 NVFSDP, FSDP2, BF16 = "training.use_nvfsdp=true", "training.use_fsdp2=true", "training.compute_dtype=bfloat16"
 KEPT, AGAIN = "training.reshard_after_forward=false", "training.reshard_after_forward=true"
@@ -195,6 +196,27 @@ def test_forward_uses_the_main_weights_in_bf16(tmp_path: Path, run_workers: RunW
         "changed and pushed": True,
     }
     assert run_workers(weights_at_each_stage, 2, overrides(tmp_path)) == [expected] * 2
+
+
+def descriptions_made_in_a_step(rank: int, size: int, given: list[str]) -> list[int]:
+    """Number of sharded tensors and of buffers that the second step describes."""
+    with without_cuda():
+        trainer = build(rank, size, given)
+        with trainer.loader() as loader, contextlib.ExitStack() as stack:
+            trainer.step.run(loader, 0)
+            made = [
+                stack.enter_context(
+                    mock.patch.object(kind, "__post_init__", autospec=True, side_effect=kind.__post_init__)
+                )
+                for kind in (DTensorSpec, layout.GlobalLayout)
+            ]
+            trainer.step.run(loader, 1)
+    return [calls.call_count for calls in made]
+
+
+def test_steps_describe_no_sharded_tensor_anew(tmp_path: Path, run_workers: RunWorkers) -> None:
+    given = overrides(tmp_path, NVFSDP, BF16, KEPT)
+    assert run_workers(descriptions_made_in_a_step, 2, given) == [[0, 0]] * 2
 
 
 def graphs_compiled(rank: int, size: int, runs: list[list[str]]) -> list[int]:
