@@ -183,7 +183,7 @@ def _nvfsdp(model: BertForMaskedLM, shard: Callable[[nn.Module], None], world: W
     from geneformer_pretrain.distributed import nvfsdp
 
     shard(model)
-    nvfsdp.prepare_streams(model)
+    nvfsdp.keep_gradients_until_reduced(model)
     return Engine(
         "nvfsdp",
         model,

@@ -148,22 +148,16 @@ def parameter_groups(model: nn.Module) -> Iterator[FsdpParameterGroup]:
         yield from module.parameter_groups
 
 
-def prepare_streams(model: nn.Module) -> None:
-    """Make the streams of collectives, and tell the allocator which one reads the first step's gradients.
+def keep_gradients_until_reduced(model: nn.Module) -> None:
+    """Tell the allocator which stream reads the buffers that hold the first step's gradients.
 
-    They have high priority. On a stream like the others, a collective gets no room on the GPU while kernels launched
-    before it have blocks to start, so that gradients would be summed only once the backward waits for them.
-
-    With replicas, megatron-fsdp replaces each buffer of gradients as soon as its sum over the replicas is under way.
-    The memory, which is this stream's, would go to the backward's next tensors while it is still being read.
+    With replicas, megatron-fsdp replaces each of them as soon as their sum over the replicas is under way. The memory,
+    which is this stream's, would go to the backward's next tensors while it is still being read.
     """
     root = sharded_modules(model)[0]
-    root._lazy_init_context()
-    context, device = root.context, next(model.parameters()).device
-    context.allgather_stream = torch.cuda.Stream(device, priority=-1)
-    context.reduce_scatter_stream = torch.cuda.Stream(device, priority=-1)
+    root._lazy_init_context()  # makes the stream
     for group in parameter_groups(model):
-        group.main_grad.local_buffer.record_stream(context.reduce_scatter_stream)
+        group.main_grad.local_buffer.record_stream(root.context.reduce_scatter_stream)
 
 
 def push_weights(model: nn.Module) -> None:

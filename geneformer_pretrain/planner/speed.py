@@ -78,6 +78,10 @@ def check_card(config: Config, cluster: Cluster) -> None:
         "plan sizes runs in BF16 and FP8; leave training.compute_dtype=auto.",
     )
     model, training = config.model, config.training
+    if training.use_fp8 and cluster.card.fp8_tflops is None:
+        raise ConfigError(
+            f"{cluster.card.name} has no FP8: set training.use_fp8=false model.use_te_layers=false for BF16."
+        )
     if config.fp8_by_kernels:
         runs = MIN_CAPABILITY[0] <= cluster.card.capability < SMALLER_SHARED_MEMORY[0]
         if not runs or model.fused_kernels is Kernel.torch:
@@ -91,10 +95,6 @@ def check_card(config: Config, cluster: Cluster) -> None:
         f"model.hidden_size={model.hidden_size} and model.num_attention_heads={model.num_attention_heads} make heads "
         f"of size {head_size}; attention needs multiples of 8 up to 256. Change one of them.",
     )
-    if training.use_fp8 and cluster.card.fp8_tflops is None:
-        raise ConfigError(
-            f"{cluster.card.name} has no FP8: set training.use_fp8=false model.use_te_layers=false for BF16."
-        )
 
 
 def replays_graphs(config: Config, cluster: Cluster) -> bool:

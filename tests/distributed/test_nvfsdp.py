@@ -32,7 +32,7 @@ class NoStream:
 
     device = torch.device("cpu")
 
-    def __init__(self, *_: Any, **__: Any) -> None:
+    def __init__(self, *_: Any) -> None:
         """Make nothing."""
 
     def wait_stream(self, _: Any) -> None:

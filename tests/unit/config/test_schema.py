@@ -55,7 +55,7 @@ def test_architectures(name, layers, hidden, feed_forward, heads):
         0.02,
     )
     assert (model.layer_norm_eps, model.initializer_range, model.pad_token_id) == (1e-12, 0.02, 0)
-    assert (model.use_te_layers, load_config(name).training.use_fp8) == (name == "4b", name == "4b")
+    assert (model.use_te_layers, load_config(name).training.use_fp8) == (False, name == "4b")
 
 
 def test_contract_defaults():
@@ -195,12 +195,12 @@ def test_fp8_needs_a_capable_gpu(monkeypatch):
 
 
 def test_te_layers_need_transformer_engine_and_a_gpu(monkeypatch):
-    config = load_config("4b")
+    config = load_config("4b", ["model.use_te_layers=true"])
     gpu = on_gpu(monkeypatch, (9, 0), te=False)
     with pytest.raises(ConfigError, match=r"not installed.*set training\.use_fp8=False and model\.use_te_layers=False"):
         check_machine(config, gpu)
     on_gpu(monkeypatch, (9, 0))
-    in_bf16 = load_config("4b", ["training.use_fp8=false"])
+    in_bf16 = load_config("4b", ["model.use_te_layers=true", "training.use_fp8=false"])
     with pytest.raises(
         ConfigError, match=r"model\.use_te_layers=True needs a CUDA GPU.*set model\.use_te_layers=False"
     ):

@@ -31,7 +31,7 @@ def estimate(name, *overrides, world_size=1, reshards=True):
 
 
 def test_recomputing_lets_4b_train_in_80_gb():
-    whole, half, none = (estimate("4b", f"training.recompute_every_n_layers={n}") for n in (1, 2, 0))
+    whole, half, none = (estimate("4b", *FP8, f"training.recompute_every_n_layers={n}") for n in (1, 2, 0))
     assert whole < half < 80e9 / GIB < none
 
 
@@ -95,7 +95,7 @@ def test_weights_stay_gathered_where_memory_allows(overrides, gib, world_size, r
     world = World(0, 0, world_size, torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
-    assert resolve(load_config("4b", [*FSDP2, *overrides]), world).reshard_after_forward is reshards
+    assert resolve(load_config("4b", [*FSDP2, *FP8, *overrides]), world).reshard_after_forward is reshards
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,8 @@ from geneformer_pretrain.config.compose import load_config
 from geneformer_pretrain.errors import ConfigError
 from geneformer_pretrain.planner.measured import card
 
+TE = "model.use_te_layers=true"
+
 
 def run_plan(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
     with pytest.raises(SystemExit) as ending:
@@ -74,15 +76,17 @@ def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str], arguments: li
 
 
 def test_what_does_not_fit_is_said_with_a_remedy(capsys: pytest.CaptureFixture[str]) -> None:
-    _, out, _ = run_plan(capsys, "--config-name", "4b", "--gpu", "h100")
+    _, out, _ = run_plan(capsys, "--config-name", "4b", "--gpu", "h100", TE)
     assert "! one GPU does not fit: 86.5 GiB" in out
     assert "model.micro_batch_size=7 does" in out
-    _, out, _ = run_plan(capsys, "--config-name", "4b", "--gpu", "rtx4090", "--gpus", "2", "training.use_fsdp2=true")
+    _, out, _ = run_plan(
+        capsys, "--config-name", "4b", "--gpu", "rtx4090", "--gpus", "2", TE, "training.use_fsdp2=true"
+    )
     assert "shard over more GPUs" in out
 
 
 def test_another_engine_that_fits_is_the_remedy(capsys: pytest.CaptureFixture[str]) -> None:
-    _, out, _ = run_plan(capsys, "--config-name", "4b", "--gpu", "h100", "--gpus", "8")
+    _, out, _ = run_plan(capsys, "--config-name", "4b", "--gpu", "h100", "--gpus", "8", TE)
     assert "! DDP does not fit: 97.4 GiB, and 92% of 79.2 GiB may be planned with. FSDP2 does: set training." in out
 
 
