@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The evaluation of docs/evaluation.md on real cells: two trainings of the 10m model on 800 heart nuclei, and what the
-# better one is worth. One GPU, 4 minutes.
+# better one is worth. One GPU, 6 minutes.
 # usage: docs/tutorial/gpu.sh PYTHON [FOLDER], from the repository's root. FOLDER holds heart.h5ad (docs/tutorial.md,
 # section 1) and gets all files.
 set -euo pipefail
