@@ -1,7 +1,7 @@
 """Forward passes over packed cells: built in a thread, pooled on the device, copied back without waiting.
 
 Packs have few shapes, so that kernels are chosen and compiled once. Launches of a pack hide behind the kernels of the
-one before; the host never waits for the device except for results that are two packs old.
+one before; the host never waits for the device except for results that are some packs old.
 """
 
 import gc
@@ -43,8 +43,9 @@ CPU_TOKENS = 8192
 SHAPES = (1, 4, 16)
 """A pack has the token budget, a quarter or a sixteenth of it, whichever is enough."""
 
-IN_FLIGHT = 2
-"""Packs that the device works on while the host waits for an earlier one."""
+IN_FLIGHT = 6
+"""Packs that the device has to do while the host waits for an earlier one: 30 ms with small models, in which threads
+that read and write may hold Python's lock."""
 
 AHEAD = 8
 """Packs that are built ahead."""
