@@ -151,8 +151,8 @@ def _embed(options: EmbedOptions, work: Path, ranks: Ranks, phases: Phases) -> S
     ranks.gather(None)
     phases.end("warm-up")
     with Merging(job, options.output) if ranks.rank == 0 else nullcontext() as merging:
-        _run(runner, head, cells, job, share(left, ranks.rank, ranks.size), groups, merging)
-        phases.end_on_all("forward", ranks)
+        writing = _run(runner, head, cells, job, share(left, ranks.rank, ranks.size), groups, merging)
+        phases.end_forward(ranks, packs=runner.waited, writing=writing)
         if merging is not None and options.genes is not None:
             merge_genes(job, model, options.group_by, groups, options.genes)
     if merging is not None:
@@ -280,8 +280,8 @@ class _Head:
 def _run(
     runner: Runner, head: _Head, cells: Cells, job: Job, mine: list[Part], groups: Groups | None,
     merging: Merging | None,
-) -> None:  # fmt: skip
-    """Embed the parts of this rank and write each once it is complete."""
+) -> float:  # fmt: skip
+    """Embed the parts of this rank and write each once it is complete; return the seconds waited for that."""
     total = sum(part.last - part.first for part in mine)
     packs = _packs(runner, head, cells, mine, groups)
     with Progress(total, "embed", "cell", enabled=merging is not None) as progress, Writer() as writer:
@@ -294,6 +294,7 @@ def _run(
                 writer.write(partial(_commit, job, cells, results))
                 if merging is not None:
                     merging.require_progress()
+    return writer.waited
 
 
 @dataclass(frozen=True, eq=False)

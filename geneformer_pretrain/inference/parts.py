@@ -88,6 +88,7 @@ class Phases:
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self.of_ranks: dict[str, list[float]] = {}
+        self.waits: dict[str, float] = {}
         self._since = perf_counter()
 
     def end(self, name: str) -> None:
@@ -96,12 +97,19 @@ class Phases:
         self.seconds[name] = self.seconds.get(name, 0.0) + now - self._since
         self._since = now
 
-    def end_on_all(self, name: str, ranks: Ranks) -> None:
-        """End a phase once all ranks are through with it, and keep what each took."""
-        own = ranks.gather(perf_counter() - self._since)
+    def end_forward(self, ranks: Ranks, *, packs: float, writing: float) -> None:
+        """End the phase "forward" once all ranks are through with it, and keep what it took each of them.
+
+        Parameters
+        ----------
+        packs, writing
+            Seconds of it in which this rank waited for packs to be built and for results to be written.
+        """
+        took, for_packs, for_writing = zip(*ranks.gather((perf_counter() - self._since, packs, writing)), strict=True)
         if ranks.size > 1:
-            self.of_ranks[name] = own
-        self.end(name)
+            self.of_ranks["forward"] = list(took)
+        self.waits = {"packs": max(for_packs), "writing": max(for_writing)}
+        self.end("forward")
 
     def total(self, *names: str) -> float:
         """Seconds of some phases."""
@@ -112,15 +120,18 @@ class Phases:
         """The phases in words."""
         parts = []
         for name, seconds in self.seconds.items():
-            own = self.of_ranks.get(name)
-            parts.append(f"{name} {seconds:.1f}" + (f" (ranks {min(own):.1f} to {max(own):.1f})" if own else ""))
-        return f"Seconds: {', '.join(parts)}."
+            parts.append(f"{name} {seconds:.1f}")
+            if name in self.of_ranks:
+                parts[-1] += f" (ranks {min(self.of_ranks[name]):.1f} to {max(self.of_ranks[name]):.1f})"
+        waits = " and ".join(f"{seconds:.1f} for {what}" for what, seconds in self.waits.items())
+        return f"Seconds: {', '.join(parts)}." + (f" Forward passes waited {waits} at most." if waits else "")
 
     @property
     def values(self) -> dict[str, Any]:
         """The phases for a report."""
         values: dict[str, Any] = {f"{name}_seconds": seconds for name, seconds in self.seconds.items()}
         values |= {f"{name}_seconds_of_ranks": seconds for name, seconds in self.of_ranks.items()}
+        values |= {f"waited_for_{what}_seconds": seconds for what, seconds in self.waits.items()}
         return {name.replace("-", "_"): value for name, value in values.items()}
 
 
@@ -282,10 +293,13 @@ class Writer:
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1)
         self._last: Future[None] | None = None
+        self.waited = 0.0
 
     def write(self, action: Callable[[], None]) -> None:
-        """Run what makes and writes a part."""
+        """Run what makes and writes a part, once the one before is written; `waited` counts those seconds."""
+        began = perf_counter()
         self._wait()
+        self.waited += perf_counter() - began
         self._last = self._pool.submit(action)
 
     def _wait(self) -> None:

@@ -144,8 +144,8 @@ def _perturb(options: PerturbOptions, model: Model, ranks: Ranks, phases: Phases
         )
     ranks.gather(None)
     phases.end("warm-up")
-    _run(options, model, runner, comparing, opened, job, share(left, ranks.rank, ranks.size), ranks)
-    phases.end_on_all("forward", ranks)
+    writing = _run(options, model, runner, comparing, opened, job, share(left, ranks.rank, ranks.size), ranks)
+    phases.end_forward(ranks, packs=runner.waited, writing=writing)
     seconds = phases.total("open", "forward")
     rate, forward_rate = tokens / seconds, tokens / phases.total("forward")
     lines = [
@@ -260,8 +260,8 @@ class _Results:
 def _run(
     options: PerturbOptions, model: Model, runner: Runner, comparing: Comparing, opened: _Opened, job: Job,
     mine: list[Part], ranks: Ranks,
-) -> None:  # fmt: skip
-    """Perturb the cells of this rank's parts and write each part once it is complete."""
+) -> float:  # fmt: skip
+    """Perturb the cells of this rank's parts and write each once it is complete; return the seconds waited for that."""
     total = int(sum(opened.census.copies[part.first : part.last].sum() for part in mine))
     begun: list[_Results] = []
     commit = partial(_commit, options, model, opened, job)
@@ -287,6 +287,7 @@ def _run(
         for results in begun:  # parts in which there was nothing to compute
             progress.advance(sum(group.num_skipped for group in results.groups))
             writer.write(partial(commit, results))
+    return writer.waited
 
 
 def _begin(part: Part, comparing: Comparing, opened: _Opened) -> _Results:

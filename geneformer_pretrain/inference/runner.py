@@ -83,6 +83,11 @@ class Runner:
         Token budget of a pack; chosen by the device if not given.
     compiled
         Compile the layers for packs of the full budget; on a GPU only.
+
+    Attributes
+    ----------
+    tokens_done, waited
+        Tokens that went through, and seconds of waiting for packs, since `warm_up`.
     """
 
     def __init__(
@@ -102,7 +107,7 @@ class Runner:
         if self.compiled_tokens:
             self._compiled = [torch.compile(layer.compute, dynamic=False) for layer in self._layers]
         self._copies = torch.cuda.Stream(self.device) if self.on_gpu else None
-        self.tokens_done = 0
+        self.tokens_done, self.waited = 0, 0.0
 
     @property
     def window(self) -> int:
@@ -146,7 +151,9 @@ class Runner:
             source = iter(built)
             while True:
                 if not waiting:
+                    began = perf_counter()
                     following = next(source, None)
+                    self.waited += perf_counter() - began
                     if following is None:
                         break
                     waiting.append(following)
@@ -249,7 +256,7 @@ class Runner:
         if self.on_gpu:
             for _ in self.run([pack]):
                 pass
-        self.tokens_done = 0
+        self.tokens_done, self.waited = 0, 0.0
 
     def measure(self, head: Head, seconds: float) -> float:
         """Tokens per second on packs of random genes, measured for so many seconds."""

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -216,6 +217,19 @@ def test_goes_on_where_it_stopped(v1, tmp_path, monkeypatch):
     monkeypatch.undo()
     expected, _ = run(v1, tmp_path, output=tmp_path / "expected.parquet")
     np.testing.assert_allclose(vectors(output), vectors(expected), atol=1e-6)
+
+
+def test_waiting_for_packs_is_reported(v1, tmp_path, monkeypatch):
+    plain, built = Runner.pack_of, []
+
+    def slow(self, *args, **kwargs):
+        built.append(time.sleep(0.03))
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(Runner, "pack_of", slow)
+    _, summary = run(v1, tmp_path, tokens=64)
+    assert len(built) > 10
+    assert summary.values["waited_for_packs_seconds"] > 0.02 * len(built)
 
 
 def test_memory_is_bounded(v1, tmp_path, monkeypatch):

@@ -1,6 +1,5 @@
 """Parts of a job: cut by cost, shared, joined while they are made, and a folder that goes if nothing was made."""
 
-import re
 import threading
 import time
 from types import SimpleNamespace
@@ -14,7 +13,7 @@ from hypothesis import strategies as st
 
 from geneformer_pretrain.errors import OutputError
 from geneformer_pretrain.inference.merging import MERGED, Merging
-from geneformer_pretrain.inference.parts import Job, Lock, Part, Phases, cut, share
+from geneformer_pretrain.inference.parts import Job, Lock, Part, Phases, Writer, cut, share
 
 
 @given(
@@ -136,10 +135,21 @@ def test_phases():
     assert phases.line.startswith("Seconds: warm-up 0.0, forward 0.0")
 
 
-def test_a_phase_that_ranks_end_together_keeps_what_each_took():
+def test_forward_passes_end_together_and_what_each_rank_took_is_kept():
     phases = Phases()
-    ranks = SimpleNamespace(size=2, gather=lambda own: (time.sleep(0.05), [own, own + 0.05])[1])
-    phases.end_on_all("forward", ranks)
+    ranks = SimpleNamespace(size=2, gather=lambda own: (time.sleep(0.05), [own, (own[0] + 0.05, 0.3, 2.0)])[1])
+    phases.end_forward(ranks, packs=0.7, writing=0.0)
     own, other = phases.values["forward_seconds_of_ranks"]
     assert own < other <= phases.total("forward")
-    assert re.fullmatch(r"Seconds: forward 0\.1 \(ranks 0\.0 to 0\.1\)\.", phases.line)
+    assert (phases.values["waited_for_packs_seconds"], phases.values["waited_for_writing_seconds"]) == (0.7, 2.0)
+    assert phases.line == (
+        "Seconds: forward 0.1 (ranks 0.0 to 0.1). Forward passes waited 0.7 for packs and 2.0 for writing at most."
+    )
+
+
+def test_waiting_for_the_write_before_is_counted():
+    with Writer() as writer:
+        writer.write(lambda: time.sleep(0.05))
+        assert writer.waited < 0.04
+        writer.write(lambda: None)
+        assert writer.waited > 0.04
