@@ -128,8 +128,8 @@ def test_perturbations_as_in_float32(world, tmp_path):
     for name in ("gene_similarity", "cell_similarity"):
         expected, of_half, found = (table[name].to_numpy() for table in (exact, half, low))
         print(
-            f"\n{world.name}, random weights, {name}: in FP32 {np.median(1 - expected):.2e} below 1 (median); off by up "
-            f"to {np.abs(found - expected).max():.2e} in FP8, {np.abs(of_half - expected).max():.2e} in BF16"
+            f"\n{world.name}, random weights, {name}: in FP32 {np.median(1 - expected):.2e} below 1 (median); off by "
+            f"up to {np.abs(found - expected).max():.2e} in FP8, {np.abs(of_half - expected).max():.2e} in BF16"
         )
         np.testing.assert_allclose(found, expected, atol=1e-2)
 

@@ -7,6 +7,7 @@ The interpreter knows no PTX: the two functions written in it are replaced by th
 from itertools import pairwise
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,8 @@ from torch import Tensor
 from torch.testing import assert_close
 from triton.runtime import interpreter
 
+from geneformer_pretrain.inference import model
+from geneformer_pretrain.inference.embed import EmbedOptions, embed
 from geneformer_pretrain.inference.fp8 import take_linear_layers
 from geneformer_pretrain.inference.kernels import InferenceFp8
 from geneformer_pretrain.kernels import attention, fp8, linear, norm
@@ -24,6 +27,7 @@ from geneformer_pretrain.kernels.dropout import dropout_constants
 from geneformer_pretrain.kernels.fp8_scaling import DelayedScaling
 from modeling_bert_te import BertConfig, BertForMaskedLM
 from tests.unit.inference.fp8_reference import Fp8Reference
+from tests.unit.inference.worlds import make_world
 
 SEED = 11
 interpreted_conversion = interpreter._convert_float
@@ -232,9 +236,9 @@ def test_inference_in_fp8(activation):
         vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
         hidden_act=activation, max_position_embeddings=16, initializer_range=0.1,
     )  # fmt: skip
-    model = BertForMaskedLM(config).eval()
-    linears = take_linear_layers(model, 2, 16)
-    model.bfloat16()
+    bert = BertForMaskedLM(config).eval()
+    linears = take_linear_layers(bert, 2, 16)
+    bert.bfloat16()
     cells = {
         "input_ids": torch.randint(2, 50, (32,)),
         "position_ids": torch.arange(16).repeat(2),
@@ -243,11 +247,26 @@ def test_inference_in_fp8(activation):
     }
     outputs = []
     for kernels in (InferenceFp8, Fp8Reference):
-        for layer, each in zip(model.bert.encoder["layer"].children(), linears, strict=True):
+        for layer, each in zip(bert.bert.encoder["layer"].children(), linears, strict=True):
             layer.set_fused_kernels(kernels(each))
-        outputs.append(model.bert(**cells).last_hidden_state.double())
+        outputs.append(bert.bert(**cells).last_hidden_state.double())
     found, expected = outputs
     assert (found - expected).norm() < 0.02 * expected.norm()
+
+
+def test_embed_in_fp8(tmp_path, monkeypatch):
+    """The command, with PyTorch's attention: the interpreter computes this project's in FP32 alone."""
+    monkeypatch.setattr(model, "is_hopper", lambda device: True)
+    monkeypatch.setattr(model, "TUNED_HEADS", ())
+    world = make_world(tmp_path, count=5)
+    for dtype in ("float32", "fp8"):
+        embed(EmbedOptions(world.model, [str(world.path)], tmp_path / f"{dtype}.parquet", dtype=dtype, tokens=128))
+    exact, low = (
+        torch.tensor(pq.read_table(tmp_path / f"{dtype}.parquet")["embedding"].to_pylist())
+        for dtype in ("float32", "fp8")
+    )
+    assert F.cosine_similarity(exact, low).min() > 0.998
+    assert not torch.equal(exact, low)
 
 
 def test_fp32_is_not_cast():
