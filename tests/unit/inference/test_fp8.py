@@ -139,6 +139,30 @@ def test_embeddings_are_near_those_in_float32(activation):
     assert min(min(each.largest) for each in kernels) > 1  # far from what is too small
 
 
+@torch.no_grad()
+def test_each_scale_is_of_the_norm_before_it():
+    model = build()
+    norms = [model.bert.embeddings.LayerNorm]
+    for layer in model.bert.encoder["layer"].children():
+        norms += [layer.attention["output"].LayerNorm, layer.output.LayerNorm]
+    for place, norm in enumerate(norms):
+        norm.weight.fill_(4.0**place)
+        norm.bias.fill_(-(4.0**place) / 8)
+    values = [layer.attention["self"].value for layer in model.bert.encoder["layer"].children()]
+    for value in values:
+        value.weight.copy_(torch.eye(64))
+        value.bias.fill_(-0.5)
+    for place, layer in enumerate(fp8.take_linear_layers(model, SPECIAL, MAX_TOKENS)):
+        of_first, of_second = (4.0 ** (2 * place + half) for half in (0, 1))
+        # Norms of 64 features: elements up to 8 g + g / 8, of a 2-norm up to 8 g + 8 g / 8, rounded up by 1 / 16.
+        assert layer.qkv.scale.item() == 2.0 ** math.floor(math.log2(448 / (8.125 * of_first)))
+        assert layer.project.scale.item() == 2.0 ** math.floor(math.log2(448 / (9 * 17 / 16 * of_first + 0.5)))
+        assert layer.expand.scale.item() == 2.0 ** math.floor(math.log2(448 / (8.125 * of_second)))
+        for each in (layer.qkv, layer.project, layer.expand, layer.contract):
+            assert each.scale * each.inverse_scale == 1
+            assert 224 < each.weight.float().abs().max() <= 448
+
+
 def test_weights_that_were_cast_are_not_there_to_be_used():
     model = build()
     quantize(model)
