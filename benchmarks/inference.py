@@ -7,7 +7,6 @@ tends to. Loading the model and preparing kernels are printed beside them and ar
 
 import argparse
 import sys
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +34,13 @@ BASELINE_CELLS = {"10m": (3_000, 6_000), "106m": (600, 3_000), "v2_104m": (400, 
 """In FP32 and in BF16."""
 
 
-def measure_runner(folder: Path, longest: int, dtype: str, compiled: bool, profile: bool) -> float:
+def measure_runner(folder: Path, longest: int, compiled: bool, profile: bool) -> float:
     """Tokens per second of the runner alone, on packs of 1,024-token cells that are in memory."""
     from geneformer_pretrain.inference.model import load_model
     from geneformer_pretrain.inference.pooling import mean_of_genes
     from geneformer_pretrain.inference.runner import Runner
 
-    runner = Runner(load_model(folder, dtype=dtype), -2, longest=longest, compiled=compiled)
+    runner = Runner(load_model(folder), -2, longest=longest, compiled=compiled)
 
     def head(pack: Any, hidden: torch.Tensor, parts: Any) -> torch.Tensor:
         return mean_of_genes(hidden, parts)
@@ -75,10 +74,10 @@ def scaling(found: dict[str, Any], one: dict[str, Any] | None) -> str:
 
 
 def measure_command(
-    name: str, lengths: str, command: str, folder: Path, gpus: list[int], share: float, dtype: str
+    name: str, lengths: str, command: str, folder: Path, gpus: list[int], share: float
 ) -> dict[str, Any]:
     """Run `embed`, or `perturb` that deletes every gene, on each number of GPUs, with as much work for each GPU."""
-    cells, output, options = EMBED_CELLS[name], folder / "embeddings.parquet", ["--overwrite", "--dtype", dtype]
+    cells, output, options = EMBED_CELLS[name], folder / "embeddings.parquet", ["--overwrite"]
     if command == "perturb":
         cells, output = PERTURB_CELLS[name], folder / "perturbed"
         options += ["--mode", "delete", "--genes", "all", "--no-statistics"]
@@ -90,9 +89,9 @@ def measure_command(
         write_corpus(corpus, name, sizes)
         found = run_command(command, folder / name, corpus, "--output", output, *options, ranks=number)
         one = one or found
-        line(name, lengths, f"{command}, {dtype}, {number} x", found["tokens_per_second"], scaling(found, one))
+        line(name, lengths, f"{command}, {number} x", found["tokens_per_second"], scaling(found, one))
         print(f"{'':20}{describe_phases(found)}; {len(sizes):,} cells of {sizes.mean():.0f} tokens", flush=True)
-        results[f"{command} {dtype} {lengths} x{number}"] = found
+        results[f"{command} {lengths} x{number}"] = found
     return results
 
 
@@ -124,17 +123,17 @@ def compare(args: argparse.Namespace, name: str, folder: Path, device: torch.dev
     write_model(folder / name, name)
     share = args.share if device.type == "cuda" else args.share * 0.00002
     if device.type == "cuda":
-        for dtype, compiled in product(args.dtypes, (False, True)[: 2 if args.compile else 1]):
-            kind = f"{dtype}, {'compiled' if compiled else 'eager'}"
-            rate = measure_runner(folder / name, SIZES[name].longest, dtype, compiled, args.profile and not compiled)
+        for compiled in (False, True)[: 2 if args.compile else 1]:
+            kind = "compiled" if compiled else "eager"
+            rate = measure_runner(folder / name, SIZES[name].longest, compiled, args.profile and not compiled)
             torch.cuda.empty_cache()
             results[f"runner {kind}"] = rate
             line(name, "1,024", f"runner alone, {kind}", rate)
     for lengths in args.lengths:
-        for command, dtype in product(args.commands, args.dtypes):
-            results |= measure_command(name, lengths, command, folder, args.gpus, share, dtype)
+        for command in args.commands:
+            results |= measure_command(name, lengths, command, folder, args.gpus, share)
         if "embed" in args.commands:
-            embedded = results[f"embed {args.dtypes[0]} {lengths} x{args.gpus[0]}"]
+            embedded = results[f"embed {lengths} x{args.gpus[0]}"]
             results |= measure_baselines(name, lengths, args.baseline, folder, device, embedded)
     return results
 
@@ -144,13 +143,6 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["10m", "106m"], choices=list(SIZES), help="default: 10m 106m")
     parser.add_argument("--lengths", nargs="+", default=["lognormal"], choices=KINDS, help="default: lognormal")
     parser.add_argument("--commands", nargs="+", default=["embed", "perturb"], choices=["embed", "perturb"])
-    parser.add_argument(
-        "--dtypes",
-        nargs="+",
-        default=["auto"],
-        metavar="DTYPE",
-        help="of the commands, such as auto fp8; default: auto",
-    )
     parser.add_argument("--gpus", nargs="+", type=int, default=[1], metavar="N", help="such as 1 4: one, then four")
     parser.add_argument("--baseline", nargs="*", default=list(BASELINES), choices=list(BASELINES))
     parser.add_argument("--share", type=float, default=1.0, help="of the cells of the commands; default: 1")

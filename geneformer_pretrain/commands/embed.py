@@ -29,8 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace outputs, and start anew")
 
 
-def add_model_and_cells(parser: argparse.ArgumentParser, *, fp8: bool = True) -> None:
-    """Declare the arguments that commands with forward passes share; `fp8` offers that dtype."""
+def add_model_and_cells(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments that `embed` and `perturb` share."""
     parser.add_argument("model", metavar="MODEL", type=Path, help="a run's final_model, or another Hugging Face BERT")
     parser.add_argument(
         "cells", metavar="CELLS", nargs="+", help="a corpus; or counts (files, folders, globs), tokenized on the way"
@@ -39,11 +39,9 @@ def add_model_and_cells(parser: argparse.ArgumentParser, *, fp8: bool = True) ->
     parser.add_argument(
         "--layer", type=int, default=-2, help="hidden state: 0 is the embeddings, -1 the last, -2 the second to last"
     )
-    dtypes, explained = ["auto", "float32", "bfloat16"], "auto: bfloat16 on a GPU, else float32"
-    if fp8:
-        dtypes.append("fp8")
-        explained += "; fp8: faster, less exact, on Hopper GPUs"
-    parser.add_argument("--dtype", choices=dtypes, default="auto", help=explained)
+    parser.add_argument(
+        "--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: bfloat16 on a GPU, else float32"
+    )
     parser.add_argument(
         "--max-tokens", type=int, metavar="N", help="cut longer cells; default: as the model's training did"
     )

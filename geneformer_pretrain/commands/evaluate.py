@@ -22,8 +22,7 @@ LOSS_CELLS = 1000
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    # FP8 harms the random weights that a model is compared with more than the model itself.
-    add_model_and_cells(parser, fp8=False)
+    add_model_and_cells(parser)
     parser.add_argument("--label", metavar="COLUMN", required=True, help="column that names the class of each cell")
     parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="folder of the report")
     parser.add_argument("--groups", metavar="COLUMN", help="hold out whole groups, such as donors")

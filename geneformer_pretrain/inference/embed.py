@@ -206,7 +206,7 @@ def _open(options: EmbedOptions, model: Model, work: Path, ranks: Ranks) -> tupl
         "max tokens": cells.max_tokens,
         "layer": model.num_layers_below(options.layer),
         "pooling": options.pooling,
-        "dtype": model.precision,
+        "dtype": str(model.dtype).removeprefix("torch."),
         "genes": None if options.genes is None else _relative(options.genes, work),
         "group by": options.group_by,
     }

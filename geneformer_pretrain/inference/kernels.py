@@ -11,12 +11,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from geneformer_pretrain.inference.fp8 import Fp8Layer, Fp8Linear
 from geneformer_pretrain.kernels.attention import TILE, packed_attention, tile_list
-from geneformer_pretrain.kernels.fp8 import fp8_cast_rows, fp8_expand_rows, product
 
 ROWS = {256: (8, 4), 512: (4, 4), 1024: (4, 4), 2048: (1, 4), 4096: (1, 4)}
 """Tokens that a program of LayerNorm works on at a time, and its warps, by the width rounded up to a power of two."""
+
+MAX_WIDTH = 4096
+"""Largest hidden size: a row has to fit into the registers of one program."""
 
 ELEMENTS = 4096
 """Elements that a program of the sums holds at a time."""
@@ -99,35 +100,6 @@ class InferenceFused:
         """Sum of cross-entropies, as PyTorch computes it."""
         logits = torch.nn.functional.linear(x, weight, bias).float()
         return torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
-
-
-class InferenceFp8(InferenceFused):
-    """`InferenceFused` of one encoder layer that brings its weights, in FP8; those that it is given are empty."""
-
-    def __init__(self, layer: Fp8Layer) -> None:
-        self.layer = layer
-
-    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Project the attention's output; the hidden tensor, behind another activation than ReLU, in BF16."""
-        return super().linear(x, weight) if weight.numel() else _project(x, self.layer.project)
-
-    def linear_with_residual(self, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        """Project to query, key and value."""
-        return _project(x, self.layer.qkv, bias), x
-
-    def feed_forward(self, x: Tensor, expand: Tensor, bias: Tensor, contract: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep the hidden tensor in FP8 alone."""
-        first, second = self.layer.expand, self.layer.contract
-        assert first is not None
-        assert second is not None
-        low = fp8_cast_rows(x, first.scale)
-        hidden = fp8_expand_rows(low, first.weight, first.inverse_scale, first.inverse_weight, bias, second.scale)
-        return product(hidden, second.weight, second.inverse_scale, second.inverse_weight), x
-
-
-def _project(x: Tensor, linear: Fp8Linear, bias: Tensor | None = None) -> Tensor:
-    low = fp8_cast_rows(x, linear.scale)
-    return product(low, linear.weight, linear.inverse_scale, linear.inverse_weight, bias)
 
 
 @triton.jit

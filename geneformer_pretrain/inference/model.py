@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from geneformer_pretrain.config.model import MAX_TOKENS_KEY
 from geneformer_pretrain.errors import ConfigError, DataError
-from geneformer_pretrain.kernels.select import FP8_WIDTH_MULTIPLE, MAX_WIDTH, is_hopper
-from modeling_bert_te import BertForMaskedLM, BertLayer, BertModel
+from modeling_bert_te import BertForMaskedLM, BertModel
 
 if TYPE_CHECKING:
     from geneformer_pretrain.tokenization.gene_set import GeneSet
@@ -23,10 +21,7 @@ if TYPE_CHECKING:
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 """Files that hold a model's weights, or list those that do."""
 
-FP8 = "fp8"
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, FP8: torch.bfloat16}
-"""Dtypes of activations; of FP8, all but the inputs of linear layers."""
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 TUNED_HEADS = (16, 32, 64)
 """Head sizes for which this project's attention kernel is the faster one on Hopper."""
@@ -34,7 +29,7 @@ TUNED_HEADS = (16, 32, 64)
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """A model on its device.
+    """A model on its device, in its compute dtype.
 
     Attributes
     ----------
@@ -52,8 +47,6 @@ class Model:
         Longest cell that it was trained on, where its export says so, else `max_tokens`.
     fingerprint
         Hash of its configuration and weights.
-    precision
-        One of `DTYPES`.
     """
 
     path: Path
@@ -63,7 +56,6 @@ class Model:
     max_tokens: int
     trained_tokens: int
     fingerprint: str
-    precision: str
 
     @property
     def device(self) -> torch.device:
@@ -72,7 +64,7 @@ class Model:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of hidden states."""
+        """Dtype of weights and activations."""
         return self.bert.embeddings.word_embeddings.weight.dtype
 
     @property
@@ -133,8 +125,7 @@ def load_model(
     gene_set
         Gene-set folder; by default the one in the model's folder.
     dtype
-        "float32", "bfloat16", "fp8" for linear layers in FP8 (see `fp8`), or "auto": bfloat16 on GPUs that have it,
-        else float32.
+        "float32", "bfloat16", or "auto": bfloat16 on GPUs that have it, else float32.
     device
         The current GPU or the CPU if not given.
 
@@ -143,7 +134,7 @@ def load_model(
     DataError
         A folder without a usable model, weights that are not finite, no gene set or one of another size.
     ConfigError
-        bfloat16 or fp8 on a machine without it, or fp8 for widths that it does not take.
+        bfloat16 on a GPU without it.
     """
     folder = Path(path)
     if not (folder / "config.json").is_file():
@@ -158,9 +149,11 @@ def load_model(
     genes = _gene_set(folder, gene_set)
     if device is None:
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    precision = _precision(dtype, device)
-    loaded = _load_weights(folder).eval()
-    embeddings = loaded.bert.embeddings
+    compute = _compute_dtype(dtype, device)
+    loaded = _load_weights(folder)
+    _use_fast_kernels(loaded, device, compute)
+    bert: BertModel = loaded.bert.to(device=device, dtype=compute).eval()
+    embeddings = bert.embeddings
     vocab_size = embeddings.word_embeddings.num_embeddings
     if vocab_size != len(genes.tokens):
         raise DataError(
@@ -169,15 +162,9 @@ def load_model(
         )
     is_special = np.arange(vocab_size) < genes.num_special_tokens
     max_tokens = min(genes.max_tokens, embeddings.position_embeddings.num_embeddings)
-    if precision == FP8:
-        loaded.bert.to(device)
-        _use_fp8(loaded, folder, genes.num_special_tokens, max_tokens)
-    elif precision == "bfloat16" and is_hopper(device):
-        _use_fast_kernels(loaded)
-    bert: BertModel = loaded.bert.to(device=device, dtype=DTYPES[precision])
     trained_tokens = min(max_tokens, config.get(MAX_TOKENS_KEY) or max_tokens)
     fingerprint = _fingerprint(folder / "config.json", weights)
-    return Model(folder, bert, genes, is_special, max_tokens, trained_tokens, fingerprint, precision)
+    return Model(folder, bert, genes, is_special, max_tokens, trained_tokens, fingerprint)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -206,19 +193,13 @@ def _gene_set(folder: Path, given: str | Path | None) -> GeneSet:
     return GeneSet.load(folder)
 
 
-def _precision(choice: str, device: torch.device) -> str:
+def _compute_dtype(choice: str, device: torch.device) -> torch.dtype:
     has_bfloat16 = device.type == "cpu" or torch.cuda.get_device_capability(device) >= (8, 0)
     if choice == "auto":
-        return "bfloat16" if device.type == "cuda" and has_bfloat16 else "float32"
+        return torch.bfloat16 if device.type == "cuda" and has_bfloat16 else torch.float32
     if choice == "bfloat16" and not has_bfloat16:
         raise ConfigError(f"{torch.cuda.get_device_name(device)} has no bfloat16; add --dtype float32.")
-    if choice == FP8:
-        if not is_hopper(device):
-            name = torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
-            raise ConfigError(f"--dtype fp8: needs a Hopper GPU such as H100 or H200, not {name}; leave it out.")
-        if importlib.util.find_spec("triton") is None:
-            raise ConfigError("--dtype fp8: needs Triton, which is not installed; pip install triton, or leave it out.")
-    return choice
+    return DTYPES[choice]
 
 
 def _load_weights(folder: Path) -> BertForMaskedLM:
@@ -260,33 +241,13 @@ def _fingerprint(config: Path, weights: Path) -> str:
     return digest.hexdigest()
 
 
-def _use_fast_kernels(model: BertForMaskedLM) -> None:
-    """Give a model this project's kernels where they are the faster ones."""
-    from geneformer_pretrain.inference.kernels import InferenceAttention, InferenceFused
+def _use_fast_kernels(model: BertForMaskedLM, device: torch.device, dtype: torch.dtype) -> None:
+    """Give a model this project's kernels where they are the faster ones: in BF16 on Hopper."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9 or dtype != torch.bfloat16:
+        return
+    from geneformer_pretrain.inference.kernels import MAX_WIDTH, InferenceAttention, InferenceFused
 
     if model.config.hidden_size // model.config.num_attention_heads in TUNED_HEADS:
         model.set_attention(InferenceAttention())
     if model.config.hidden_size <= MAX_WIDTH:
         model.set_fused_kernels(InferenceFused())
-
-
-def _use_fp8(model: BertForMaskedLM, folder: Path, num_special_tokens: int, max_tokens: int) -> None:
-    """Run the linear layers of a model, in FP32 on its device, in FP8."""
-    for name in ("hidden_size", "intermediate_size"):
-        if (size := getattr(model.config, name)) % FP8_WIDTH_MULTIPLE:
-            raise ConfigError(
-                f"--dtype fp8: {folder} has {name}={size}, and FP8 needs multiples of {FP8_WIDTH_MULTIPLE}; leave it "
-                "out."
-            )
-    if model.config.hidden_size > MAX_WIDTH:
-        raise ConfigError(
-            f"--dtype fp8: {folder} has hidden_size={model.config.hidden_size}, and the kernels take {MAX_WIDTH} at "
-            "most; leave it out."
-        )
-    from geneformer_pretrain.inference.fp8 import take_linear_layers
-    from geneformer_pretrain.inference.kernels import InferenceFp8
-
-    linear_layers = take_linear_layers(model, num_special_tokens, max_tokens)
-    _use_fast_kernels(model)
-    for layer, linears in zip(model.bert.encoder["layer"].children(), linear_layers, strict=True):
-        cast(BertLayer, layer).set_fused_kernels(InferenceFp8(linears))

@@ -239,7 +239,7 @@ def _open_job(options: PerturbOptions, model: Model, opened: _Opened, ranks: Ran
         **{name: asked[name] for name in kept},
         "perturbations": None if rule.sets is None else rule.sets.tolist(),
         "layer": model.num_layers_below(options.layer),
-        "dtype": model.precision,
+        "dtype": str(model.dtype).removeprefix("torch."),
         "max cells": options.max_cells,
         "seed": options.seed,
     }

@@ -107,6 +107,7 @@ class Runner:
         if self.compiled_tokens:
             self._compiled = [torch.compile(layer.compute, dynamic=False) for layer in self._layers]
         self._copies = torch.cuda.Stream(self.device) if self.on_gpu else None
+        self.in_flight = IN_FLIGHT
         self.tokens_done, self.waited = 0, 0.0
 
     @property
@@ -137,8 +138,8 @@ class Runner:
     def run(self, packs: Iterable[Pack]) -> Iterator[tuple[Pack, np.ndarray]]:
         """Run packs in order and give each with the rows of its cells, as its head returns them.
 
-        If the device runs out of memory, the token budget is halved, packs that are larger are cut, and the work goes
-        on.
+        If the device runs out of memory, it gets half as many packs at a time, the token budget is halved, packs that
+        are larger are cut, and the work goes on.
 
         Raises
         ------
@@ -164,11 +165,11 @@ class Runner:
                 try:
                     running.append(self._start(pack))
                 except torch.OutOfMemoryError:
-                    if self.tokens == self.least_tokens:
+                    if self.tokens == self.least_tokens and not running:
                         raise
                     waiting.appendleft(pack)
                 else:
-                    if len(running) > IN_FLIGHT:
+                    if len(running) > self.in_flight:
                         yield self._finish(running.popleft())
                     continue
                 # Outside of the except clause, whose traceback holds on to tensors.
@@ -179,8 +180,11 @@ class Runner:
                 yield self._finish(running.popleft())
 
     def _halve(self, pack: Pack) -> None:
-        self.tokens = max(min(self.tokens, pack.shape.tokens) // 2 // ALIGNMENT * ALIGNMENT, self.least_tokens)
-        say(f"Out of memory with packs of {pack.shape.tokens:,} tokens; going on with {self.tokens:,}.", error=True)
+        self.in_flight //= 2
+        tokens = max(min(self.tokens, pack.shape.tokens) // 2 // ALIGNMENT * ALIGNMENT, self.least_tokens)
+        if tokens < self.tokens:
+            say(f"Out of memory with packs of {pack.shape.tokens:,} tokens; going on with {tokens:,}.", error=True)
+        self.tokens = tokens
         gc.collect()
         if self.on_gpu:
             torch.cuda.empty_cache()

@@ -38,7 +38,7 @@ def _record(maxima, slot, value):
 @triton.jit
 def _cast(
     x, scales, maxima, slot, rows_out, columns_out, num_rows, width,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, RECORD: tl.constexpr, TRANSPOSED: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, RECORD: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -48,8 +48,7 @@ def _cast(
         _record(maxima, slot, value)
     low = (value * tl.load(scales + slot)).to(rows_out.dtype.element_ty)
     tl.store(rows_out + rows[:, None] * width + columns[None, :], low, mask=valid)
-    if TRANSPOSED:
-        tl.store(columns_out + columns[:, None] * num_rows + rows[None, :], low.T, mask=valid.T)
+    tl.store(columns_out + columns[:, None] * num_rows + rows[None, :], low.T, mask=valid.T)
 
 
 @library.custom_op("geneformer::fp8_cast", mutates_args=("maxima",))
@@ -78,8 +77,14 @@ def fp8_cast(
     ValueError
         Not contiguous, or of another dtype.
     """
+    require_contiguous(x)
+    if x.dtype != torch.bfloat16:
+        raise ValueError(f"Only BF16 is cast to FP8, not {x.dtype}: from FP32, Triton 3.6 loses parts of the result.")
+    num_rows, width = x.shape
     rows_out, columns_out = _pair(x, is_gradient)
-    _launch_cast(x, scales, maxima, slot, rows_out, columns_out, record)
+    _cast[(triton.cdiv(num_rows, CAST["ROWS"]), triton.cdiv(width, CAST["COLUMNS"]))](
+        x, scales, maxima, slot, rows_out, columns_out, num_rows, width, RECORD=record, **CAST
+    )
     return rows_out, columns_out
 
 
@@ -91,33 +96,6 @@ def _(x: Tensor, scales: Tensor, maxima: Tensor, slot: int, is_gradient: bool, r
 def _pair(x: Tensor, is_gradient: bool) -> tuple[Tensor, Tensor]:
     dtype = GRADIENT_DTYPE if is_gradient else FORWARD_DTYPE
     return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[::-1], dtype=dtype)
-
-
-@library.custom_op("geneformer::fp8_cast_rows", mutates_args=())
-def fp8_cast_rows(x: Tensor, scale: Tensor) -> Tensor:
-    """Cast a matrix to E4M3 as `fp8_cast` does, times a scale, FP32 [1], without a record or a transposed copy."""
-    rows_out = x.new_empty(x.shape, dtype=FORWARD_DTYPE)
-    _launch_cast(x, scale, None, 0, rows_out, None, False)
-    return rows_out
-
-
-@fp8_cast_rows.register_fake
-def _(x: Tensor, scale: Tensor) -> Tensor:
-    return x.new_empty(x.shape, dtype=FORWARD_DTYPE)
-
-
-def _launch_cast(
-    x: Tensor, scales: Tensor, maxima: Tensor | None, slot: int, rows_out: Tensor, columns_out: Tensor | None,
-    record: bool,
-) -> None:  # fmt: skip
-    require_contiguous(x)
-    if x.dtype != torch.bfloat16:
-        raise ValueError(f"Only BF16 is cast to FP8, not {x.dtype}: from FP32, Triton 3.6 loses parts of the result.")
-    num_rows, width = x.shape
-    _cast[(triton.cdiv(num_rows, CAST["ROWS"]), triton.cdiv(width, CAST["COLUMNS"]))](
-        x, scales, maxima, slot, rows_out, columns_out, num_rows, width,
-        RECORD=record, TRANSPOSED=columns_out is not None, **CAST,
-    )  # fmt: skip
 
 
 @triton.jit
@@ -133,7 +111,7 @@ def _product(a_rows, b_rows, row, column, depth, ROWS: tl.constexpr, COLUMNS: tl
 def _expand(
     a_rows, b_rows, inverse_a, inverse_b, bias, scales, maxima, slot, rows_out, columns_out, num_rows, width,
     inner, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
-    RECORD: tl.constexpr, TRANSPOSED: tl.constexpr,
+    RECORD: tl.constexpr,
 ):  # fmt: skip
     row, column = block_of_product(num_rows, width, ROWS, COLUMNS, GROUP)
     product = _product(a_rows, b_rows, row, column, inner, ROWS, COLUMNS, DEPTH)
@@ -144,8 +122,7 @@ def _expand(
         _record(maxima, slot, tl.where((row + tl.arange(0, ROWS) < num_rows)[:, None], value, 0.0))
     low = (value * tl.load(scales + slot)).to(rows_out.dtype)
     rows_out.store([row, column], low)
-    if TRANSPOSED:
-        columns_out.store([column, row], low.T)
+    columns_out.store([column, row], low.T)
 
 
 @triton.jit
@@ -165,15 +142,11 @@ def _product_where_positive(
     tl.store(partial + row // ROWS * width + columns, tl.sum(value, 0), mask=columns < width)
 
 
-def _blocks(*tensors: tuple[Tensor, str, str]) -> tuple[TensorDescriptor, ...]:
-    """View operands and results of a product as blocks, each with the names of its height and width in PRODUCT."""
-    return tuple(TensorDescriptor.from_tensor(x, [PRODUCT[height], PRODUCT[width]]) for x, height, width in tensors)
-
-
 def _operands(a: Tensor, b: Tensor, rows_out: Tensor, columns_out: Tensor) -> tuple[TensorDescriptor, ...]:
-    return _blocks(
-        (a, "ROWS", "DEPTH"), (b, "COLUMNS", "DEPTH"), (rows_out, "ROWS", "COLUMNS"), (columns_out, "COLUMNS", "ROWS")
-    )
+    """View the operands and results of a product as blocks."""
+    rows, columns, depth = PRODUCT["ROWS"], PRODUCT["COLUMNS"], PRODUCT["DEPTH"]
+    blocks = (a, rows, depth), (b, columns, depth), (rows_out, rows, columns), (columns_out, columns, rows)
+    return tuple(TensorDescriptor.from_tensor(x, [height, width]) for x, height, width in blocks)
 
 
 def _num_programs(num_rows: int, width: int) -> tuple[int]:
@@ -208,7 +181,7 @@ def fp8_expand(
     a_rows, b_rows, *out = _operands(a, b, rows_out, columns_out)
     _expand[_num_programs(num_rows, width)](
         a_rows, b_rows, inverse_a, inverse_b, bias, scales, maxima, slot, *out, num_rows, width,
-        inner, RECORD=record, TRANSPOSED=True, **PRODUCT,
+        inner, RECORD=record, **PRODUCT,
     )  # fmt: skip
     return rows_out, columns_out
 
@@ -219,25 +192,6 @@ def _(
     slot: int, record: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return a.new_empty(len(a), len(b)), a.new_empty(len(b), len(a))
-
-
-@library.custom_op("geneformer::fp8_expand_rows", mutates_args=())
-def fp8_expand_rows(a: Tensor, b: Tensor, inverse_a: Tensor, inverse_b: Tensor, bias: Tensor, scale: Tensor) -> Tensor:
-    """Compute relu(a @ b.T + bias) as `fp8_expand` does, times a scale, FP32 [1], without record or transposed copy."""
-    num_rows, inner = a.shape
-    width = len(b)
-    rows_out = a.new_empty(num_rows, width)
-    a_rows, b_rows, out = _blocks((a, "ROWS", "DEPTH"), (b, "COLUMNS", "DEPTH"), (rows_out, "ROWS", "COLUMNS"))
-    _expand[_num_programs(num_rows, width)](
-        a_rows, b_rows, inverse_a, inverse_b, bias, scale, None, 0, out, None, num_rows, width,
-        inner, RECORD=False, TRANSPOSED=False, **PRODUCT,
-    )  # fmt: skip
-    return rows_out
-
-
-@fp8_expand_rows.register_fake
-def _(a: Tensor, b: Tensor, inverse_a: Tensor, inverse_b: Tensor, bias: Tensor, scale: Tensor) -> Tensor:
-    return a.new_empty(len(a), len(b))
 
 
 @library.custom_op("geneformer::fp8_product_where_positive", mutates_args=("maxima",))

@@ -195,11 +195,6 @@ def test_out_of_memory_with_the_smallest_packs(v1, tmp_path, monkeypatch):
         run(v1, tmp_path)
 
 
-def in_fp8(*args, **options):
-    """A model that says so, but does not run in FP8, which needs a GPU."""
-    return replace(load_model(*args, **options), precision="fp8")
-
-
 def test_goes_on_where_it_stopped(v1, tmp_path, monkeypatch):
     monkeypatch.setattr("geneformer_pretrain.inference.embed.PART_TOKENS", 100)
     plain, done = Runner.hidden, []
@@ -216,10 +211,6 @@ def test_goes_on_where_it_stopped(v1, tmp_path, monkeypatch):
     assert list((tmp_path / "out.parquet.parts").glob("part-*.parquet"))
     with pytest.raises(OutputError, match=r"other settings \(layer was 2, is 3\)"):
         run(v1, tmp_path, layer=-1, tokens=64)
-    with monkeypatch.context() as other:
-        other.setattr("geneformer_pretrain.inference.embed.load_model", in_fp8)
-        with pytest.raises(OutputError, match=r"other settings \(dtype was 'float32', is 'fp8'\)"):
-            run(v1, tmp_path, tokens=64)
     monkeypatch.setattr(Runner, "hidden", plain)
     output, summary = run(v1, tmp_path, tokens=64)
     assert summary.values["tokens"] < sum(map(len, v1.cells))

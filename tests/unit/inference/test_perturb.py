@@ -248,6 +248,29 @@ def test_out_of_memory_halves_the_packs(v1, tmp_path, monkeypatch, capsys):
     assert "going on with" in capsys.readouterr().err
 
 
+def test_out_of_memory_with_the_smallest_packs_waits_for_those_in_flight(v1, tmp_path, monkeypatch):
+    """There is room for two of them; a third that is started before the results of the first are there fails."""
+    expected, _ = run(v1, tmp_path, max_cells=3)
+    start, finish, in_flight, most = Runner._start, Runner._finish, [], []
+
+    def start_within_room(self, pack):
+        if len(in_flight) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        in_flight.append(pack)
+        most.append(len(in_flight))
+        return start(self, pack)
+
+    def finish_one(self, running):
+        in_flight.pop(0)
+        return finish(self, running)
+
+    monkeypatch.setattr(Runner, "_start", start_within_room)
+    monkeypatch.setattr(Runner, "_finish", finish_one)
+    found, _ = run(v1, tmp_path, max_cells=3, output=tmp_path / "small", tokens=1)
+    assert max(most) == 2
+    assert [row["perturbation"] for row in found] == [row["perturbation"] for row in expected]
+
+
 def test_goes_on_where_it_stopped(v1, tmp_path, monkeypatch):
     monkeypatch.setattr("geneformer_pretrain.inference.perturb.PART_TOKENS", 2000)
     plain, done = Runner.hidden, []

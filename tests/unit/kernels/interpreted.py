@@ -7,7 +7,6 @@ The interpreter knows no PTX: the two functions written in it are replaced by th
 from itertools import pairwise
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,17 +16,10 @@ from torch import Tensor
 from torch.testing import assert_close
 from triton.runtime import interpreter
 
-from geneformer_pretrain.inference import model
-from geneformer_pretrain.inference.embed import EmbedOptions, embed
-from geneformer_pretrain.inference.fp8 import take_linear_layers
-from geneformer_pretrain.inference.kernels import InferenceFp8
 from geneformer_pretrain.kernels import attention, fp8, linear, norm
 from geneformer_pretrain.kernels.adapters import TritonFp8
 from geneformer_pretrain.kernels.dropout import dropout_constants
 from geneformer_pretrain.kernels.fp8_scaling import DelayedScaling
-from modeling_bert_te import BertConfig, BertForMaskedLM
-from tests.unit.inference.fp8_reference import Fp8Reference
-from tests.unit.inference.worlds import make_world
 
 SEED = 11
 interpreted_conversion = interpreter._convert_float
@@ -210,63 +202,6 @@ def test_fp8_cast(record, is_gradient, dtype):
     assert torch.equal(rows.view(torch.uint8), (40 * x.float()).clamp(-largest, largest).to(dtype).view(torch.uint8))
     assert torch.equal(columns.view(torch.uint8), rows.view(torch.uint8).T)
     assert maxima.tolist() == [5.0, 2.0**20 if record else 5.0]
-
-
-def test_casts_and_products_without_transposed_copies():
-    """Bit for bit what those with copies write."""
-    x, weight, bias = torch.randn(80, 144).bfloat16(), torch.randn(48, 144).bfloat16(), torch.randn(48)
-    x[70, 130] = -(2.0**20)
-    scales, one = torch.tensor([40.0]), torch.ones(1)
-    rows, low = (fp8.fp8_cast_rows(each, scales).view(torch.uint8) for each in (x, weight))
-    both = (fp8.fp8_cast(each, scales, torch.zeros(1), 0, False, False)[0] for each in (x, weight))
-    assert [torch.equal(a, b.view(torch.uint8)) for a, b in zip((rows, low), both, strict=True)] == [True, True]
-    operands = rows.view(torch.float8_e4m3fn), low.view(torch.float8_e4m3fn), one / 40, one / 40, bias
-    hidden = fp8.fp8_expand_rows(*operands, scales)
-    expected = fp8.fp8_expand(*operands, scales, torch.zeros(1), 0, False)[0]
-    assert torch.equal(hidden.view(torch.uint8), expected.view(torch.uint8))
-    assert 0 < hidden.float().mean() < 448
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("activation", ["relu", "gelu"])
-def test_inference_in_fp8(activation):
-    """Hidden states in BF16 as by products of the same FP8 tensors in float64."""
-    torch.manual_seed(SEED)
-    config = BertConfig(
-        vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
-        hidden_act=activation, max_position_embeddings=16, initializer_range=0.1,
-    )  # fmt: skip
-    bert = BertForMaskedLM(config).eval()
-    linears = take_linear_layers(bert, 2, 16)
-    bert.bfloat16()
-    cells = {
-        "input_ids": torch.randint(2, 50, (32,)),
-        "position_ids": torch.arange(16).repeat(2),
-        "cu_seqlens": torch.tensor([0, 16, 32]).int(),
-        "max_seqlen": 16,
-    }
-    outputs = []
-    for kernels in (InferenceFp8, Fp8Reference):
-        for layer, each in zip(bert.bert.encoder["layer"].children(), linears, strict=True):
-            layer.set_fused_kernels(kernels(each))
-        outputs.append(bert.bert(**cells).last_hidden_state.double())
-    found, expected = outputs
-    assert (found - expected).norm() < 0.02 * expected.norm()
-
-
-def test_embed_in_fp8(tmp_path, monkeypatch):
-    """The command, with PyTorch's attention: the interpreter computes this project's in FP32 alone."""
-    monkeypatch.setattr(model, "is_hopper", lambda device: True)
-    monkeypatch.setattr(model, "TUNED_HEADS", ())
-    world = make_world(tmp_path, count=5)
-    for dtype in ("float32", "fp8"):
-        embed(EmbedOptions(world.model, [str(world.path)], tmp_path / f"{dtype}.parquet", dtype=dtype, tokens=128))
-    exact, low = (
-        torch.tensor(pq.read_table(tmp_path / f"{dtype}.parquet")["embedding"].to_pylist())
-        for dtype in ("float32", "fp8")
-    )
-    assert F.cosine_similarity(exact, low).min() > 0.998
-    assert not torch.equal(exact, low)
 
 
 def test_fp32_is_not_cast():
