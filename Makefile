@@ -8,6 +8,8 @@
 
 SHELL = /bin/bash
 .DEFAULT_GOAL = help
+# Byte code is kept, whatever the shell says: without, every start of Python compiles PyTorch's modules anew (6 s).
+unexport PYTHONDONTWRITEBYTECODE
 
 VENV ?= .venv
 PYTHON ?=
@@ -53,7 +55,7 @@ test-gpu: $(ENVIRONMENT) ## run the tests that need a GPU
 	$(RUN) -m pytest -m gpu $(ARGS)
 
 test-faults: $(ENVIRONMENT) ## run the full fault suite (long)
-	$(RUN) -m pytest tests/faults tests/distributed/test_checkpoint_dcp.py $(ARGS)
+	$(RUN) -m pytest tests/faults tests/distributed/test_checkpoint_dcp.py tests/distributed/test_signals.py $(ARGS)
 
 compat: $(ENVIRONMENT) ## load an export in other releases of transformers (needs the network, 1 GB each)
 	$(RUN) -m tests.compat.run $(ARGS)

@@ -102,10 +102,10 @@ def test_a_rank_that_fails_gives_its_reason(world, tmp_path):
     process = start_on_two_ranks(
         world, "embed", world.model, tmp_path / "none.parquet", "--output", tmp_path / "o.parquet"
     )
-    output, _ = process.communicate(timeout=200)
+    printed, _ = process.communicate(timeout=200)
     assert process.returncode != 0
-    assert "none.parquet: no such file or folder" in output
-    assert f'File "{ROOT}/geneformer_pretrain' not in output
+    assert "none.parquet: no such file or folder" in printed
+    assert f'File "{ROOT}/geneformer_pretrain' not in printed
 
 
 @pytest.mark.parametrize("command", ["embed", "perturb"])
