@@ -18,6 +18,8 @@ ARGS =
 WORKERS ?= auto
 
 CANDIDATES = $(or $(PYTHON),python3.11 python3.12 python3.13 python3 python)
+# By default, the first of two workers gets all slow tests (tests/distributed, tests/faults), and nobody takes them over.
+PARALLEL = -n $(WORKERS) --dist worksteal
 PIP_INSTALL = -m pip install --quiet --disable-pip-version-check --progress-bar off $(PIP_ARGS)
 
 ifeq ($(VENV),none)
@@ -46,10 +48,10 @@ tutorial: $(ENVIRONMENT) ## run docs/tutorial.md on real cells, on a CPU too (ne
 	docs/tutorial/run.sh $(RUN) $(ARGS)
 
 test: $(ENVIRONMENT) ## run the tests that need no GPU, the fault suite in its shortened form
-	$(RUN) -m pytest -n $(WORKERS) -m 'not gpu and not slow' $(ARGS)
+	$(RUN) -m pytest $(PARALLEL) -m 'not gpu and not slow' $(ARGS)
 
 test-fast: $(ENVIRONMENT) ## run the unit tests that start no other process
-	$(RUN) -m pytest -n $(WORKERS) -m 'not gpu and not slow and not process' tests/unit $(ARGS)
+	$(RUN) -m pytest $(PARALLEL) -m 'not gpu and not slow and not process' tests/unit $(ARGS)
 
 test-gpu: $(ENVIRONMENT) ## run the tests that need a GPU
 	$(RUN) -m pytest -m gpu $(ARGS)
