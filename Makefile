@@ -18,7 +18,7 @@ ARGS =
 WORKERS ?= auto
 
 CANDIDATES = $(or $(PYTHON),python3.11 python3.12 python3.13 python3 python)
-# By default, the first of two workers gets all slow tests (tests/distributed, tests/faults), and nobody takes them over.
+# A worker that is done takes over tests of another: xdist's default gives all of tests/distributed to the first worker.
 PARALLEL = -n $(WORKERS) --dist worksteal
 PIP_INSTALL = -m pip install --quiet --disable-pip-version-check --progress-bar off $(PIP_ARGS)
 
