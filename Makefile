@@ -8,6 +8,8 @@
 
 SHELL = /bin/bash
 .DEFAULT_GOAL = help
+# Byte code is kept, whatever the shell says: without, every start of Python compiles PyTorch's modules anew (6 s).
+unexport PYTHONDONTWRITEBYTECODE
 
 VENV ?= .venv
 PYTHON ?=
@@ -16,6 +18,8 @@ ARGS =
 WORKERS ?= auto
 
 CANDIDATES = $(or $(PYTHON),python3.11 python3.12 python3.13 python3 python)
+# A worker that is done takes over tests of another: xdist's default gives all of tests/distributed to the first worker.
+PARALLEL = -n $(WORKERS) --dist worksteal
 PIP_INSTALL = -m pip install --quiet --disable-pip-version-check --progress-bar off $(PIP_ARGS)
 
 ifeq ($(VENV),none)
@@ -44,16 +48,16 @@ tutorial: $(ENVIRONMENT) ## run docs/tutorial.md on real cells, on a CPU too (ne
 	docs/tutorial/run.sh $(RUN) $(ARGS)
 
 test: $(ENVIRONMENT) ## run the tests that need no GPU, the fault suite in its shortened form
-	$(RUN) -m pytest -n $(WORKERS) -m 'not gpu and not slow' $(ARGS)
+	$(RUN) -m pytest $(PARALLEL) -m 'not gpu and not slow' $(ARGS)
 
 test-fast: $(ENVIRONMENT) ## run the unit tests that start no other process
-	$(RUN) -m pytest -n $(WORKERS) -m 'not gpu and not slow and not process' tests/unit $(ARGS)
+	$(RUN) -m pytest $(PARALLEL) -m 'not gpu and not slow and not process' tests/unit $(ARGS)
 
 test-gpu: $(ENVIRONMENT) ## run the tests that need a GPU
 	$(RUN) -m pytest -m gpu $(ARGS)
 
 test-faults: $(ENVIRONMENT) ## run the full fault suite (long)
-	$(RUN) -m pytest tests/faults tests/distributed/test_checkpoint_dcp.py $(ARGS)
+	$(RUN) -m pytest tests/faults tests/distributed/test_checkpoint_dcp.py tests/distributed/test_signals.py $(ARGS)
 
 compat: $(ENVIRONMENT) ## load an export in other releases of transformers (needs the network, 1 GB each)
 	$(RUN) -m tests.compat.run $(ARGS)

@@ -14,8 +14,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from multiprocessing import resource_tracker
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,7 @@ import torch.distributed as dist  # noqa: E402
 import torch.multiprocessing as mp  # noqa: E402
 
 from geneformer_pretrain.run.signals import exit_without_teardown  # noqa: E402
+from tests.forks import start_forkserver  # noqa: E402
 
 # A shared machine stalls at times: a slow example is no failure. CI tries the same examples every time.
 hypothesis.settings.register_profile("house", deadline=None, derandomize="CI" in os.environ)
@@ -61,10 +61,9 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-def _environment(request: pytest.FixtureRequest, run_id: str, nproc: int) -> dict[str, str]:
+def _environment(request: pytest.FixtureRequest, nproc: int) -> dict[str, str]:
     """Environment of a test's processes: on loopback, off the GPU unless the test is marked `gpu`."""
     environment = os.environ | {
-        _RUN_ID: run_id,
         "GLOO_SOCKET_IFNAME": "lo",
         "OMP_NUM_THREADS": "2" if nproc == 1 else "1",
         "PYTHONUNBUFFERED": "1",
@@ -169,7 +168,7 @@ def start_torchrun(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[S
         run_id = uuid.uuid4().hex
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
         command += [f"--nproc-per-node={nproc}", *flags, "train.py", *args]
-        environment = _environment(request, run_id, nproc) | dict(env or {})
+        environment = _environment(request, nproc) | {_RUN_ID: run_id} | dict(env or {})
         process = TorchrunProcess(command, environment, tmp_path / f"torchrun-{run_id}.log")
         started.append(process)
         return process
@@ -203,39 +202,51 @@ def run_torchrun(start_torchrun: StartTorchrun) -> RunTorchrun:
     return run
 
 
-def _worker(
+def _rank(
     rank: int,
     function: Callable[..., Any],
     args: tuple[Any, ...],
     world_size: int,
     environment: dict[str, str],
     initialise: bool,
-    results: str,
+    results: Path,
 ) -> None:
-    """Run `function` as one rank, in a spawned process, and leave its result in a file."""
+    """Run `function` as one rank, in a process of its own, and leave its result in a file."""
+    os.setsid()  # By its session, all that this rank starts is found: see `_kill_sessions`.
+    os.environ.clear()
     os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
     torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
     if initialise:
         dist.init_process_group("gloo")
     try:
-        torch.save(function(rank, world_size, *args), Path(results) / f"{rank}.pt")
+        torch.save(function(rank, world_size, *args), results / f"{rank}.pt")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
     exit_without_teardown(0)  # An error goes on to the parent by way of a file, whatever becomes of this process.
 
 
+def _kill_sessions(leaders: Collection[int]) -> None:
+    """Kill every process of the sessions that these processes lead or have led."""
+    for pid in psutil.pids():
+        with contextlib.suppress(ProcessLookupError):
+            if os.getsid(pid) in leaders:
+                os.kill(pid, signal.SIGKILL)
+
+
 @pytest.fixture
 def run_workers(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[RunWorkers]:
     """Return `run(function, nproc, *args, timeout=120, initialise=True)`, which runs ranks in parallel.
 
-    Each of `nproc` spawned processes calls `function(rank, world_size, *args)`; the list of what they
-    returned, in rank order, comes back. `function` must be importable (defined at the top of a module).
+    Each of `nproc` processes calls `function(rank, world_size, *args)`; the list of what they returned, in rank order,
+    comes back. `function` must be importable (defined at the top of a module). The processes are forked from one that
+    has imported the package, in tests marked `gpu` spawned: a forked process can use no GPU.
     The default process group is gloo; with `initialise=False` only the environment that torchrun would
     set is there, and the function calls `init_process_group` itself. An exception in a rank is raised here
     with that rank's traceback.
     """
-    run_ids: list[str] = []
+    start_method = "spawn" if request.node.get_closest_marker("gpu") else "forkserver"
+    pids: set[int] = set()
 
     def run(
         function: Callable[..., Any],
@@ -244,34 +255,32 @@ def run_workers(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[RunW
         timeout: float = 120,
         initialise: bool = True,
     ) -> list[Any]:
-        run_id = uuid.uuid4().hex
-        run_ids.append(run_id)
-        results = tmp_path / f"workers-{run_id}"
+        results = tmp_path / f"workers-{uuid.uuid4().hex}"
         results.mkdir()
         # The store listens here, on a port that the system picks, before any rank looks for it.
         store = dist.TCPStore("127.0.0.1", 0, nproc, is_master=True, wait_for_workers=False)
-        environment = _environment(request, run_id, nproc) | {
+        environment = _environment(request, nproc) | {
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(store.port),
             "TORCHELASTIC_USE_AGENT_STORE": "True",
             "WORLD_SIZE": str(nproc),
             "LOCAL_WORLD_SIZE": str(nproc),
         }
-        # The run's id has to be in the children's environment from their start: see `_kill_run`. Python's
-        # resource tracker outlives the run and must not inherit it, so that one starts first.
-        resource_tracker.ensure_running()
+        if start_method == "forkserver":
+            start_forkserver()
+        rank_args = (function, args, nproc, environment, initialise, results)
         with pytest.MonkeyPatch.context() as patch:
-            for name, value in environment.items():
+            for name, value in environment.items():  # Libraries read it when a spawned rank imports them.
                 patch.setenv(name, value)
-            worker_args = (function, args, nproc, environment, initialise, str(results))
-            context = mp.spawn(_worker, worker_args, nprocs=nproc, join=False)
+            context = mp.start_processes(_rank, rank_args, nprocs=nproc, join=False, start_method=start_method)
+        pids.update(context.pids())
         deadline = time.monotonic() + timeout
         while not context.join(timeout=max(0.0, deadline - time.monotonic())):
             if time.monotonic() >= deadline:
-                _kill_run(run_id)
+                for process in context.processes:
+                    process.kill()
                 raise AssertionError(f"{function.__name__} on {nproc} ranks still ran after {timeout} s")
         return [torch.load(results / f"{rank}.pt", weights_only=False) for rank in range(nproc)]
 
     yield run
-    for run_id in run_ids:
-        _kill_run(run_id)
+    _kill_sessions(pids)

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -15,9 +14,9 @@ import pytest
 from geneformer_pretrain.inference.embed import EmbedOptions, embed
 from geneformer_pretrain.inference.perturb import perturb
 from geneformer_pretrain.inference.perturbations import PerturbOptions
+from tests.forks import ROOT, Fork, run_script
 from tests.unit.inference.worlds import make_cells, make_world, write_cells
 
-ROOT = Path(__file__).resolve().parents[2]
 SMALL_PARTS = """
 import sys
 import geneformer_pretrain.inference.embed as embed
@@ -41,23 +40,19 @@ def world(tmp_path_factory):
     return world
 
 
-def start(world, *arguments, ranks=1):
-    launcher = [sys.executable]
-    if ranks > 1:
-        launcher += [
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--local-addr=127.0.0.1",
-            f"--nproc-per-node={ranks}",
-        ]
+def start_alone(world, folder, *arguments):
+    return Fork(folder / "output", run_script, world.program, list(map(str, arguments)))
+
+
+def start_on_two_ranks(world, *arguments):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2"]
     environment = os.environ | {
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": "lo",
         "PYTHONPATH": str(ROOT),
     }
-    command = [*launcher, str(world.program), *map(str, arguments)]
+    command = [sys.executable, *launcher, str(world.program), *map(str, arguments)]
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -79,7 +74,7 @@ def test_two_ranks_write_what_one_writes(world, tmp_path):
     genes = tmp_path / "one-genes.parquet", tmp_path / "two-genes.parquet"
     embed(EmbedOptions(world.model, [str(world.path)], one, genes=genes[0]))
     options = ("--genes", genes[1], "--report", report, "--pack-tokens", 512)
-    output = finish(start(world, "embed", world.model, world.path, "--output", two, *options, ranks=2))
+    output = finish(start_on_two_ranks(world, "embed", world.model, world.path, "--output", two, *options))
     assert output.count("Seconds: ") == 1
     facts = json.loads(report.read_text())
     assert facts["ranks"] == len(facts["forward_seconds_of_ranks"]) == 2
@@ -94,7 +89,7 @@ def test_perturb_on_two_ranks(world, tmp_path):
     arguments = ["--mode", "delete", "--max-cells", 60, "--no-statistics", "--pack-tokens", 512]
     # Not --start, which torchrun takes for an option of its own under Python 3.11.
     arguments += ["--states", "state", "--start-state", "A", "--goal", "B", "--output", tmp_path / "two"]
-    finish(start(world, "perturb", world.model, world.path, *arguments, ranks=2))
+    finish(start_on_two_ranks(world, "perturb", world.model, world.path, *arguments))
     one, two = (pq.read_table(tmp_path / name / "scores") for name in ("one", "two"))
     keys = ["cell", "cell_id", "perturbation", "rank"]
     assert one.select(keys).equals(two.select(keys))
@@ -104,11 +99,13 @@ def test_perturb_on_two_ranks(world, tmp_path):
 
 
 def test_a_rank_that_fails_gives_its_reason(world, tmp_path):
-    process = start(world, "embed", world.model, tmp_path / "none.parquet", "--output", tmp_path / "o.parquet", ranks=2)
-    output, _ = process.communicate(timeout=200)
+    process = start_on_two_ranks(
+        world, "embed", world.model, tmp_path / "none.parquet", "--output", tmp_path / "o.parquet"
+    )
+    printed, _ = process.communicate(timeout=200)
     assert process.returncode != 0
-    assert "none.parquet: no such file or folder" in output
-    assert f'File "{ROOT}/geneformer_pretrain' not in output
+    assert "none.parquet: no such file or folder" in printed
+    assert f'File "{ROOT}/geneformer_pretrain' not in printed
 
 
 @pytest.mark.parametrize("command", ["embed", "perturb"])
@@ -118,17 +115,16 @@ def test_killed_and_started_again(world, tmp_path, command):
     if command == "perturb":
         arguments += ["--mode", "delete", "--max-cells", 100, "--no-statistics"]
     parts = tmp_path / "out.parquet.parts" if command == "embed" else output / "scores"
-    process = start(world, *arguments)
+    process = start_alone(world, tmp_path, *arguments)
     while not list(parts.glob("part-*[0-9].parquet")):
-        assert process.poll() is None, process.communicate()[0]
+        assert not process.ended, process.wait().stderr
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.kill()
     done = {path.name: path.stat().st_mtime_ns for path in parts.glob("part-*[0-9].parquet")}
     assert done
     report = tmp_path / "report.json"
     # With another number of ranks, which share what is left.
-    finish(start(world, *arguments, "--report", report, ranks=2))
+    finish(start_on_two_ranks(world, *arguments, "--report", report))
     assert json.loads(report.read_text())["tokens"] > 0
     reference = tmp_path / ("reference.parquet" if command == "embed" else "reference")
     if command == "embed":
@@ -147,14 +143,12 @@ def test_killed_and_started_again(world, tmp_path, command):
 def test_two_at_once_are_refused(world, tmp_path):
     output = tmp_path / "out"
     arguments = ["perturb", world.model, world.path, "--output", output, "--mode", "delete", "--no-statistics"]
-    first = start(world, *arguments, "--pack-tokens", 64)
+    first = start_alone(world, tmp_path, *arguments, "--pack-tokens", 64)
     while not (output / "scores" / "_job.json").exists():
-        assert first.poll() is None, first.communicate()[0]
+        assert not first.ended, first.wait().stderr
         time.sleep(0.01)
     first.send_signal(signal.SIGSTOP)  # it holds its output and gets no further
-    second = start(world, *arguments)
-    text, _ = second.communicate(timeout=100)
+    second = start_alone(world, tmp_path, *arguments).wait(timeout=100)
     first.kill()
-    first.communicate()
     assert second.returncode == 1
-    assert "another process works on it" in text
+    assert "another process works on it" in second.stdout + second.stderr

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,10 +15,10 @@ import torch
 from geneformer_pretrain.checkpoint.store import CheckpointStore
 from geneformer_pretrain.run.folder import write_exit
 from geneformer_pretrain.run.signals import HANDLED, StopSignals
+from geneformer_pretrain.training import main as train
 from tests.checkpoints import read_checkpoint
+from tests.forks import ROOT, Fork
 from tests.tiny import overrides, read_cells, read_exit, read_metrics
-
-ROOT = Path(__file__).resolve().parents[2]
 
 ENDLESS = (
     "training.num_train_steps=100000",
@@ -66,8 +64,8 @@ def stopped_at(run: Path) -> int:
     [
         (signal.SIGTERM, "torchrun"),
         (signal.SIGINT, "torchrun"),
-        (signal.SIGHUP, "torchrun"),
-        (signal.SIGUSR1, "torchrun"),
+        pytest.param(signal.SIGHUP, "torchrun", marks=pytest.mark.slow),
+        pytest.param(signal.SIGUSR1, "torchrun", marks=pytest.mark.slow),
         (signal.SIGUSR1, "worker"),
     ],
 )
@@ -95,36 +93,22 @@ def test_one_checkpoint_at_a_common_step(
     assert f"Stopped by a signal after step {step}" in ended.stdout
 
 
-def start_python(given: list[str]) -> subprocess.Popen[str]:
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "train.py", *given],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
 def test_a_signalled_process_exits_with_75_and_resumes_bitwise(tmp_path: Path) -> None:
     """Real processes throughout; the uninterrupted run is as long as the resumed one becomes."""
     given = overrides(tmp_path, *ENDLESS)
     run, whole = tmp_path / "run", tmp_path / "whole"
-    process = start_python(given)
+    process = Fork(tmp_path / "output", train.main, given)
     try:
         wait_until(has_steps(run, 20), "step 20")
         process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=30)
     finally:
-        process.kill()
-    assert process.returncode == 75, errors
-    assert "Traceback" not in errors
+        ended = process.wait(timeout=30)
+    assert ended.returncode == 75, ended.stderr
+    assert "Traceback" not in ended.stderr
     last = f"training.num_train_steps={stopped_at(run) + 7}"
     for folder in (run, whole):
-        process = start_python([*given, last, f"training.checkpoint_dir={folder}"])
-        _, errors = process.communicate(timeout=90)
-        assert process.returncode == 0, errors
+        ended = Fork(tmp_path / "output", train.main, [*given, last, f"training.checkpoint_dir={folder}"]).wait(90)
+        assert ended.returncode == 0, ended.stderr
     assert {record["epoch"] for record in read_metrics(run)} > {0}
     assert [r["loss"] for r in read_metrics(run)] == [r["loss"] for r in read_metrics(whole)]
     assert (run / "cells/rank_0.jsonl").read_bytes() == (whole / "cells/rank_0.jsonl").read_bytes()

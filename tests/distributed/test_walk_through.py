@@ -1,9 +1,7 @@
 """From counts to an evaluated model on a CPU, by the commands that a user types."""
 
 import json
-import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,10 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
+from geneformer_pretrain import cli
+from geneformer_pretrain.training import main as train
 from sample_data import make_sample_data as msd
+from tests.forks import ROOT, Fork
 from tests.tiny import read_exit, read_metrics
 
-ROOT = Path(__file__).resolve().parents[2]
 COUNTS = ROOT / "sample_data" / "counts.h5ad"
 PART = "part-00000.parquet"
 TINY = (
@@ -28,32 +28,27 @@ TINY = (
     "training.wandb_init_args=null",
 )
 
-Run = Callable[..., subprocess.CompletedProcess[str]]
+
+def run(folder: Path, main: Callable[[list[str]], object], arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run the main function of a command in `folder`, in a process of its own."""
+    return Fork(folder / "output", main, arguments, folder=folder).wait()
 
 
-def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    """Run a command in `folder`, where the repository's files are found as in a clone."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True, timeout=200
-    )
-
-
-def succeed(folder: Path, *command: str) -> str:
+def succeed(folder: Path, main: Callable[[list[str]], object], arguments: list[str]) -> str:
     """Return what a command printed on standard output; it must exit with 0."""
-    done = run(folder, *command)
-    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
+    done = run(folder, main, arguments)
+    assert done.returncode == 0, f"{arguments}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
 
 def geneformer(folder: Path, line: str) -> str:
     """Run `geneformer-pretrain LINE`."""
-    return succeed(folder, "-m", "geneformer_pretrain", *line.split())
+    return succeed(folder, cli.main, line.split())
 
 
-def train(*overrides: str) -> list[str]:
-    """Make the command that trains a tiny model."""
-    return [str(ROOT / "train.py"), *TINY, "data.cache_dir=cache", "training.checkpoint_dir=run", *overrides]
+def training(*overrides: str) -> list[str]:
+    """Arguments of `train.py` for a tiny model."""
+    return [*TINY, "data.cache_dir=cache", "training.checkpoint_dir=run", *overrides]
 
 
 @pytest.fixture(scope="module")
@@ -66,10 +61,8 @@ def walk(tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"tokenize {COUNTS} --gene-set genes --n-counts-column n_counts --columns cell_type,donor --output corpus",
     )
     geneformer(folder, "split corpus --by donor --hold-out donor_4 --output parts")
-    printed = succeed(
-        folder,
-        *train("data.path=parts/train", "data.validation_path=parts/held_out", "data.gene_set=genes"),
-    )
+    given = training("data.path=parts/train", "data.validation_path=parts/held_out", "data.gene_set=genes")
+    printed = succeed(folder, train.main, given)
     assert "held out    100 cells" in printed
     return folder
 
@@ -140,11 +133,11 @@ def test_a_corpus_of_another_gene_set_is_refused(walk: Path) -> None:
     geneformer(walk, f"gene-set build {COUNTS} --output other --n-counts-column n_counts --exact --min-cells 5")
     geneformer(walk, f"tokenize {COUNTS} --gene-set other --n-counts-column n_counts --output other_corpus")
     sizes = [json.loads((walk / name / "gene_set.json").read_text())["vocab_size"] for name in ("other", "genes")]
-    given = train("data.path=other_corpus", "data.gene_set=genes", "training.checkpoint_dir=other_run")
+    given = training("data.path=other_corpus", "data.gene_set=genes", "training.checkpoint_dir=other_run")
     lines = ("embed {} --output other.parquet", "perturb {} --mode delete --output other_scores")
-    commands = [["-m", "geneformer_pretrain", *line.format("run/final_model other_corpus").split()] for line in lines]
-    for command in (given, *commands):
-        done = run(walk, *command)
+    commands = [(cli.main, line.format("run/final_model other_corpus").split()) for line in lines]
+    for main, arguments in ((train.main, given), *commands):
+        done = run(walk, main, arguments)
         assert done.returncode == 1
         assert "Traceback" not in done.stderr
         assert f"vocab_size {sizes[0]} there, {sizes[1]} here" in done.stderr + done.stdout

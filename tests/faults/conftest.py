@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.launcher import Run, start_forkserver
+from tests.faults.launcher import Run
+from tests.forks import start_forkserver
 
 
 @dataclass

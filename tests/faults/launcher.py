@@ -4,37 +4,21 @@ torchrun needs some seconds for a start, nearly all of them for imports. Tests t
 the same way through `train.py`, with the environment that torchrun would give it, but without that wait.
 """
 
-import multiprocessing
 import os
 import signal
 import time
 from collections.abc import Callable, Sequence
-from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from pathlib import Path
 
-import pytest
 import torch
 import torch.distributed as dist
 
-from geneformer_pretrain.config.compose import CONFIG_DIR
 from geneformer_pretrain.training import main as train
+from tests.forks import CONTEXT
 
 Fault = Callable[[int], None]
 """Called with the rank, in its process, before train.py begins: replaces what is to fail. Importable by name."""
-
-CONTEXT = multiprocessing.get_context("forkserver")
-
-
-def start_forkserver() -> None:
-    """Start the process that ranks are forked from, once."""
-    CONTEXT.set_forkserver_preload(["pytest", "tests.faults.preload"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(CONFIG_DIR.parent))
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("CUDA_VISIBLE_DEVICES", "")
-        patch.setenv("GLOO_SOCKET_IFNAME", "lo")
-        forkserver.ensure_running()
 
 
 def _be_rank(

@@ -1,36 +1,31 @@
 """The benchmarks start, and the one that others are asked to rerun measures something."""
 
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import psutil
 import pytest
 
 from benchmarks.throughput import watch
+from tests.forks import ROOT, Fork, run_script
 
 pytestmark = pytest.mark.process
 
-ROOT = Path(__file__).resolve().parents[3]
 
-
-def run(name, *arguments, **environment):
-    command = [sys.executable, str(ROOT / "benchmarks" / name), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
+def run(tmp_path, name, *arguments):
+    return Fork(tmp_path / "output", run_script, ROOT / "benchmarks" / name, list(map(str, arguments))).wait()
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.name)
-def test_help(path):
-    done = run(path.name, "--help")
+def test_help(tmp_path, path):
+    done = run(tmp_path, path.name, "--help")
     assert done.returncode == 0, done.stderr
     assert "usage:" in done.stdout
 
 
 @pytest.mark.parametrize("name", ["attention.py", "precision.py", "profile_step.py"])
-def test_what_needs_a_gpu_says_so_at_once(name):
-    done = run(name, CUDA_VISIBLE_DEVICES="")
+def test_what_needs_a_gpu_says_so_at_once(tmp_path, name):
+    done = run(tmp_path, name)
     assert done.returncode == 2
     assert f"{name}: error: no CUDA GPU is visible here" in done.stderr
 
@@ -82,6 +77,7 @@ def test_throughput_measures_both_sides(tmp_path):
     of_the_engine = "training.reshard_after_forward=false"
     results = tmp_path / "results.json"
     done = run(
+        tmp_path,
         *("throughput.py", "--models", "10m", "--engines", "fsdp2", "--steps", 8, "--skip", 1, "--cells", 300),
         *("--lengths", "genecorpus", "--variants", "as-shipped", "--save-every", 3),
         *("--baseline", "plain", "--baseline-cells", 1, "--json", results, "--overrides", *shrunk, of_the_engine),

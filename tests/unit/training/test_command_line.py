@@ -23,6 +23,7 @@ from geneformer_pretrain.errors import TrainingError
 from geneformer_pretrain.training import main as train
 from geneformer_pretrain.training import report, saving, trainer
 from geneformer_pretrain.training.step import TrainStep
+from tests.forks import Fork
 from tests.tiny import (
     make_cells,
     one_cpu_thread,  # noqa: F401 - an automatic fixture
@@ -339,7 +340,7 @@ def test_error_in_a_real_process(tmp_path: Path) -> None:
     ended = python("train.py", "training.lerning_rate=1")
     assert ended.returncode == 1
     assert ended.stderr.startswith("Error: Unknown configuration key training.lerning_rate")
-    ended = python("train.py", *overrides(tmp_path, "training.use_nvfsdp=true"))
+    ended = Fork(tmp_path / "output", train.main, overrides(tmp_path, "training.use_nvfsdp=true")).wait()
     assert ended.returncode == 1
     assert "Traceback" not in ended.stderr
     assert ended.stderr.startswith("Error: training.use_nvfsdp=True needs CUDA")
@@ -348,7 +349,7 @@ def test_error_in_a_real_process(tmp_path: Path) -> None:
 def test_showing_the_configuration_runs_nothing(tmp_path: Path) -> None:
     target = tmp_path / "run"
     given = ["training.learning_rate=0.5", "--config-name", "106m", f"training.checkpoint_dir={target}", "--cfg", "job"]
-    ended = python("train.py", *given)
+    ended = Fork(tmp_path / "output", train.main, given).wait()
     assert ended.returncode == 0
     assert "hydra" not in ended.stdout
     for line in ("hidden_size: 768", "learning_rate: 0.5", f"checkpoint_dir: {target}"):
@@ -356,8 +357,8 @@ def test_showing_the_configuration_runs_nothing(tmp_path: Path) -> None:
     assert not target.exists()
 
 
-def test_help_names_the_configurations_and_how_to_see_one() -> None:
-    ended = python("train.py", "--help")
+def test_help_names_the_configurations_and_how_to_see_one(tmp_path: Path) -> None:
+    ended = Fork(tmp_path / "output", train.main, ["--help"]).wait()
     assert ended.returncode == 0
     names = re.search(r"NAME is (\w+) \(the default\), (\w+), (\w+), (\w+), (\w+) or (\w+);", ended.stdout)
     assert names is not None
