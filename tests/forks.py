@@ -15,6 +15,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -83,6 +84,14 @@ class Fork:
         """Kill it, if it still runs, and reap it."""
         self.process.kill()
         self.process.join()
+
+
+def is_running(pid: int) -> bool:
+    """Return False for a process that is gone, or has ended and is not reaped by whoever inherited it."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def run_script(path: Path, arguments: Sequence[str]) -> None:

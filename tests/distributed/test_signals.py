@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 
@@ -17,7 +16,7 @@ from geneformer_pretrain.run.folder import write_exit
 from geneformer_pretrain.run.signals import HANDLED, StopSignals
 from geneformer_pretrain.training import main as train
 from tests.checkpoints import read_checkpoint
-from tests.forks import ROOT, Fork
+from tests.forks import ROOT, Fork, is_running
 from tests.tiny import overrides, read_cells, read_exit, read_metrics
 
 ENDLESS = (
@@ -86,7 +85,7 @@ def test_one_checkpoint_at_a_common_step(
     ended = process.wait(25)
     assert ended.returncode != 0
     assert time.monotonic() - started < 25
-    assert not [pid for pid in workers if psutil.pid_exists(pid)]
+    assert not [pid for pid in workers if is_running(pid)]
     assert 'Traceback (most recent call last):\n  File "' + str(ROOT / "train.py") not in ended.stdout
     step = stopped_at(run)
     assert step >= 3

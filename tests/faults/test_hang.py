@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from geneformer_pretrain.distributed.watchdog import FINISHED, Heartbeat, diagnose, name_ranks
+from tests.forks import is_running
 from tests.tiny import overrides, read_exit, read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,7 +68,7 @@ def test_a_stopped_rank(tmp_path: Path, start_torchrun: Any, run_torchrun: Any, 
     assert TIMEOUT <= noticed < TIMEOUT + 10
     ended = process.wait(20)  # torchrun by itself takes 30 s to end a stopped worker
     assert ended.returncode != 0
-    assert not [pid for pid in workers.values() if psutil.pid_exists(pid)]
+    assert not [pid for pid in workers.values() if is_running(pid)]
 
     exit_json = read_exit(run)
     assert (exit_json["reason"], exit_json["exit_code"]) == ("hang", 76)
@@ -186,7 +187,7 @@ def test_workers_of_a_killed_torchrun_save_and_leave(tmp_path: Path, start_torch
     row.injected += 1
     process.popen.kill()
     process.popen.wait()
-    wait_until(lambda: not any(map(psutil.pid_exists, workers)), "the end of the workers", 20)
+    wait_until(lambda: not any(map(is_running, workers)), "the end of the workers", 20)
     exit_json = read_exit(run)
     assert exit_json["reason"] == "signal"
     assert [path.name for path in run.glob("step_*")] == [f"step_{exit_json['step']}"]

@@ -8,11 +8,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 import torch.distributed as dist
 
+from tests.forks import is_running
 from tests.tiny import RunWorkers
 
 pytestmark = pytest.mark.process
@@ -73,20 +73,12 @@ def test_a_killed_rank_is_named_with_its_signal(run_workers: RunWorkers) -> None
         run_workers(kill_one, 2)
 
 
-def runs(pid: int) -> bool:
-    """Return False for a process that is gone, or has ended and is not reaped by whoever inherited it."""
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
 @pytest.fixture
 def nothing_stays(tmp_path: Path) -> Iterator[None]:
     """Look, after `run_workers` has cleaned up, for the processes that wrote their ids."""
     yield
     deadline = time.monotonic() + 10
-    while any(map(runs, (int((tmp_path / name).read_text()) for name in ("0", "1", "child")))):
+    while any(map(is_running, (int((tmp_path / name).read_text()) for name in ("0", "1", "child")))):
         assert time.monotonic() < deadline
         time.sleep(0.05)
 

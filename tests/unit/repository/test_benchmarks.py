@@ -3,11 +3,10 @@
 import json
 import sys
 
-import psutil
 import pytest
 
 from benchmarks.throughput import watch
-from tests.forks import ROOT, Fork, run_script
+from tests.forks import ROOT, Fork, is_running, run_script
 
 pytestmark = pytest.mark.process
 
@@ -45,7 +44,7 @@ def test_a_run_is_ended_with_its_workers_once_its_steps_are_there(tmp_path):
     command = [sys.executable, "-c", LAUNCHER, str(tmp_path)]
     assert watch(command, tmp_path, 2).records == [{"step": 1}, {"step": 2}]
     worker = int((tmp_path / "worker").read_text())
-    assert not psutil.pid_exists(worker) or psutil.Process(worker).status() == psutil.STATUS_ZOMBIE
+    assert not is_running(worker)
 
 
 def test_recompilations_after_the_first_step_are_counted(tmp_path):
