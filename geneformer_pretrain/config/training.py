@@ -87,8 +87,8 @@ class TrainingConfig:
     """Deterministic kernels: runs repeat bitwise on the same hardware, somewhat slower. The CPU does so anyway."""
     use_fp8: bool
     """FP8 matrix products of the encoder layers. PyTorch layers have them by this project's kernels, which need compute
-    capability 9 or 10 (Hopper), packing and model.hidden_act=relu; Transformer Engine's from compute capability 8.9 on.
-    Both scale alike, and a run may change between them and BF16."""
+    capability 9 (Hopper) or 10 (B200, where they never ran), packing and model.hidden_act=relu; Transformer Engine's
+    from compute capability 8.9 on. Both scale alike, and a run may change between them and BF16."""
     fp8_recipe: Fp8Recipe
     """Scaling of FP8 tensors; PyTorch layers have delayed alone. block, mxfp8 and nvfp4 are refused where the GPU does
     not have them (the last two need compute capability 10)."""

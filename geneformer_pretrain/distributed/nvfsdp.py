@@ -28,8 +28,9 @@ from geneformer_pretrain.errors import TrainingError
 class ParameterGroup(FsdpParameterGroup):
     """The weights of one module, whose gradients are reduced in the dtype of the main weights.
 
-    Buffers and sharded tensors are described once; anew in every step, that was half of the host's work for 36 layers.
-    (With replicas, megatron-fsdp replaces the buffer of gradients in every step, so that these are described anew.)
+    Without replicas, sharded tensors and the buffer that is reduced are described once; anew in every step, that was
+    two fifths of the host's work for 36 layers. (With replicas, megatron-fsdp replaces the buffer of gradients in every
+    step, and their description with it.)
     """
 
     _gradients: tuple[DBuffer, list[DTensor]] | None = None

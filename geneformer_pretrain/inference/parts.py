@@ -124,7 +124,8 @@ class Phases:
             if name in self.of_ranks:
                 parts[-1] += f" (ranks {min(self.of_ranks[name]):.1f} to {max(self.of_ranks[name]):.1f})"
         waits = " and ".join(f"{seconds:.1f} for {what}" for what, seconds in self.waits.items())
-        return f"Seconds: {', '.join(parts)}." + (f" Forward passes waited {waits} at most." if waits else "")
+        at_most = " at most" if self.of_ranks else ""
+        return f"Seconds: {', '.join(parts)}." + (f" Forward passes waited {waits}{at_most}." if waits else "")
 
     @property
     def values(self) -> dict[str, Any]:
@@ -288,7 +289,13 @@ class Lock:
 
 
 class Writer:
-    """Writes parts in a thread, one while the next is computed; errors are raised at the next call."""
+    """Writes parts in a thread, one while the next is computed; errors are raised at the next call.
+
+    Attributes
+    ----------
+    waited
+        Seconds of waiting for a part to be written, the last one included.
+    """
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1)
@@ -296,15 +303,15 @@ class Writer:
         self.waited = 0.0
 
     def write(self, action: Callable[[], None]) -> None:
-        """Run what makes and writes a part, once the one before is written; `waited` counts those seconds."""
-        began = perf_counter()
+        """Run what makes and writes a part, once the one before is written."""
         self._wait()
-        self.waited += perf_counter() - began
         self._last = self._pool.submit(action)
 
     def _wait(self) -> None:
+        began = perf_counter()
         if self._last is not None:
             self._last.result()
+        self.waited += perf_counter() - began
 
     def __enter__(self) -> Self:
         return self

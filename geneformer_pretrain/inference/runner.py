@@ -138,8 +138,8 @@ class Runner:
     def run(self, packs: Iterable[Pack]) -> Iterator[tuple[Pack, np.ndarray]]:
         """Run packs in order and give each with the rows of its cells, as its head returns them.
 
-        If the device runs out of memory, it gets half as many packs at a time, the token budget is halved, packs that
-        are larger are cut, and the work goes on.
+        If the device runs out of memory, the token budget is halved, packs that are larger are cut, and the work goes
+        on; with half as many packs in flight, if some were.
 
         Raises
         ------
@@ -173,6 +173,8 @@ class Runner:
                         yield self._finish(running.popleft())
                     continue
                 # Outside of the except clause, whose traceback holds on to tensors.
+                if running:
+                    self.in_flight //= 2
                 while running:
                     yield self._finish(running.popleft())
                 self._halve(pack)
@@ -180,7 +182,6 @@ class Runner:
                 yield self._finish(running.popleft())
 
     def _halve(self, pack: Pack) -> None:
-        self.in_flight //= 2
         tokens = max(min(self.tokens, pack.shape.tokens) // 2 // ALIGNMENT * ALIGNMENT, self.least_tokens)
         if tokens < self.tokens:
             say(f"Out of memory with packs of {pack.shape.tokens:,} tokens; going on with {tokens:,}.", error=True)
@@ -271,7 +272,7 @@ class Runner:
             for _ in self.run([pack, pack]):
                 pass
         rate = self.tokens_done / spent
-        self.tokens_done = 0
+        self.tokens_done, self.waited = 0, 0.0
         return rate
 
     def _random_pack(self, head: Head) -> Pack:

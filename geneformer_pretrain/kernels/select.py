@@ -89,7 +89,7 @@ def use_triton_fused(model: ModelConfig, device: torch.device, compute_dtype: to
             unsupported.append(f"supports multiples of {multiple} as model.{name}, not {value:,}")
     if fp8:
         if model.fused_kernels is Kernel.torch:
-            unsupported.insert(0, "needs model.fused_kernels=triton")
+            unsupported.insert(0, "needs model.fused_kernels=auto or triton")
         if unsupported:
             raise ConfigError(
                 f"training.use_fp8=true with PyTorch layers {unsupported[0]}; set model.use_te_layers=true for "

@@ -34,8 +34,8 @@ def check_machine(config: Config, device: torch.device) -> None:
     on_gpu = device.type == "cuda"
     fp8 = config.training.use_fp8
     if config.model.use_te_layers:
-        keys = "training.use_fp8=False and model.use_te_layers=False" if fp8 else "model.use_te_layers=False"
-        remedy = f"set {keys} for PyTorch layers in BF16 or FP32, the same mathematics."
+        remedy = "set model.use_te_layers=False for PyTorch layers, the same mathematics"
+        remedy += ", and off Hopper GPUs training.use_fp8=False." if fp8 else "."
         require(on_gpu, f"model.use_te_layers=True needs a CUDA GPU, and none is visible here; {remedy}")
         require(
             find_spec("transformer_engine") is not None,

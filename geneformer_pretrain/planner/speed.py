@@ -87,7 +87,7 @@ def check_card(config: Config, cluster: Cluster) -> None:
         if not runs or model.fused_kernels is Kernel.torch:
             raise ConfigError(
                 f"{cluster.card.name}: FP8 with PyTorch layers needs compute capability 9 or 10 and "
-                "model.fused_kernels=auto; set model.use_te_layers=true, or training.use_fp8=false for BF16."
+                "model.fused_kernels=auto or triton; set model.use_te_layers=true, or training.use_fp8=false for BF16."
             )
     head_size = model.hidden_size // model.num_attention_heads
     require(

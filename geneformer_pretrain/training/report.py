@@ -12,6 +12,7 @@ from geneformer_pretrain.config.resolved import Resolved
 from geneformer_pretrain.config.schema import Config
 from geneformer_pretrain.data.dataset import DataSource
 from geneformer_pretrain.data.stream import PackStream
+from geneformer_pretrain.kernels.select import is_hopper
 from geneformer_pretrain.model.memory import estimate_peak, num_parameters
 from geneformer_pretrain.run.record import config_as_yaml
 from geneformer_pretrain.training.optimizer import learning_rate, warmup_steps
@@ -92,9 +93,14 @@ def _on_gpu(run: StartFacts) -> list[str]:
         resolved.cuda_graphs,
         resolved.reshard_after_forward,
     )
+    untried = config.fp8_by_kernels and not is_hopper(run.device)
     return [
         f"kernels     {names[resolved.attention_kernel]} for attention, {names[resolved.fused_kernels]} for fused "
         f"element-wise operations; launched {launched}",
+        *(
+            ["            its FP8 kernels never ran on such a GPU: compare losses with training.use_fp8=false"]
+            * untried
+        ),
         f"memory      about {peak / 2**30:.1f} of {available / 2**30:.1f} GiB a GPU, by estimate",
     ]
 

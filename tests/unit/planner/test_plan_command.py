@@ -13,6 +13,7 @@ from geneformer_pretrain.commands.plan import SAMPLE
 from geneformer_pretrain.config.compose import load_config
 from geneformer_pretrain.errors import ConfigError
 from geneformer_pretrain.planner.measured import card
+from tests.conftest import ROOT
 
 TE = "model.use_te_layers=true"
 
@@ -73,6 +74,14 @@ def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str], arguments: li
     assert (code, out) == (1, "")
     (line,) = err.splitlines()
     assert said in line
+
+
+def test_the_example_of_the_documentation_is_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (ROOT / "docs/scaling.md").read_text()
+    _, command, _, example, _ = text.split("```", 5)[:5]
+    code, out, _ = run_plan(capsys, *command.split()[3:])
+    assert code == 0
+    assert out == example.removeprefix("\n")
 
 
 def test_what_does_not_fit_is_said_with_a_remedy(capsys: pytest.CaptureFixture[str]) -> None:
