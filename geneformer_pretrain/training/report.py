@@ -93,16 +93,13 @@ def _on_gpu(run: StartFacts) -> list[str]:
         resolved.cuda_graphs,
         resolved.reshard_after_forward,
     )
-    untried = config.fp8_by_kernels and not is_hopper(run.device)
-    return [
+    lines = [
         f"kernels     {names[resolved.attention_kernel]} for attention, {names[resolved.fused_kernels]} for fused "
-        f"element-wise operations; launched {launched}",
-        *(
-            ["            its FP8 kernels never ran on such a GPU: compare losses with training.use_fp8=false"]
-            * untried
-        ),
-        f"memory      about {peak / 2**30:.1f} of {available / 2**30:.1f} GiB a GPU, by estimate",
+        f"element-wise operations; launched {launched}"
     ]
+    if config.fp8_by_kernels and not is_hopper(run.device):
+        lines.append("            its FP8 kernels never ran on such a GPU: compare losses with training.use_fp8=false")
+    return [*lines, f"memory      about {peak / 2**30:.1f} of {available / 2**30:.1f} GiB a GPU, by estimate"]
 
 
 def _warnings(run: StartFacts, steps_of_epoch: int) -> list[str]:
