@@ -82,6 +82,8 @@ def explain(error: BaseException, *, smaller: Sequence[str] = ()) -> str | None:
         )
     if isinstance(error, OSError):
         reason = error.strerror or str(error).partition("\n")[0] or type(error).__name__
+        if error.errno == errno.ENOSPC:
+            reason = "No space left on device; free some where the output lies, and give the command again"
         return f"{error.filename}: {reason}" if error.filename is not None else reason
     if isinstance(error, UnpicklingError):
         return f"a pickle was refused: {text}"

@@ -120,17 +120,25 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     Raises
     ------
     OutputError
-        If `path` exists and may not be overwritten.
+        If `path` exists and may not be overwritten, or another process makes it.
     """
     require_new(path, overwrite=overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary, replaced = path.with_name(path.name + ".tmp"), path.with_name(path.name + ".replaced")
-    for left in (temporary, replaced):  # by a process that was killed
-        with suppress(FileNotFoundError):
-            delete_folder(left)
-    temporary.mkdir()
+    lock = temporary / ".lock"
+    try:
+        if temporary.is_dir():  # left by a process that was killed, or in the hands of one that is not
+            os.close(open_lock(lock, wait=False))
+        for left in (temporary, replaced):
+            with suppress(FileNotFoundError):
+                delete_folder(left)
+        temporary.mkdir()
+        descriptor = open_lock(lock, wait=False)
+    except (BlockingIOError, FileExistsError) as error:
+        raise OutputError(f"{path}: another process makes it; wait for it, or name another output.") from error
     try:
         yield temporary
+        lock.unlink()
         for file in temporary.rglob("*"):
             if file.is_file():
                 with file.open("rb") as content:
@@ -142,6 +150,7 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         sync_folder(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        os.close(descriptor)
     with suppress(FileNotFoundError):
         delete_folder(replaced)
 

@@ -38,20 +38,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> Summary:
     """Embed the cells with the model and with random weights, score both and the baselines, and write the report."""
     from geneformer_pretrain.errors import require
-    from geneformer_pretrain.files import require_new
+    from geneformer_pretrain.files import new_folder, require_new
 
     require_new(arguments.output, overwrite=arguments.overwrite)
     require(os.environ.get("WORLD_SIZE", "1") == "1", "evaluate runs in one process; start it without torchrun.")
     require(arguments.max_cells > 0, f"--max-cells {arguments.max_cells}: at least 1 is needed.")
-    with TemporaryDirectory(prefix="evaluate-") as work:
-        return _evaluate(arguments, Path(work))
+    with (
+        TemporaryDirectory(prefix="evaluate-") as work,
+        new_folder(arguments.output, overwrite=arguments.overwrite) as folder,
+    ):
+        return _evaluate(arguments, Path(work), folder)
 
 
-def _evaluate(arguments: argparse.Namespace, work: Path) -> Summary:
+def _evaluate(arguments: argparse.Namespace, work: Path, report: Path) -> Summary:
     import numpy as np
 
     from geneformer_pretrain.console import Summary, say
-    from geneformer_pretrain.files import new_folder
     from geneformer_pretrain.inference.cells import find_corpus, is_corpus, open_cells
     from geneformer_pretrain.inference.evaluate import (
         Features,
@@ -127,8 +129,7 @@ def _evaluate(arguments: argparse.Namespace, work: Path) -> Summary:
         folds=folds,
         seed=seed,
     )
-    with new_folder(arguments.output, overwrite=arguments.overwrite) as folder:
-        write_report(folder, values, chosen.classes, features, scores[MODEL]["logistic"]["predicted"], seed)
+    write_report(report, values, chosen.classes, features, scores[MODEL]["logistic"]["predicted"], seed)
     return Summary(summary_lines(values, arguments.output), values)
 
 

@@ -16,7 +16,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "training may go on",
     )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the exported model")
-    parser.add_argument("--gene-set", type=Path, metavar="GENES", help="gene-set folder to copy into the export")
+    parser.add_argument(
+        "--gene-set",
+        type=Path,
+        metavar="GENES",
+        help="gene-set folder to copy into the export; default: that of the run",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
 
 
@@ -34,12 +39,16 @@ def run(arguments: argparse.Namespace) -> Summary:
     require_new(arguments.output, overwrite=arguments.overwrite, what="model")
     folder, passed_over = find_checkpoint(arguments.checkpoint)
     weights, architecture, seq_length = read_weights(folder)
-    if arguments.gene_set is not None:
-        _require_same_vocabulary(arguments.gene_set, architecture["vocab_size"])
-    write_model(weights, architecture, seq_length, arguments.output, gene_set=arguments.gene_set)
+    gene_set = arguments.gene_set or _gene_set_of_run(folder.parent)
+    if gene_set is not None:
+        _require_same_vocabulary(gene_set, architecture["vocab_size"])
+    write_model(weights, architecture, seq_length, arguments.output, gene_set=gene_set)
     parameters = sum(tensor.numel() for tensor in weights.values())
+    lines = [*passed_over, f"Exported {folder} to {arguments.output}: {parameters:,} parameters in FP32."]
+    if gene_set is not None:
+        lines.append(f"With the gene set {gene_set}.")
     return Summary(
-        [*passed_over, f"Exported {folder} to {arguments.output}: {parameters:,} parameters in FP32."],
+        lines,
         {
             "checkpoint": str(folder),
             "output": str(arguments.output),
@@ -47,6 +56,30 @@ def run(arguments: argparse.Namespace) -> Summary:
             "parameters": parameters,
         },
     )
+
+
+def _gene_set_of_run(run: Path) -> Path | None:
+    """Return the gene set that a run was trained with, by its config.yaml.
+
+    Raises
+    ------
+    DataError
+        It is not where it was.
+    """
+    import yaml
+
+    from geneformer_pretrain.errors import DataError
+
+    try:
+        given = yaml.safe_load((run / "config.yaml").read_text())["data"]["gene_set"]
+    except (OSError, KeyError, TypeError, yaml.YAMLError):  # a step folder by itself, or a run of release 0.1
+        return None
+    if given is not None and not Path(given).is_dir():
+        raise DataError(
+            f"{run}/config.yaml names the gene set {given}, which is not there: name it with --gene-set (a "
+            "run's final_model has a copy)."
+        )
+    return None if given is None else Path(given)
 
 
 def _require_same_vocabulary(gene_set: Path, vocab_size: int) -> None:

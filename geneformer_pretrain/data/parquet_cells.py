@@ -91,7 +91,12 @@ def _advice(path: Path) -> str:
         return f"of a dataset saved with save_to_disk, give the folder {path.parent}"
     if (path.parent / "dataset_info.json").is_file():
         return LOAD_DATASET_CACHE
+    if path.suffix in COUNTS:
+        return "these look like counts: make a corpus of them with `geneformer-pretrain tokenize`"
     return "replace the file or take it out of the corpus"
+
+
+COUNTS = (".h5ad", ".h5", ".loom", ".mtx", ".zarr")
 
 
 LOAD_DATASET_CACHE = (

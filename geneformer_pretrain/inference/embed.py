@@ -35,6 +35,7 @@ from geneformer_pretrain.inference.parts import (
     in_turn,
     join_ranks,
     local_device,
+    part_tokens,
     remove,
     share,
     write_table,
@@ -211,8 +212,8 @@ def _open(options: EmbedOptions, model: Model, work: Path, ranks: Ranks) -> tupl
         "group by": options.group_by,
     }
     costs = cells.lengths * (1.0 + cells.lengths / (6.0 * model.hidden_size))
-    part_tokens = PART_TOKENS if options.genes is None else GENES_PART_TOKENS
-    part_cost = part_tokens * float(costs.sum()) / float(cells.lengths.sum())
+    most = PART_TOKENS if options.genes is None else GENES_PART_TOKENS
+    part_cost = part_tokens(most, model.device) * float(costs.sum()) / float(cells.lengths.sum())
     return cells, in_turn(ranks, lambda: Job.open(work, settings, costs, part_cost, ranks.size)), groups
 
 

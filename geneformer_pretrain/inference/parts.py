@@ -35,6 +35,9 @@ JOB_FILE = "_job.json"
 
 LOCK_FILE = ".lock"
 
+CPU_PART_TOKENS = 2**19
+"""Most tokens of a part on a CPU, which takes a minute for them with a small model: so much is lost by a kill."""
+
 FORMAT_VERSION = 2
 
 PATIENCE = timedelta(days=7)
@@ -253,6 +256,11 @@ def cut(costs: np.ndarray, part_cost: float, ranks: int) -> list[Part]:
     bounds = np.searchsorted(ends - costs / 2, wanted, side="left")
     bounds = np.unique(np.concatenate([[0], np.minimum(bounds, len(costs)), [len(costs)]])).tolist()
     return [Part(number, *pair) for number, pair in enumerate(pairwise(bounds))]
+
+
+def part_tokens(most: int, device: torch.device) -> int:
+    """Tokens of a part: at most so many, fewer on a CPU."""
+    return most if device.type == "cuda" else min(most, CPU_PART_TOKENS)
 
 
 def share(parts: Sequence[Part], rank: int, size: int) -> list[Part]:

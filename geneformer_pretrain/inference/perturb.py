@@ -35,6 +35,7 @@ from geneformer_pretrain.inference.parts import (
     in_turn,
     join_ranks,
     local_device,
+    part_tokens,
     remove,
     share,
     write_table,
@@ -244,7 +245,7 @@ def _open_job(options: PerturbOptions, model: Model, opened: _Opened, ranks: Ran
         "seed": options.seed,
     }
     costs = census.tokens * (1.0 + cells.lengths[opened.chosen] / (6.0 * model.hidden_size)) + 1.0
-    part_cost = PART_TOKENS * float(costs.sum()) / max(1.0, float(census.tokens.sum()))
+    part_cost = part_tokens(PART_TOKENS, model.device) * float(costs.sum()) / max(1.0, float(census.tokens.sum()))
     return Job.open(scores, settings, costs, part_cost, ranks.size)
 
 

@@ -118,6 +118,7 @@ def make_rule(options: PerturbOptions, model: Model, limit: int) -> Rule:
         sets = tokens[None] if options.together else tokens[:, None]
         if anchor is not None:
             sets = sets[sets[:, 0] != anchor]
+            require(len(sets) > 0, f"--genes {options.genes}: names none besides the anchor; pairs need another gene.")
             sets = np.concatenate([np.full_like(sets, anchor), sets], axis=1)
     return Rule(
         mode=Mode[options.mode],

@@ -30,6 +30,7 @@ from geneformer_pretrain.files import replacing
 from geneformer_pretrain.inference.statistics_plots import plot_ranked, plot_volcano
 from geneformer_pretrain.inference.statistics_scores import (
     MIN_REPLICATES,
+    TESTED_REPLICATES,
     FloatArray,
     IntArray,
     MidRanks,
@@ -276,7 +277,8 @@ def replicate_test(means: FloatArray) -> tuple[IntArray, FloatArray, FloatArray,
     Returns
     -------
     count, mean, sd, p
-        Replicates, their mean and standard deviation and the two-sided p-value, NaN for fewer than two.
+        Replicates, their mean, their standard deviation, NaN for fewer than two, and the two-sided p-value, NaN for
+        fewer than three.
     """
     there = ~np.isnan(means)
     count = there.sum(axis=1)
@@ -287,7 +289,7 @@ def replicate_test(means: FloatArray) -> tuple[IntArray, FloatArray, FloatArray,
         p = 2 * stats.t.sf(np.abs(mean) / (sd / np.sqrt(count)), np.maximum(count - 1, 1))
     # Replicates that all show exactly no change have no spread either.
     p = np.where((mean == 0) & (sd == 0), 1.0, p)
-    return count, mean, sd, p
+    return count, mean, sd, np.where(count >= TESTED_REPLICATES, p, np.nan)
 
 
 def _ratio(numerator: FloatArray, denominator: IntArray) -> FloatArray:

@@ -25,7 +25,10 @@ MIN_LIKE_RANK = 5
 """Other genes of like rank that a cell must have for a comparison with them."""
 
 MIN_REPLICATES = 2
-"""Replicates that a test needs."""
+"""Replicates that scores need for statistics over replicates."""
+
+TESTED_REPLICATES = 3
+"""Replicates of a perturbation from which it gets a p-value: two that agree by chance have next to no spread."""
 
 RANK_SPAN = 1 << 20
 """Distance between the sort keys of two cells, beyond any rank."""

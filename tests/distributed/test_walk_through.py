@@ -102,6 +102,18 @@ def test_stock_classes_load_the_model_and_its_tokenizer(walk: Path) -> None:
     assert model(input_ids=inputs["input_ids"]).logits.shape == (1, 20, len(tokenizer))
 
 
+def test_export_is_the_final_model_with_its_genes(walk: Path) -> None:
+    assert "With the gene set genes." in geneformer(walk, "export run --output exported")
+    exported, final = (
+        {p.name: p.read_bytes() for p in (walk / at).iterdir()} for at in ("exported", "run/final_model")
+    )
+    assert exported == final
+    assert "genes.parquet" in exported
+    failed = run(walk / "parts", cli.main, ["export", "../run", "--output", "exported"])
+    assert failed.returncode == 1
+    assert "names the gene set genes, which is not there: name it with --gene-set" in failed.stdout + failed.stderr
+
+
 def test_embed_gives_the_same_from_the_corpus_and_from_counts(walk: Path) -> None:
     geneformer(walk, "embed run/final_model corpus --output cells.parquet")
     geneformer(walk, f"embed run/final_model {COUNTS} --n-counts-column n_counts --output counts.parquet")

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from geneformer_pretrain.data.corpus import open_corpus
-from geneformer_pretrain.errors import DataError
-from geneformer_pretrain.files import replacing
+from geneformer_pretrain.errors import DataError, OutputError, explain
+from geneformer_pretrain.files import new_folder, replacing
 from tests.corpora import write_parquet
 
 
@@ -71,3 +71,27 @@ def test_a_lack_of_file_descriptors_is_not_damage(tmp_path: Path, no_more_files:
             found.add(str(error))
     assert any("cannot be read now (Too many open files); raise the limit with ulimit -n" in text for text in found)
     assert not [text for text in found if "damaged" in text or "replace the file" in text]
+
+
+def test_a_folder_is_made_by_one_process_at_a_time(tmp_path: Path) -> None:
+    """The second is refused, and the first goes on undisturbed; what a killed one left is no obstacle."""
+    (tmp_path / "made.tmp").mkdir()
+    (tmp_path / "made.tmp/.lock").touch()
+    (tmp_path / "made.tmp/half").touch()
+    with new_folder(tmp_path / "made") as folder:
+        (folder / "whole").touch()
+        with (
+            pytest.raises(OutputError, match="made: another process makes it; wait for it, or name another output"),
+            new_folder(tmp_path / "made"),
+        ):
+            pass
+    assert [path.name for path in (tmp_path / "made").iterdir()] == ["whole"]
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+
+
+def test_a_full_disk_is_named_as_such() -> None:
+    assert explain(OSError(errno.ENOSPC, "No space left on device", "out.parquet")) == (
+        "out.parquet: No space left on device; free some where the output lies, and give the command again"
+    )
+    unnamed = explain(OSError(errno.ENOSPC, "Error writing bytes to file"))
+    assert unnamed == "No space left on device; free some where the output lies, and give the command again"

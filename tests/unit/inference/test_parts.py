@@ -8,12 +8,29 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from geneformer_pretrain.errors import OutputError
 from geneformer_pretrain.inference.merging import MERGED, Merging
-from geneformer_pretrain.inference.parts import Job, Lock, Part, Phases, Writer, cut, share
+from geneformer_pretrain.inference.parts import (
+    CPU_PART_TOKENS,
+    Job,
+    Lock,
+    Part,
+    Phases,
+    Writer,
+    cut,
+    part_tokens,
+    share,
+)
+
+
+def test_parts_on_a_cpu_are_a_minute_at_most():
+    assert part_tokens(2**28, torch.device("cpu")) == CPU_PART_TOKENS
+    assert part_tokens(100, torch.device("cpu")) == 100
+    assert part_tokens(2**28, torch.device("cuda")) == 2**28
 
 
 @given(

@@ -166,9 +166,11 @@ def test_no_null_of_a_few_perturbations() -> None:
 
 
 def test_replicates_of_one_perturbation() -> None:
-    means = np.array([[1.0, 2.0, np.nan, 4.0], [0.0, 0.0, 0.0, 0.0], [np.nan, 3.0, np.nan, np.nan], [np.nan] * 4])
+    agreed = [np.nan, 0.1, 0.1 + 1e-9, np.nan]  # two that happen to agree: p would be 1e-8
+    means = np.array([[1.0, 2.0, np.nan, 4.0], [0.0] * 4, agreed, [np.nan, 3.0, np.nan, np.nan], [np.nan] * 4])
     count, mean, sd, p = replicate_test(means)
-    assert count.tolist() == [3, 4, 1, 0]
+    assert count.tolist() == [3, 4, 2, 1, 0]
+    assert sd[2] == pytest.approx(1e-9 / np.sqrt(2), rel=1e-3)
     assert p[0] == pytest.approx(stats.ttest_1samp([1, 2, 4], 0).pvalue)
     assert p[1] == 1
     assert np.isnan(p[2:]).all()

@@ -31,6 +31,8 @@ from tests.unit.tokenization.test_tokenizer import expected_rows
 
 pytestmark = pytest.mark.process
 
+NO_SPACE = "No space left on device; free some where the output lies, and give the command again"
+
 
 @pytest.fixture
 def genes(tmp_path: Path) -> Path:
@@ -317,7 +319,7 @@ def test_a_full_disk_for_the_row_wise_copy(
     with pytest.raises(SystemExit):
         cli.main([str(word) for word in [*command, "--workers", 1]])
     part = tmp_path / "corpus" / "part-00000.parquet.tmp"
-    assert capsys.readouterr().err == f"Error: {part}: No space left on device\n"
+    assert capsys.readouterr().err == f"Error: {part}: {NO_SPACE}\n"
 
 
 def test_errors_come_from_workers_in_one_line(
