@@ -68,7 +68,7 @@ def failure(arguments: Sequence[str]) -> str:
         (
             ["model.use_te_layers=true", "training.use_fp8=true"],
             "model.use_te_layers=True",
-            "training.use_fp8=False and model.use_te_layers=False",
+            "and off Hopper GPUs training.use_fp8=False",
         ),
         (["training.use_nvfsdp=true"], "training.use_nvfsdp=True", "training.use_fsdp2=True"),
         (["training.use_fp8=true"], "training.use_fp8=True needs a CUDA GPU", "training.use_fp8=False"),
