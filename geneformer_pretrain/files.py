@@ -128,15 +128,18 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     lock = temporary / ".lock"
     try:
         if temporary.is_dir():  # left by a process that was killed, or in the hands of one that is not
-            os.close(open_lock(lock, wait=False))
-        for left in (temporary, replaced):
-            with suppress(FileNotFoundError):
-                delete_folder(left)
+            descriptor = open_lock(lock, wait=False)
+            try:
+                delete_folder(temporary)
+            finally:
+                os.close(descriptor)
         temporary.mkdir()
         descriptor = open_lock(lock, wait=False)
     except (BlockingIOError, FileExistsError) as error:
         raise OutputError(f"{path}: another process makes it; wait for it, or name another output.") from error
     try:
+        with suppress(FileNotFoundError):
+            delete_folder(replaced)  # left by a process that was killed
         yield temporary
         lock.unlink()
         for file in temporary.rglob("*"):

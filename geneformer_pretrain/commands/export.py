@@ -69,14 +69,15 @@ def _gene_set_of_run(run: Path) -> Path | None:
     import yaml
 
     from geneformer_pretrain.errors import DataError
+    from geneformer_pretrain.run.record import CONFIG_FILE
 
     try:
-        given = yaml.safe_load((run / "config.yaml").read_text())["data"]["gene_set"]
+        given = yaml.safe_load((run / CONFIG_FILE).read_text())["data"]["gene_set"]
     except (OSError, KeyError, TypeError, yaml.YAMLError):  # a step folder by itself, or a run of release 0.1
         return None
     if given is not None and not Path(given).is_dir():
         raise DataError(
-            f"{run}/config.yaml names the gene set {given}, which is not there: name it with --gene-set (a "
+            f"{run / CONFIG_FILE} names the gene set {given}, which is not there: name it with --gene-set (a "
             "run's final_model has a copy)."
         )
     return None if given is None else Path(given)

@@ -86,17 +86,16 @@ def inspect_parquet(path: Path) -> ParquetFile:
 
 
 def _advice(path: Path) -> str:
-    """Remedy for a file that is no parquet, by what lies beside it."""
+    """Remedy for a file that is no parquet, by its name and what lies beside it."""
+    from geneformer_pretrain.tokenization.counts import SUFFIXES
+
     if (path.parent / "state.json").is_file():
         return f"of a dataset saved with save_to_disk, give the folder {path.parent}"
     if (path.parent / "dataset_info.json").is_file():
         return LOAD_DATASET_CACHE
-    if path.suffix in COUNTS:
+    if path.suffix in SUFFIXES:
         return "these look like counts: make a corpus of them with `geneformer-pretrain tokenize`"
     return "replace the file or take it out of the corpus"
-
-
-COUNTS = (".h5ad", ".h5", ".loom", ".mtx", ".zarr")
 
 
 LOAD_DATASET_CACHE = (

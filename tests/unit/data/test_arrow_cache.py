@@ -116,6 +116,12 @@ def test_source_that_changes_during_the_conversion(
     assert [path.suffix for path in cache.iterdir()] == [".lock"]
 
 
+def test_counts_are_not_called_damaged(tmp_path: Path, cache: Path) -> None:
+    (tmp_path / "cells.h5ad").write_bytes(b"\x89HDF" * 10)
+    with pytest.raises(ValueError, match=r"cells\.h5ad: .*look like counts: .*`geneformer-pretrain tokenize`"):
+        open_corpus(tmp_path / "cells.h5ad", cache)
+
+
 @pytest.mark.parametrize("name", ["data-00000-of-00001.arrow", "state.json"])
 def test_a_file_of_a_saved_folder_is_not_called_damaged(tmp_path: Path, cache: Path, name: str) -> None:
     for file in ("state.json", name):

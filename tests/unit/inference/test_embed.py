@@ -195,8 +195,9 @@ def test_out_of_memory_with_the_smallest_packs(v1, tmp_path, monkeypatch):
         run(v1, tmp_path)
 
 
-def test_goes_on_where_it_stopped(v1, tmp_path, monkeypatch):
-    monkeypatch.setattr("geneformer_pretrain.inference.embed.PART_TOKENS", 100)
+@pytest.mark.parametrize("limit", ["embed.PART_TOKENS", "parts.CPU_PART_TOKENS"])
+def test_goes_on_where_it_stopped(v1, tmp_path, monkeypatch, limit):
+    monkeypatch.setattr(f"geneformer_pretrain.inference.{limit}", 100)
     plain, done = Runner.hidden, []
 
     def hidden(self, parts):

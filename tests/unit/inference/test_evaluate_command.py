@@ -21,6 +21,7 @@ from threadpoolctl import threadpool_limits
 from geneformer_pretrain.commands import evaluate
 from geneformer_pretrain.console import Summary
 from geneformer_pretrain.errors import ConfigError, DataError, OutputError
+from geneformer_pretrain.files import new_folder
 from geneformer_pretrain.tokenization.gene_set import GeneSet
 from tests.tiny import one_cpu_thread  # noqa: F401
 
@@ -227,6 +228,14 @@ def test_an_existing_report_is_kept_unless_overwritten(world: World) -> None:
         world.run("--label", "cell_type")
     world.run("--label", "cell_type", "--overwrite")
     assert (world.report / "report.md").exists()
+
+
+def test_a_report_that_cannot_be_made_is_refused_before_the_work(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with new_folder(world.report), pytest.raises(OutputError, match="another process makes it"):
+        world.run("--label", "cell_type")
+    assert "Scoring" not in capsys.readouterr().err
 
 
 def test_a_model_without_head_has_no_loss(world: World, capsys: pytest.CaptureFixture[str]) -> None:

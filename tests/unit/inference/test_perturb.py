@@ -206,9 +206,10 @@ def test_what_changes_nothing_scores_exactly_one(world, tmp_path):
     assert {row["gene_similarity"] for row in still} == {1.0}
 
 
-def test_parts_and_packs_change_nothing(v1, tmp_path, monkeypatch):
+@pytest.mark.parametrize("limit", ["perturb.PART_TOKENS", "parts.CPU_PART_TOKENS"])
+def test_parts_and_packs_change_nothing(v1, tmp_path, monkeypatch, limit):
     whole, _ = run(v1, tmp_path, tokens=4096)
-    monkeypatch.setattr("geneformer_pretrain.inference.perturb.PART_TOKENS", 2000)
+    monkeypatch.setattr(f"geneformer_pretrain.inference.{limit}", 2000)
     many, _ = run(v1, tmp_path, tokens=64, output=tmp_path / "many")
     assert len(list((tmp_path / "many" / "scores").glob("part-*.parquet"))) > 3
     keys = [(row["cell"], row["perturbation"], row["rank"]) for row in whole]
@@ -321,6 +322,7 @@ def test_genes_that_some_cells_lack_all(v1, tmp_path, capsys):
         ({"mode": "shift", "fraction": 1.5}, "from -1 to 1"),
         ({"together": True}, "needs a list"),
         ({"genes": "S1,S2", "together": True, "anchor": "S3"}, "leave out --together"),
+        ({"genes": "S1", "anchor": "S1"}, "--genes S1: names none besides the anchor"),
         ({"states": "state", "start": "ill"}, "go together"),
         ({"alternatives": ["other"]}, "needs --states"),
         ({"states": "state", "start": "ill", "goal": "ill"}, "named twice"),
