@@ -34,24 +34,24 @@ BASELINE_CELLS = {"10m": (3_000, 6_000), "106m": (600, 3_000), "v2_104m": (400, 
 """In FP32 and in BF16."""
 
 
-def measure_runner(folder: Path, longest: int, compiled: bool, profile: bool) -> float:
+def measure_runner(folder: Path, longest: int, profile: bool) -> float:
     """Tokens per second of the runner alone, on packs of 1,024-token cells that are in memory."""
     from geneformer_pretrain.inference.model import load_model
     from geneformer_pretrain.inference.pooling import mean_of_genes
     from geneformer_pretrain.inference.runner import Runner
 
-    runner = Runner(load_model(folder), -2, longest=longest, compiled=compiled)
+    runner = Runner(load_model(folder), -2, longest=longest)
 
     def head(pack: Any, hidden: torch.Tensor, parts: Any) -> torch.Tensor:
         return mean_of_genes(hidden, parts)
 
-    rate = runner.measure(head, 2.0)
+    rate = runner.measure(head, 1024, 2.0)
     if profile:
         from torch.profiler import ProfilerActivity
         from torch.profiler import profile as profiler
 
         with profiler(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as found:
-            runner.measure(head, 0.1)
+            runner.measure(head, 1024, 0.1)
         print(found.key_averages().table(sort_by="self_device_time_total", row_limit=14, max_name_column_width=60))
     return rate
 
@@ -123,12 +123,9 @@ def compare(args: argparse.Namespace, name: str, folder: Path, device: torch.dev
     write_model(folder / name, name)
     share = args.share if device.type == "cuda" else args.share * 0.00002
     if device.type == "cuda":
-        for compiled in (False, True)[: 2 if args.compile else 1]:
-            kind = "compiled" if compiled else "eager"
-            rate = measure_runner(folder / name, SIZES[name].longest, compiled, args.profile and not compiled)
-            torch.cuda.empty_cache()
-            results[f"runner {kind}"] = rate
-            line(name, "1,024", f"runner alone, {kind}", rate)
+        results["runner"] = measure_runner(folder / name, SIZES[name].longest, args.profile)
+        torch.cuda.empty_cache()
+        line(name, "1,024", "runner alone", results["runner"])
     for lengths in args.lengths:
         for command in args.commands:
             results |= measure_command(name, lengths, command, folder, args.gpus, share)
@@ -146,7 +143,6 @@ def main() -> None:
     parser.add_argument("--gpus", nargs="+", type=int, default=[1], metavar="N", help="such as 1 4: one, then four")
     parser.add_argument("--baseline", nargs="*", default=list(BASELINES), choices=list(BASELINES))
     parser.add_argument("--share", type=float, default=1.0, help="of the cells of the commands; default: 1")
-    parser.add_argument("--compile", action="store_true", help="also measure the runner with compiled layers")
     parser.add_argument("--profile", action="store_true", help="also print the kernels that take longest")
     parser.add_argument("--json", type=Path, help="write all numbers to this file")
     args = parser.parse_args()

@@ -147,7 +147,7 @@ def _embed(options: EmbedOptions, work: Path, ranks: Ranks, phases: Phases) -> S
         compiled=flops > COMPILE_FROM,
     )
     head = _Head(model, options.pooling, groups, with_genes=options.genes is not None)
-    runner.warm_up(head)
+    runner.warm_up(head, int(cells.lengths.mean()))
     head.reset()
     ranks.gather(None)
     phases.end("warm-up")

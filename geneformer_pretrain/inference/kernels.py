@@ -1,4 +1,4 @@
-"""Triton kernels of forward passes without a backward: the end of a layer's halves, and means over cells.
+"""Triton kernels of forward passes without a backward: embeddings, the end of a layer's halves, means over cells.
 
 Sums run over tiles of a cell's own tokens and then over its tiles, in an order that depends on nothing but the length
 of the cell: results are the same whatever a cell is packed with.
@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from geneformer_pretrain.kernels.attention import TILE, packed_attention, tile_list
+from modeling_bert_te import BertEmbeddings
 
 ROWS = {256: (8, 4), 512: (4, 4), 1024: (4, 4), 2048: (1, 4), 4096: (1, 4)}
 """Tokens that a program of LayerNorm works on at a time, and its warps, by the width rounded up to a power of two."""
@@ -29,25 +30,50 @@ def _block(width: int) -> int:
 
 @triton.jit
 def _residual_norm(
-    x, b, residual, weight, bias, out, num_rows, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-    HAS_B: tl.constexpr,
+    x, b, residual, weight, bias, x_rows, residual_rows, out, num_rows, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, HAS_B: tl.constexpr, GATHERS: tl.constexpr,
 ):  # fmt: skip
+    """Compute LayerNorm(x + b + residual), of the rows of x and residual that are named, if they are."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK)
     inside = columns < WIDTH
-    valid = (rows < num_rows)[:, None] & inside[None, :]
-    where = rows[:, None] * WIDTH + columns[None, :]
-    value = tl.load(x + where, mask=valid, other=0.0).to(tl.float32)
+    is_row = rows < num_rows
+    valid = is_row[:, None] & inside[None, :]
+    x_row, residual_row = rows, rows
+    if GATHERS:
+        x_row = tl.load(x_rows + rows, mask=is_row, other=0)
+        residual_row = tl.load(residual_rows + rows, mask=is_row, other=0)
+    value = tl.load(x + x_row[:, None] * WIDTH + columns[None, :], mask=valid, other=0.0).to(tl.float32)
     if HAS_B:
         value += tl.load(b + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
-    value += tl.load(residual + where, mask=valid, other=0.0).to(tl.float32)
+    value += tl.load(residual + residual_row[:, None] * WIDTH + columns[None, :], mask=valid, other=0.0).to(tl.float32)
     average = tl.sum(value, 1) / WIDTH
     deviation = tl.where(inside[None, :], value - average[:, None], 0.0)
     scale = 1.0 / tl.sqrt(tl.sum(deviation * deviation, 1) / WIDTH + eps)
     w = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
     shift = tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
     value = deviation * scale[:, None] * w[None, :] + shift[None, :]
-    tl.store(out + where, value.to(out.dtype.element_ty), mask=valid)
+    tl.store(out + rows[:, None] * WIDTH + columns[None, :], value.to(out.dtype.element_ty), mask=valid)
+
+
+def _normalized_sum(
+    x: Tensor, b: Tensor | None, residual: Tensor, weight: Tensor, bias: Tensor, eps: float,
+    rows_of: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:  # fmt: skip
+    """Compute LayerNorm(x + b + residual): [R, H], [H] or None, [S, H] -> [T, H].
+
+    `rows_of` names T rows of x and T of residual, int32; by default all of both.
+    """
+    width = x.shape[1]
+    num_rows = len(x) if rows_of is None else len(rows_of[0])
+    out = torch.empty(num_rows, width, dtype=x.dtype, device=x.device)
+    block = _block(width)
+    rows, warps = ROWS[block]
+    _residual_norm[(triton.cdiv(num_rows, rows),)](
+        x, b, residual, weight, bias, *(rows_of or (None, None)), out, num_rows, eps,
+        WIDTH=width, BLOCK=block, ROWS=rows, HAS_B=b is not None, GATHERS=rows_of is not None, num_warps=warps,
+    )  # fmt: skip
+    return out
 
 
 class InferenceAttention:
@@ -67,21 +93,26 @@ class InferenceAttention:
 
 
 class InferenceFused:
-    """`modeling_bert_te.FusedKernels` without what only a backward needs."""
+    """`modeling_bert_te.FusedKernels` without what only a backward needs, and embeddings."""
+
+    def embed(self, tables: BertEmbeddings, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """Look up, add and normalise in one pass: int32 [T], int32 [T] -> [T, H]."""
+        norm = tables.LayerNorm
+        return _normalized_sum(
+            tables.word_embeddings.weight,
+            tables.token_type_embeddings.weight[0],
+            tables.position_embeddings.weight,
+            norm.weight,
+            norm.bias,
+            norm.eps,
+            (input_ids, position_ids),
+        )
 
     def residual_norm(
         self, x: Tensor, b: Tensor | None, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, dropout: float
     ) -> Tensor:
         """Normalise the sum without storing it."""
-        out = torch.empty_like(x)
-        num_rows, width = x.shape
-        block = _block(width)
-        rows, warps = ROWS[block]
-        _residual_norm[(triton.cdiv(num_rows, rows),)](
-            x, b, residual, weight, bias, out, num_rows, eps,
-            WIDTH=width, BLOCK=block, ROWS=rows, HAS_B=b is not None, num_warps=warps,
-        )  # fmt: skip
-        return out
+        return _normalized_sum(x, b, residual, weight, bias, eps)
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
         """Leave the product to PyTorch."""

@@ -6,16 +6,17 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 
 from geneformer_pretrain.config.model import MAX_TOKENS_KEY
 from geneformer_pretrain.errors import ConfigError, DataError
-from modeling_bert_te import BertForMaskedLM, BertModel
+from modeling_bert_te import BertForMaskedLM, BertModel, FlashAttention
 
 if TYPE_CHECKING:
+    from geneformer_pretrain.inference.kernels import InferenceFused
     from geneformer_pretrain.tokenization.gene_set import GeneSet
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -47,6 +48,8 @@ class Model:
         Longest cell that it was trained on, where its export says so, else `max_tokens`.
     fingerprint
         Hash of its configuration and weights.
+    fused
+        This project's kernels of the layers, if they run by them.
     """
 
     path: Path
@@ -56,6 +59,7 @@ class Model:
     max_tokens: int
     trained_tokens: int
     fingerprint: str
+    fused: InferenceFused | None = None
 
     @property
     def device(self) -> torch.device:
@@ -86,6 +90,17 @@ class Model:
     def cls_token(self) -> int | None:
         """Token that begins every cell, if the model has one."""
         return self.gene_set.special_tokens.get("cls")
+
+    @property
+    def has_own_attention(self) -> bool:
+        """Whether attention is this project's kernel, not PyTorch's."""
+        return not isinstance(self.bert.attention, FlashAttention)
+
+    def embed(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """Embed tokens: int32 [T], int32 [T] -> [T, H]."""
+        if self.fused is None:
+            return cast(torch.Tensor, self.bert.embeddings(input_ids, position_ids, None))
+        return self.fused.embed(self.bert.embeddings, input_ids, position_ids)
 
     def num_layers_below(self, layer: int) -> int:
         """Layers to compute for a hidden state counted as `hidden_states` does: 0 the embeddings, -1 the last.
@@ -151,7 +166,7 @@ def load_model(
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     compute = _compute_dtype(dtype, device)
     loaded = _load_weights(folder)
-    _use_fast_kernels(loaded, device, compute)
+    fused = _use_fast_kernels(loaded, device, compute)
     bert: BertModel = loaded.bert.to(device=device, dtype=compute).eval()
     embeddings = bert.embeddings
     vocab_size = embeddings.word_embeddings.num_embeddings
@@ -164,7 +179,7 @@ def load_model(
     max_tokens = min(genes.max_tokens, embeddings.position_embeddings.num_embeddings)
     trained_tokens = min(max_tokens, config.get(MAX_TOKENS_KEY) or max_tokens)
     fingerprint = _fingerprint(folder / "config.json", weights)
-    return Model(folder, bert, genes, is_special, max_tokens, trained_tokens, fingerprint)
+    return Model(folder, bert, genes, is_special, max_tokens, trained_tokens, fingerprint, fused)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -241,13 +256,16 @@ def _fingerprint(config: Path, weights: Path) -> str:
     return digest.hexdigest()
 
 
-def _use_fast_kernels(model: BertForMaskedLM, device: torch.device, dtype: torch.dtype) -> None:
+def _use_fast_kernels(model: BertForMaskedLM, device: torch.device, dtype: torch.dtype) -> InferenceFused | None:
     """Give a model this project's kernels where they are the faster ones: in BF16 on Hopper."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9 or dtype != torch.bfloat16:
-        return
+        return None
     from geneformer_pretrain.inference.kernels import MAX_WIDTH, InferenceAttention, InferenceFused
 
     if model.config.hidden_size // model.config.num_attention_heads in TUNED_HEADS:
         model.set_attention(InferenceAttention())
-    if model.config.hidden_size <= MAX_WIDTH:
-        model.set_fused_kernels(InferenceFused())
+    if model.config.hidden_size > MAX_WIDTH:
+        return None
+    fused = InferenceFused()
+    model.set_fused_kernels(fused)
+    return fused

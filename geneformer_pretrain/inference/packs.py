@@ -24,8 +24,10 @@ NO_GENE = -2
 ALIGNMENT = 128
 """Tokens of a pack come in multiples of this; parts of the buffer start at multiples of 128 bytes."""
 
-TOKENS_PER_CELL = 64
-"""A pack has room for one cell per so many tokens: shorter cells close it before it is full."""
+TOKENS_PER_CELL = (64, 256, 512)
+"""A pack has room for one cell per so many tokens, the last of these that is enough: attention's kernel starts programs
+for all of them, and does nothing in those of cells that are not there. With cells shorter than the first on average a
+pack is closed before it is full."""
 
 
 class Parts(NamedTuple):
@@ -60,9 +62,9 @@ class Shape:
     longest: int
 
     @classmethod
-    def of(cls, tokens: int, longest: int) -> "Shape":
+    def of(cls, tokens: int, longest: int, tokens_per_cell: int = TOKENS_PER_CELL[0]) -> "Shape":
         """Shape of a token budget, for cells of up to `longest` tokens."""
-        return cls(tokens, max(1, tokens // TOKENS_PER_CELL), longest)
+        return cls(tokens, max(1, tokens // tokens_per_cell), longest)
 
     @property
     def num_segments(self) -> int:

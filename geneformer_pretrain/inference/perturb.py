@@ -136,7 +136,7 @@ def _perturb(options: PerturbOptions, model: Model, ranks: Ranks, phases: Phases
         vectors = state_vectors(runner, cells, options.state_names, opened.states, path, ranks)
         phases.end("states")
     comparing = Comparing(runner, opened.rule, vectors)
-    rate = runner.measure(comparing.compare, MEASURED_SECONDS) * ranks.size
+    rate = runner.measure(comparing.compare, _typical_length(opened), MEASURED_SECONDS) * ranks.size
     if is_main:
         size = copies * (16 + 4 * comparing.num_scores) / 1e6
         say(
@@ -175,6 +175,12 @@ def _perturb(options: PerturbOptions, model: Model, ranks: Ranks, phases: Phases
         "output": str(options.output),
     }
     return Summary([*lines, phases.line], values)
+
+
+def _typical_length(opened: _Opened) -> int:
+    """Mean tokens of the cell that a token is in: with cells of this length, attention costs what it costs the job."""
+    lengths, tokens = opened.cells.lengths[opened.chosen], opened.census.tokens
+    return round(float(lengths @ tokens) / float(tokens.sum()))
 
 
 def _summarize(options: PerturbOptions, model: Model) -> None:

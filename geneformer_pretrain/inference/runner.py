@@ -1,7 +1,7 @@
 """Forward passes over packed cells: built in a thread, pooled on the device, copied back without waiting.
 
-Packs have few shapes, so that kernels are chosen and compiled once. Launches of a pack hide behind the kernels of the
-one before; the host never waits for the device except for results that are some packs old.
+Packs have few shapes, so that kernels are chosen, compiled and recorded once. Launches of a pack hide behind the
+kernels of the one before; the host never waits for the device except for results that are some packs old.
 """
 
 import gc
@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 
 from geneformer_pretrain.console import say
+from geneformer_pretrain.inference.graphs import ForwardGraphs
 from geneformer_pretrain.inference.model import Model
 from geneformer_pretrain.inference.packs import (
     ALIGNMENT,
     NOT_COMPARED,
+    TOKENS_PER_CELL,
     Head,
     Pack,
     Parts,
@@ -34,17 +36,17 @@ from modeling_bert_te import BertLayer
 
 T = TypeVar("T")
 
-ELEMENTS = 2**25
+ELEMENTS = 2**26
 """Elements of a pack's hidden states, tokens times width, that fill a GPU."""
 
 CPU_TOKENS = 8192
 """Tokens of a pack on a CPU, whose hidden states fit its caches."""
 
-SHAPES = (1, 4, 16)
+SHARES = (1, 4, 16)
 """A pack has the token budget, a quarter or a sixteenth of it, whichever is enough."""
 
 IN_FLIGHT = 6
-"""Packs that the device has to do while the host waits for an earlier one: 30 ms with small models, in which threads
+"""Packs that the device has to do while the host waits for an earlier one: 50 ms with small models, in which threads
 that read and write may hold Python's lock."""
 
 AHEAD = 8
@@ -82,7 +84,7 @@ class Runner:
     tokens
         Token budget of a pack; chosen by the device if not given.
     compiled
-        Compile the layers for packs of the full budget; on a GPU only.
+        Compile the layers for packs of the full budget, on a GPU where they do not run by this project's kernels.
 
     Attributes
     ----------
@@ -100,13 +102,14 @@ class Runner:
         if tokens is None:
             tokens = 2 ** int(np.log2(ELEMENTS / model.hidden_size)) if self.on_gpu else CPU_TOKENS
         self.tokens = max(-(-tokens // ALIGNMENT) * ALIGNMENT, self.least_tokens)
-        self.compiled_tokens = self.tokens if compiled and self.on_gpu else 0
+        self.compiled_tokens = self.tokens if compiled and self.on_gpu and model.fused is None else 0
         self._layers = [cast(BertLayer, layer) for layer in model.bert.encoder["layer"].children()][: self.num_layers]
         self._eager = [layer.compute for layer in self._layers]
         self._compiled = self._eager
         if self.compiled_tokens:
             self._compiled = [torch.compile(layer.compute, dynamic=False) for layer in self._layers]
         self._copies = torch.cuda.Stream(self.device) if self.on_gpu else None
+        self._graphs = ForwardGraphs(self.hidden) if model.has_own_attention else None
         self.in_flight = IN_FLIGHT
         self.tokens_done, self.waited = 0, 0.0
 
@@ -124,8 +127,8 @@ class Runner:
             int [n], tokens of each cell.
         """
         budget = self.tokens
-        sizes = [max(-(-budget // part // ALIGNMENT) * ALIGNMENT, self.least_tokens) for part in SHAPES]
-        shapes = [Shape.of(size, self.longest) for size in sizes]
+        sizes = [max(-(-budget // share // ALIGNMENT) * ALIGNMENT, self.least_tokens) for share in SHARES]
+        shapes = [Shape.of(size, self.longest, room) for size in sizes for room in TOKENS_PER_CELL]
         order, ends = plan_packs(lengths.astype(np.int64), budget, shapes[0].max_cells)
         start = 0
         for end in ends.tolist():
@@ -186,6 +189,8 @@ class Runner:
         if tokens < self.tokens:
             say(f"Out of memory with packs of {pack.shape.tokens:,} tokens; going on with {tokens:,}.", error=True)
         self.tokens = tokens
+        if self._graphs is not None:
+            self._graphs.clear()
         gc.collect()
         if self.on_gpu:
             torch.cuda.empty_cache()
@@ -201,8 +206,12 @@ class Runner:
         current = torch.cuda.current_stream()
         current.wait_stream(self._copies)
         buffer.record_stream(current)
-        parts = pack.shape.split(buffer)
-        result = pack.head(pack, self.hidden(parts), parts)[: pack.num_cells]
+        if self._graphs is None:
+            parts = pack.shape.split(buffer)
+            hidden = self.hidden(parts)
+        else:
+            parts, hidden = self._graphs.run(pack.shape, buffer)
+        result = pack.head(pack, hidden, parts)[: pack.num_cells]
         target = torch.empty(result.shape, dtype=result.dtype, pin_memory=True)
         target.copy_(result, non_blocking=True)
         ready = torch.cuda.Event()
@@ -220,7 +229,7 @@ class Runner:
         bert = self.model.bert
         layers = self._compiled if len(parts.input_ids) == self.compiled_tokens else self._eager
         plan = bert.attention.prepare(parts.cu_seqlens, self.longest, len(parts.input_ids))
-        x = bert.embeddings(parts.input_ids, parts.position_ids, None)
+        x = self.model.embed(parts.input_ids, parts.position_ids)
         for layer in layers:
             x = layer(x, plan)
         return x
@@ -255,28 +264,29 @@ class Runner:
         count = fill_with_cells(parts, shape, tokens, offsets, chosen, self.model.is_special, row_of_cell)
         return Pack(buffer, shape, len(chosen), count, head, owner, chosen if items is None else items[chosen])
 
-    def warm_up(self, head: Head) -> None:
-        """Pay for what happens once: compilation, and on a GPU a first pass."""
-        pack = self._random_pack(head)
+    def warm_up(self, head: Head, length: int) -> None:
+        """Pay for what happens once, on a GPU: compile, record and run a pack of cells of `length` random genes."""
         if self.on_gpu:
-            for _ in self.run([pack]):
+            for _ in self.run([self._random_pack(head, length)]):
                 pass
         self.tokens_done, self.waited = 0, 0.0
 
-    def measure(self, head: Head, seconds: float) -> float:
-        """Tokens per second on packs of random genes, measured for so many seconds."""
-        self.warm_up(head)
-        pack = self._random_pack(head)
-        began = perf_counter()
-        while (spent := perf_counter() - began) < seconds:
-            for _ in self.run([pack, pack]):
+    def measure(self, head: Head, length: int, seconds: float) -> float:
+        """Tokens per second on cells of `length` random genes: of as many packs as take at least so many seconds."""
+        self.warm_up(head, length)
+        packs, spent = [self._random_pack(head, length)], 0.0
+        while spent < seconds:
+            began = perf_counter()
+            self.tokens_done = 0
+            for _ in self.run(packs):
                 pass
+            spent = perf_counter() - began
+            packs *= 2
         rate = self.tokens_done / spent
         self.tokens_done, self.waited = 0, 0.0
         return rate
 
-    def _random_pack(self, head: Head) -> Pack:
-        length = min(self.longest, 1024)
+    def _random_pack(self, head: Head, length: int) -> Pack:
         lengths = np.full(max(1, self.tokens // length), length)
         offsets = np.concatenate([[0], lengths.cumsum()])
         special = int(self.model.is_special.sum())

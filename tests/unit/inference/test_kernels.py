@@ -16,6 +16,7 @@ import torch
 from torch.testing import assert_close
 from geneformer_pretrain.inference.kernels import InferenceFused, sums_by_cell
 from geneformer_pretrain.inference.pooling import sums_by_cell_in_torch
+from modeling_bert_te import BertConfig, BertEmbeddings
 
 torch.manual_seed(0)
 for width in (64, 300):
@@ -36,6 +37,14 @@ for width in (64, 300):
         found = InferenceFused().residual_norm(x, of_linear, residual, weight, bias, 1e-12, 0.0)
         total = residual + x + (0 if of_linear is None else of_linear)
         assert_close(found, torch.nn.functional.layer_norm(total, (width,), weight, bias, 1e-12))
+    config = BertConfig(vocab_size=70, hidden_size=width, num_attention_heads=4, max_position_embeddings=40)
+    tables = BertEmbeddings(config).eval()
+    for parameter in tables.parameters():
+        torch.nn.init.normal_(parameter)
+    ids = torch.randint(0, 70, (37,), dtype=torch.int32)
+    positions = torch.randint(0, 40, (37,), dtype=torch.int32)
+    with torch.no_grad():
+        assert_close(InferenceFused().embed(tables, ids, positions), tables(ids, positions, None))
 print("equal")
 """
 

@@ -237,7 +237,7 @@ def test_out_of_memory_halves_the_packs(v1, tmp_path, monkeypatch, capsys):
     plain = Runner.hidden
 
     def hidden(self, parts):
-        if len(parts.input_ids) > 200:
+        if len(parts.input_ids) > 60:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return plain(self, parts)
 
