@@ -10,6 +10,9 @@ MODEL_BYTES = 4
 """Bytes a parameter of an export."""
 TO_HOST = 42e9
 """Bytes per second from a GPU into pinned host memory: 3.8 GB in 0.09 s, 1.28 GB in 0.03 s (H200, 2026-11-24)."""
+PINNING = 1.4e9
+"""Bytes per second at which host memory for that is pinned, once after each start: 34.9 GB in 25.5 s, 1.28 GB in 0.8 to
+1.3 s (H200, 2026-11-24 and 27)."""
 TO_DISK = 0.54e9
 """Bytes per second to disk, checksums included: 3.8 GB in 7 s (one disk, 2026-11-24)."""
 
@@ -26,13 +29,16 @@ class Saving:
         Time of the writing beside the training.
     stop_seconds
         Time for which one stops the training.
+    first_stop_seconds
+        The same of the first after a start, for which host memory is pinned.
     share
-        Of the run's time, for which training stands still.
+        Of the run's time, for which training stands still; without what the first one takes longer.
     """
 
     interval_seconds: float
     background_seconds: float
     stop_seconds: float
+    first_stop_seconds: float
     share: float
 
 
@@ -63,7 +69,7 @@ def saving(
     size = CHECKPOINT_BYTES * num_parameters
     interval, background = save_interval(training, step_seconds), size / disk
     stop = size / writers / TO_HOST + (max(0.0, background - interval) if training.async_save else background)
-    return Saving(interval, background, stop, stop / (interval + stop))
+    return Saving(interval, background, stop, stop + size / writers / PINNING, stop / (interval + stop))
 
 
 def kept_checkpoints(training: TrainingConfig) -> int:
