@@ -19,9 +19,9 @@ from geneformer_pretrain.distributed.agreement import Ranks
 from geneformer_pretrain.errors import ConfigError, OutputError, require
 from geneformer_pretrain.files import replacing, require_new
 from geneformer_pretrain.inference.cells import Cells, CountsOptions, find_corpus, open_cells
-from geneformer_pretrain.inference.merging import Groups, Merging, genes_path, merge_genes
+from geneformer_pretrain.inference.merging import Groups, Merging, genes_path, merge_genes, write_part
 from geneformer_pretrain.inference.model import Model, load_model
-from geneformer_pretrain.inference.packs import Pack, Parts
+from geneformer_pretrain.inference.packs import TOKENS_PER_CELL, Pack, Parts
 from geneformer_pretrain.inference.parts import (
     JOB_FILE,
     Job,
@@ -31,14 +31,12 @@ from geneformer_pretrain.inference.parts import (
     Writer,
     at_once,
     clear,
-    fixed_size_list,
     in_turn,
     join_ranks,
     local_device,
     part_tokens,
     remove,
     share,
-    write_table,
 )
 from geneformer_pretrain.inference.pooling import first_token, mean_of_genes
 from geneformer_pretrain.inference.runner import COMPILE_FROM, Ahead, Runner, windows
@@ -211,10 +209,14 @@ def _open(options: EmbedOptions, model: Model, work: Path, ranks: Ranks) -> tupl
         "genes": None if options.genes is None else _relative(options.genes, work),
         "group by": options.group_by,
     }
-    costs = cells.lengths * (1.0 + cells.lengths / (6.0 * model.hidden_size))
-    most = PART_TOKENS if options.genes is None else GENES_PART_TOKENS
-    part_cost = part_tokens(most, model.device) * float(costs.sum()) / float(cells.lengths.sum())
-    return cells, in_turn(ranks, lambda: Job.open(work, settings, costs, part_cost, ranks.size)), groups
+    # A cell takes that much room in a pack at least; and a part of so many tiny cells would be a large file.
+    tokens = np.maximum(cells.lengths, TOKENS_PER_CELL[0])
+    costs = tokens * (1.0 + cells.lengths / (6.0 * model.hidden_size))
+    has_sums = options.genes is not None
+    most = GENES_PART_TOKENS if has_sums else PART_TOKENS
+    part_cost = part_tokens(most, model.device) * float(costs.sum()) / float(tokens.sum())
+    job = in_turn(ranks, lambda: Job.open(work, settings, costs, part_cost, ranks.size, tapers=not has_sums))
+    return cells, job, groups
 
 
 def _group(cells: Cells, column: str) -> Groups:
@@ -337,13 +339,12 @@ def _packs(runner: Runner, head: _Head, cells: Cells, mine: list[Part], groups: 
 
 
 def _commit(job: Job, cells: Cells, results: _Results) -> None:
-    """Write the sums of genes, then the embeddings, whose file says that the part is complete."""
+    """Write the sums of genes, then the cells, whose file says that the part is complete."""
     part, path = results.part, job.path(results.part)
     if results.genes is not None:
         with replacing(genes_path(path)) as temporary, temporary.open("wb") as file:
             np.savez(file, *results.genes)
-    table = columns_of(cells, np.arange(part.first, part.last))
-    write_table(table.append_column("embedding", fixed_size_list(results.embeddings)), path)
+    write_part(path, columns_of(cells, np.arange(part.first, part.last)), results.embeddings)
 
 
 def columns_of(cells: Cells, numbers: np.ndarray) -> pa.Table:

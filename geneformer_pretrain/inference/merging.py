@@ -34,6 +34,27 @@ def genes_path(path: Path) -> Path:
     return path.with_suffix(".genes.npz")
 
 
+def _vectors_path(path: Path) -> Path:
+    """File of the embeddings beside the file of a part, which holds the other columns."""
+    return path.with_suffix(".npy")
+
+
+def write_part(path: Path, columns: pa.Table, embeddings: np.ndarray) -> None:
+    """Write the embeddings of a part, float32 [n, H], then the other columns, whose file says that it is complete.
+
+    Embeddings are an array of their own because parquet takes longer to decode than they take to be embedded.
+    """
+    with replacing(_vectors_path(path)) as temporary, temporary.open("wb") as file:
+        np.save(file, embeddings)
+    write_table(columns, path)
+
+
+def _read_part(path: Path) -> tuple[pa.Table, np.ndarray]:
+    """Columns of a part, and its embeddings, which are read when they are used."""
+    with pq.ParquetFile(path) as file:
+        return file.read(), np.load(_vectors_path(path), mmap_mode="r")
+
+
 class Merging:
     """Joins the parts of a job in one file; in parquet in a thread, each part as soon as it and those before are there.
 
@@ -53,7 +74,7 @@ class Merging:
         self._stopped = Event()
         self._thread = ThreadPoolExecutor(1, "merge")
         self._merged: Future[Path] | None = None
-        if output.suffix != ".h5ad" and len(self._paths) > 1:
+        if output.suffix != ".h5ad":
             self._merged = self._thread.submit(self._append_all)
 
     def require_progress(self) -> None:
@@ -69,12 +90,12 @@ class Merging:
                 while not path.exists():
                     if self._stopped.wait(POLL_SECONDS):
                         return target
-                with pq.ParquetFile(path) as file:
-                    writer = writer or open_writer(target, file.schema_arrow)
-                    for group in range(file.num_row_groups):
-                        if self._stopped.is_set():
-                            return target
-                        writer.write_table(file.read_row_group(group))
+                if self._stopped.is_set():
+                    return target
+                columns, vectors = _read_part(path)
+                table = columns.append_column("embedding", fixed_size_list(vectors))
+                writer = writer or open_writer(target, table.schema)
+                writer.write_table(table)
                 with target.open("rb") as written:  # little is left to be synced at the end
                     sync_file(written)
         finally:
@@ -90,10 +111,10 @@ class Merging:
     ) -> None:
         if error is not None:
             self._stopped.set()
-        elif self._output.suffix == ".h5ad":
+        elif self._merged is None:
             _write_h5ad(self._paths, self._output)
         else:
-            merged = self._paths[0] if self._merged is None else self._merged.result()
+            merged = self._merged.result()
             with replacing(self._output) as temporary:
                 merged.rename(temporary)
         self._thread.shutdown()
@@ -105,14 +126,15 @@ def _write_h5ad(paths: list[Path], output: Path) -> None:
     import pandas as pd
     from scipy.sparse import csr_matrix
 
-    table = pa.concat_tables([pq.read_table(path) for path in paths], promote_options="permissive")
-    width = table.schema.field("embedding").type.list_size
-    vectors = table["embedding"].combine_chunks().flatten().to_numpy().reshape(-1, width)
-    obs: pd.DataFrame = table.drop_columns(["embedding", "cell_id"]).to_pandas()
+    columns, vectors = zip(*map(_read_part, paths), strict=True)
+    table = pa.concat_tables(columns, promote_options="permissive")
+    obs: pd.DataFrame = table.drop_columns(["cell_id"]).to_pandas()
     obs.index = pd.Index(table["cell_id"].to_pylist(), dtype=object)
     with replacing(output) as temporary, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Observation names are not unique")  # the cells' own names
-        data = anndata.AnnData(csr_matrix((len(obs), 0), dtype=np.float32), obs=obs, obsm={"X_geneformer": vectors})
+        data = anndata.AnnData(
+            csr_matrix((len(obs), 0), dtype=np.float32), obs=obs, obsm={"X_geneformer": np.concatenate(vectors)}
+        )
         data.write_h5ad(temporary)
 
 

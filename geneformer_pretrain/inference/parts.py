@@ -38,7 +38,10 @@ LOCK_FILE = ".lock"
 CPU_PART_TOKENS = 2**19
 """Most tokens of a part on a CPU, which takes a minute for them with a small model: so much is lost by a kill."""
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+
+TAPER = (1 / 2, 1 / 4, 1 / 8, 1 / 8)
+"""Shares into which the last part of each rank is cut, where they are joined: little is left to do at the end."""
 
 PATIENCE = timedelta(days=7)
 """How long ranks wait for one that tokenizes or is slower."""
@@ -191,7 +194,10 @@ class Job:
         return [part for part in self.parts if not self.path(part).exists()]
 
     @classmethod
-    def open(cls, folder: Path, settings: dict[str, Any], costs: np.ndarray, part_cost: float, ranks: int) -> "Job":
+    def open(
+        cls, folder: Path, settings: dict[str, Any], costs: np.ndarray, part_cost: float, ranks: int, *,
+        tapers: bool = False,
+    ) -> "Job":  # fmt: skip
         """Open the job of a folder, or begin it.
 
         Parameters
@@ -206,6 +212,8 @@ class Job:
             About the cost of a part.
         ranks
             Number of ranks that will share the parts.
+        tapers
+            Whether the last parts are smaller; see TAPER.
 
         Raises
         ------
@@ -226,7 +234,7 @@ class Job:
             except (ValueError, KeyError, TypeError) as error:
                 raise OutputError(f"{path}: damaged ({error!r}); name another output or add --overwrite.") from error
             return cls(folder, settings, parts)
-        parts = cut(costs, part_cost, ranks)
+        parts = cut(costs, part_cost, ranks, tapers=tapers)
         facts = {
             "format_version": FORMAT_VERSION,
             "settings": settings,
@@ -248,11 +256,16 @@ def require_same(settings: dict[str, Any], earlier: dict[str, Any], folder: Path
         )
 
 
-def cut(costs: np.ndarray, part_cost: float, ranks: int) -> list[Part]:
-    """Cut cells into parts of about equal cost, as many for each rank; each ends where it comes nearest to it."""
+def cut(costs: np.ndarray, part_cost: float, ranks: int, *, tapers: bool = False) -> list[Part]:
+    """Cut cells into parts of about equal cost, as many for each rank; each ends where it comes nearest to it.
+
+    With `tapers`, the last part of each rank is cut once more, unless one part is all there is.
+    """
     ends = np.cumsum(costs)
-    number = ranks * max(1, round(float(ends[-1]) / part_cost / ranks))
-    wanted = np.arange(1, number) * (float(ends[-1]) / number)
+    rounds = max(1, round(float(ends[-1]) / part_cost / ranks))
+    last = TAPER if tapers and rounds * ranks > 1 else (1.0,)
+    shares = np.repeat([*[1.0] * (rounds - 1), *last], ranks)
+    wanted = np.cumsum(shares)[:-1] * (float(ends[-1]) / shares.sum())
     bounds = np.searchsorted(ends - costs / 2, wanted, side="left")
     bounds = np.unique(np.concatenate([[0], np.minimum(bounds, len(costs)), [len(costs)]])).tolist()
     return [Part(number, *pair) for number, pair in enumerate(pairwise(bounds))]

@@ -17,6 +17,7 @@ import torch
 from scipy.sparse import csr_matrix
 
 from geneformer_pretrain.errors import ConfigError, DataError, OutputError
+from geneformer_pretrain.inference import merging
 from geneformer_pretrain.inference import runner as runner_module
 from geneformer_pretrain.inference.cells import CountsOptions
 from geneformer_pretrain.inference.embed import EmbedOptions, embed
@@ -261,13 +262,26 @@ def test_existing_output(v1, tmp_path):
     run(v1, tmp_path, overwrite=True)
 
 
+def test_parts_of_tiny_cells_are_no_larger_files(v1, tmp_path, monkeypatch):
+    """Cells of one gene count as the room that they take in a pack."""
+    monkeypatch.setattr("geneformer_pretrain.inference.parts.CPU_PART_TOKENS", 64 * 10)
+    path = write_cells(tmp_path / "tiny.parquet", [[5]] * 40)
+    found, plain = [], merging.write_part
+    monkeypatch.setattr(
+        "geneformer_pretrain.inference.embed.write_part",
+        lambda path, columns, vectors: (found.append(len(vectors)), plain(path, columns, vectors)),
+    )
+    embed(EmbedOptions(v1.model, [str(path)], tmp_path / "out.parquet"))
+    assert sum(found) == 40
+    assert max(found) == 10
+
+
 @pytest.mark.parametrize("name", ["out.parquet", "out.h5ad"])
 def test_an_output_that_cannot_be_written_does_not_keep_the_genes_from_going_on(v1, tmp_path, monkeypatch, name):
-    from geneformer_pretrain.inference import merging
-
     output, genes = tmp_path / name, tmp_path / "genes.parquet"
+    plain = merging.replacing
     with monkeypatch.context() as patch:
-        patch.setattr(merging, "replacing", lambda _: 1 / 0)
+        patch.setattr(merging, "replacing", lambda path: 1 / 0 if path == output else plain(path))
         with pytest.raises(ZeroDivisionError):
             run(v1, tmp_path, output=output, genes=genes)
     assert genes.exists()

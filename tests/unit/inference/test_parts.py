@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from geneformer_pretrain.errors import OutputError
 from geneformer_pretrain.inference.merging import MERGED, Merging
+from geneformer_pretrain.inference.merging import write_part as write_part_of
 from geneformer_pretrain.inference.parts import (
     CPU_PART_TOKENS,
     Job,
@@ -52,10 +53,33 @@ def test_equal_ranks_get_equal_parts():
     assert [part.last - part.first for part in cut(costs, 1e9, 4)] == [7, 7, 7, 7]
 
 
+@given(
+    costs=st.lists(st.floats(0.1, 100), min_size=1, max_size=60), part_cost=st.floats(1, 500), ranks=st.integers(1, 5)
+)
+def test_the_last_parts_are_smaller_where_they_are_joined(costs, part_cost, ranks):
+    plain, tapering = (cut(np.array(costs), part_cost, ranks, tapers=tapers) for tapers in (False, True))
+    assert [part.first for part in tapering] == [0, *(part.last for part in tapering[:-1])]
+    assert tapering[-1].last == len(costs)
+    rounds = max(1, round(sum(costs) / part_cost / ranks))
+    wanted = sum(costs) / (rounds * ranks)
+    if rounds * ranks == 1:
+        assert tapering == plain
+        return
+    sizes = [sum(costs[part.first : part.last]) for part in tapering]
+    assert max(sizes) <= wanted + max(costs) + 1e-6
+    assert sizes[-1] <= wanted / 8 + max(costs) + 1e-6
+
+
+def test_ranks_have_as_much_to_do_when_parts_become_smaller():
+    parts = cut(np.ones(4 * 5 * 80), 80, 4, tapers=True)
+    assert [part.last - part.first for part in share(parts, 1, 4)] == [80, 80, 80, 80, 40, 20, 10, 10]
+    assert {sum(part.last - part.first for part in share(parts, rank, 4)) for rank in range(4)} == {400}
+
+
 def write_part(job, part):
-    numbers = list(range(part.first, part.last))
-    pq.write_table(pa.table({"cell": numbers}), job.path(part).with_suffix(".new"))
-    job.path(part).with_suffix(".new").rename(job.path(part))
+    numbers = np.arange(part.first, part.last)
+    vectors = np.stack([numbers, -numbers], 1).astype(np.float32)
+    write_part_of(job.path(part), pa.table({"cell": numbers}), vectors)
 
 
 @pytest.fixture
@@ -75,7 +99,9 @@ def test_parts_are_joined_in_order_while_they_are_made(job, tmp_path):
             time.sleep(0.01)
         for number in (5, 3):
             threading.Timer(0.05, write_part, (job, job.parts[number])).start()
-    assert pq.read_table(tmp_path / "out.parquet")["cell"].to_pylist() == list(range(18))
+    joined = pq.read_table(tmp_path / "out.parquet")
+    assert joined["cell"].to_pylist() == list(range(18))
+    assert joined["embedding"].to_pylist() == [[number, -number] for number in range(18)]
 
 
 def test_a_failure_leaves_no_output(job, tmp_path):
@@ -93,15 +119,15 @@ def test_after_a_failure_the_parts_at_hand_are_not_joined(job, tmp_path, monkeyp
     for part in job.parts:
         write_part(job, part)
     begun, failed = threading.Event(), threading.Event()
-    plain, joined = pq.ParquetFile.read_row_group, []
+    plain, joined = pq.ParquetFile.read, []
 
-    def read_row_group(self, group):
-        joined.append(group)
+    def read(self):
+        joined.append(self)
         begun.set()
         assert failed.wait(20)
-        return plain(self, group)
+        return plain(self)
 
-    monkeypatch.setattr(pq.ParquetFile, "read_row_group", read_row_group)
+    monkeypatch.setattr(pq.ParquetFile, "read", read)
 
     def work():
         with Merging(job, tmp_path / "out.parquet"):
