@@ -138,10 +138,11 @@ def _perturb(options: PerturbOptions, model: Model, ranks: Ranks, phases: Phases
     comparing = Comparing(runner, opened.rule, vectors)
     rate = runner.measure(comparing.compare, _typical_length(opened), MEASURED_SECONDS) * ranks.size
     if is_main:
-        size = copies * (16 + 4 * comparing.num_scores) / 1e6
+        minutes, size = tokens / rate / 60, copies * (16 + 4 * comparing.num_scores) / 1e6
+        duration = f"{minutes:,.1f} min" if minutes >= 1 else f"{60 * minutes:.0f} s"
         say(
-            f"{copies:,} perturbations of {len(opened.chosen):,} cells, {tokens:,} tokens: about "
-            f"{tokens / rate / 60:.1f} min at {rate:,.0f} tokens/s, and {size:,.0f} MB of scores."
+            f"{copies:,} perturbations of {len(opened.chosen):,} cells, {tokens:,} tokens: about {duration} at "
+            f"{rate:,.0f} tokens/s, and {size:,.0f} MB of scores."
         )
     ranks.gather(None)
     phases.end("warm-up")

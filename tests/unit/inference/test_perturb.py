@@ -298,7 +298,7 @@ def test_goes_on_where_it_stopped(v1, tmp_path, monkeypatch):
 
 def test_estimate_comes_first(v1, tmp_path, capsys):
     _, summary = run(v1, tmp_path, genes=",".join(ids(v1, 0, 1)))
-    line = next(line for line in capsys.readouterr().out.splitlines() if "min at" in line)
+    line = next(line for line in capsys.readouterr().out.splitlines() if "about 0 s at" in line)
     assert line.startswith(f"{summary.values['perturbations']:,} perturbations of 10 cells, ")
     assert f"{summary.values['tokens']:,} tokens" in line
 
