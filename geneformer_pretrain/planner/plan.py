@@ -1,24 +1,16 @@
 """The plan of a run: everything a lab asks before it books GPUs."""
 
-from dataclasses import dataclass, replace
-from math import gcd
+from dataclasses import dataclass
 
 from geneformer_pretrain.config.schema import Config
-from geneformer_pretrain.errors import require
-from geneformer_pretrain.kernels.select import MAX_OFFSET
-from geneformer_pretrain.model.memory import PeakMemory, num_parameters, peak_memory
-from geneformer_pretrain.model.resolve import KEEP_GATHERED_BELOW
+from geneformer_pretrain.model.memory import PeakMemory, num_parameters
 from geneformer_pretrain.planner.arithmetic import flops_per_token
+from geneformer_pretrain.planner.engines import engine_configs, engine_name
 from geneformer_pretrain.planner.estimate import StepTime, step_time
+from geneformer_pretrain.planner.fitting import Remedy, largest_micro_batch, memory_of, remedies, room
 from geneformer_pretrain.planner.lengths import CellLengths
 from geneformer_pretrain.planner.saving import CHECKPOINT_BYTES, MODEL_BYTES, TO_DISK, Saving, kept_checkpoints, saving
-from geneformer_pretrain.planner.speed import PACK_FILL, Cluster, check_card, replays_graphs
-
-GIB = 2**30
-ITEMSIZE = 2
-"""Bytes of BF16."""
-USABLE_SHARE = 0.92
-"""Of a GPU's memory: the estimate may be some percent off, and the CUDA context and NCCL want 1 to 2 GiB."""
+from geneformer_pretrain.planner.speed import PACK_FILL, Cluster, check_card
 
 
 @dataclass(frozen=True)
@@ -71,6 +63,8 @@ class Plan:
         One checkpoint, and the run's folder with all that are kept and the export.
     cache_bytes
         The corpus as it is cached, with three epochs' plans.
+    remedies
+        Settings with which a run fits that does not as configured; none if no number of these GPUs holds it.
     """
 
     cluster: Cluster
@@ -90,6 +84,7 @@ class Plan:
     disk_bytes: int
     cache_bytes: float
     engines: list[EnginePlan]
+    remedies: list[Remedy]
 
     @property
     def configured(self) -> EnginePlan:
@@ -123,9 +118,9 @@ def make_plan(
     steps = cut.tokens / tokens_per_step
     size = CHECKPOINT_BYTES * parameters
     engines = []
-    for name, engine_config, is_configured in _engines(config, cluster):
+    for engine_config, is_configured in engine_configs(config, cluster):
         own = engine_config.training
-        reshards, memory = _memory(engine_config, cluster, parameters)
+        reshards, memory = memory_of(engine_config, cluster, parameters)
         step = step_time(engine_config, cluster, parameters, cut.attended, reshards=reshards)
         shards = own.use_fsdp2 or own.use_nvfsdp
         writers = (own.shard_group_size or cluster.gpus) if shards else 1
@@ -136,11 +131,11 @@ def make_plan(
         of_run = training.num_train_steps * seconds / 3600 * cluster.gpus
         engines.append(
             EnginePlan(
-                engine=name,
+                engine=engine_name(engine_config, cluster.gpus),
                 is_configured=is_configured,
                 memory=memory,
-                fits=memory.total <= _room(cluster),
-                largest_micro_batch=_largest_micro_batch(engine_config, cluster, parameters),
+                fits=memory.total <= room(cluster),
+                largest_micro_batch=largest_micro_batch(engine_config, cluster, parameters),
                 step=step,
                 tokens_per_second_per_gpu=rate,
                 model_flops_utilization=rate * flops / (cluster.card.bf16_tflops * 1e12),
@@ -171,84 +166,5 @@ def make_plan(
         disk_bytes=kept_checkpoints(training) * size + MODEL_BYTES * parameters,
         cache_bytes=bytes_per_token * lengths.tokens + (4 + 3 * 4) * lengths.cells,
         engines=engines,
+        remedies=remedies(config, cluster, parameters),
     )
-
-
-def _engines(config: Config, cluster: Cluster) -> list[tuple[str, Config, bool]]:
-    """List the configured engine and its alternatives: DDP, FSDP2, and FSDP2 in groups of a node's GPUs."""
-    training, gpus = config.training, cluster.gpus
-    group = training.shard_group_size
-    require(
-        group is None or gpus % group == 0,
-        f"training.shard_group_size={group} does not divide the {gpus} GPUs of --gpus.",
-    )
-
-    if group == gpus:  # The same as no groups.
-        training = replace(training, shard_group_size=None)
-        config = replace(config, training=training)
-
-    def with_engine(use_fsdp2: bool, group: int | None) -> Config:
-        reshards = training.reshard_after_forward if use_fsdp2 else None
-        return replace(
-            config,
-            training=replace(
-                training,
-                use_fsdp2=use_fsdp2,
-                use_nvfsdp=False,
-                shard_group_size=group,
-                reshard_after_forward=reshards,
-            ),
-        )
-
-    configs = [with_engine(False, None)]
-    if gpus > 1:
-        configs.append(with_engine(True, None))
-    of_node = cluster.gpus_per_node if cluster.nodes > 1 else gpus // 2
-    if gpus > 2 and of_node > 1 and gpus % of_node == 0:
-        configs.append(with_engine(True, of_node))
-    if config not in configs:
-        configs.insert(0, config)
-    return [(_name(each, gpus), each, each == config) for each in configs]
-
-
-def _name(config: Config, gpus: int) -> str:
-    training = config.training
-    if not (training.use_fsdp2 or training.use_nvfsdp):
-        return "one GPU" if gpus == 1 else "DDP"
-    name = "FSDP2" if training.use_fsdp2 else "nvFSDP"
-    group = training.shard_group_size
-    return name if group in (None, gpus) else f"{name}, groups of {group}"
-
-
-def _room(cluster: Cluster) -> float:
-    return USABLE_SHARE * cluster.card.memory_gib * GIB
-
-
-def _memory(config: Config, cluster: Cluster, parameters: int) -> tuple[bool, PeakMemory]:
-    """Return whether gathered weights are freed after the forward, and the peak; as a run decides it."""
-    training, graphs = config.training, replays_graphs(config, cluster)
-
-    def peak(reshards: bool) -> PeakMemory:
-        return peak_memory(config, cluster.gpus, parameters, ITEMSIZE, graphs, reshards)
-
-    reshards = training.reshard_after_forward
-    if reshards is None:
-        shards = training.use_fsdp2 or training.use_nvfsdp
-        kept = shards and peak(False).total <= KEEP_GATHERED_BELOW * cluster.card.memory_gib * GIB
-        reshards = not kept
-    return reshards, peak(reshards)
-
-
-def _largest_micro_batch(config: Config, cluster: Cluster, parameters: int) -> int:
-    """Return the largest micro-batch whose peak fits and that the attention kernels take, by bisection."""
-
-    def fits(size: int) -> bool:
-        tried = replace(config, model=replace(config.model, micro_batch_size=size * step))
-        return _memory(tried, cluster, parameters)[1].total <= _room(cluster)
-
-    step = 128 // gcd(config.model.seq_length, 128)  # Token budgets are multiples of 128.
-    low, high = 0, MAX_OFFSET // (3 * config.model.hidden_size * config.model.seq_length * step)
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low * step

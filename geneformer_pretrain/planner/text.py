@@ -1,14 +1,9 @@
 """A plan in lines for people."""
 
+from geneformer_pretrain.planner.fitting import GIB, MOST_GPUS, USABLE_SHARE
 from geneformer_pretrain.planner.measured import Card
-from geneformer_pretrain.planner.plan import GIB, USABLE_SHARE, EnginePlan, Plan
+from geneformer_pretrain.planner.plan import EnginePlan, Plan
 
-KEYS = {
-    "DDP": "training.use_fsdp2=false training.use_nvfsdp=false",
-    "FSDP2": "training.use_fsdp2=true training.use_nvfsdp=false",
-    "nvFSDP": "training.use_nvfsdp=true training.use_fsdp2=false",
-}
-"""Keys that choose an engine."""
 COLUMNS = "{:2}{:20} {:>10} {:>8} {:>10} {:>10} {:>6} {:>9} {:>10} {:>8}"
 
 
@@ -45,7 +40,7 @@ def describe(plan: Plan) -> list[str]:
     if not configured.fits:
         lines.append(
             f"! {configured.engine} does not fit: {configured.memory.total / GIB:.1f} GiB, and {USABLE_SHARE:.0%} of "
-            f"{card.memory_gib} GiB may be planned with. {_remedy(configured, plan.engines)}"
+            f"{card.memory_gib} GiB may be planned with. {_remedy(plan)}"
         )
     if any(not engine.step.is_measured for engine in plan.engines):
         lines += [
@@ -109,13 +104,15 @@ def _row(engine: EnginePlan) -> str:
     )
 
 
-def _remedy(engine: EnginePlan, engines: list[EnginePlan]) -> str:
-    others = [other.engine for other in engines if other.fits]
-    if others:
-        return f"{others[0]} does: set {KEYS[others[0].split(',')[0]]}."
-    if engine.largest_micro_batch:
-        return f"model.micro_batch_size={engine.largest_micro_batch} does; so may training.recompute_every_n_layers=2."
-    return "Set training.recompute_every_n_layers=1, shard over more GPUs, or use GPUs with more memory."
+def _remedy(plan: Plan) -> str:
+    planned = plan.cluster.gpus
+    if not plan.remedies:
+        return f"No setting fits, on up to {max(planned, MOST_GPUS):,} of these GPUs: use GPUs with more memory."
+    gpus = plan.remedies[0].gpus
+    ways = ", or with ".join(" ".join(remedy.settings) for remedy in plan.remedies)
+    if gpus == planned:
+        return f"It fits with {ways}."
+    return f"On {planned} of these GPUs no setting fits; {gpus} are enough: --gpus {gpus} with {ways}."
 
 
 def _si(value: float) -> str:

@@ -13,9 +13,9 @@ from geneformer_pretrain.config.model import Kernel
 from geneformer_pretrain.config.schema import Config
 from geneformer_pretrain.model.memory import num_parameters, peak_memory
 from geneformer_pretrain.planner.estimate import StepTime, attended_by, modelled_measurement, step_time
+from geneformer_pretrain.planner.fitting import GIB
 from geneformer_pretrain.planner.lengths import simulated
 from geneformer_pretrain.planner.measured import Measurement, card, measured_like, measurements
-from geneformer_pretrain.planner.plan import GIB
 from geneformer_pretrain.planner.rates import FITTED, Rates
 from geneformer_pretrain.planner.speed import Cluster, compute_seconds, replays_graphs
 from tests.conftest import ROOT

@@ -1,6 +1,7 @@
 """`plan` as users type it."""
 
 import json
+import re
 import time
 from pathlib import Path
 
@@ -84,19 +85,58 @@ def test_the_example_of_the_documentation_is_what_is_printed(capsys: pytest.Capt
     assert out == example.removeprefix("\n")
 
 
-def test_what_does_not_fit_is_said_with_a_remedy(capsys: pytest.CaptureFixture[str]) -> None:
-    _, out, _ = run_plan(capsys, "--config-name", "4b", "--gpu", "h100", TE)
-    assert "! one GPU does not fit: 86.5 GiB" in out
-    assert "model.micro_batch_size=7 does" in out
-    _, out, _ = run_plan(
-        capsys, "--config-name", "4b", "--gpu", "rtx4090", "--gpus", "2", TE, "training.use_fsdp2=true"
-    )
-    assert "shard over more GPUs" in out
+BF16 = "training.use_fp8=false"
 
 
-def test_another_engine_that_fits_is_the_remedy(capsys: pytest.CaptureFixture[str]) -> None:
-    _, out, _ = run_plan(capsys, "--config-name", "4b", "--gpu", "h100", "--gpus", "8", TE)
-    assert "! DDP does not fit: 97.4 GiB, and 92% of 79.2 GiB may be planned with. FSDP2 does: set training." in out
+@pytest.mark.parametrize(
+    ("arguments", "remedy"),
+    [
+        (["--gpu", "h100", TE], "It fits with model.micro_batch_size=7, or with training.recompute_every_n_layers=2."),
+        (["--gpu", "h100", "--gpus", "8", TE], "It fits with training.use_fsdp2=true."),
+        (
+            ["--gpu", "h100", "--gpus", "8", TE, "training.use_fsdp2=true", "training.shard_group_size=1"],
+            "It fits with training.shard_group_size=null.",
+        ),
+        (["--gpu", "l40s", BF16], "On 1 of these GPUs no setting fits; 2 are enough: --gpus 2 with "),
+        (["--gpu", "l40s", "--gpus", "8", BF16], "It fits with training.use_fsdp2=true model.micro_batch_size=8, or "),
+        (["--gpu", "l40s", "--gpus", "8", TE], "It fits with training.use_fsdp2=true model.micro_batch_size=7, or "),
+        (["--gpu", "rtx4090", "--gpus", "2", TE, "training.use_fsdp2=true"], "3 are enough: --gpus 3 with "),
+        (["--gpu", "rtx4090", "--gpus", "8", BF16], "or with training.recompute_every_n_layers=1 training.use_fsdp2"),
+        (["--gpu", "a100-40gb", BF16], "2 are enough: --gpus 2 with "),
+        (["--gpu", "a100-40gb", "--gpus", "16", BF16, "training.use_nvfsdp=true"], "It fits with "),
+        (["--gpu", "rtx4090", "--gpus-per-node", "1", BF16], "3 are enough: --gpus 3 with "),
+        (
+            ["--gpu", "l40s", "--gpus", "2", BF16, "training.use_fsdp2=true", "training.reshard_after_forward=false"],
+            "training.reshard_after_forward=null",
+        ),
+        (
+            ["--gpu", "h100", "training.cuda_graphs=true", TE.replace("true", "false"), BF16],
+            "training.cuda_graphs=null",
+        ),
+        (["--gpu", "rtx4090", BF16, "model.micro_batch_size=1", "model.num_hidden_layers=72"], "are enough: --gpus "),
+    ],
+)
+def test_every_remedy_for_lack_of_memory_fits_by_the_plan(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], remedy: str
+) -> None:
+    _, out, _ = run_plan(capsys, "--config-name", "4b", *arguments)
+    (line,) = (line for line in out.splitlines() if line.startswith("!"))
+    assert " does not fit: " in line
+    assert remedy in line
+    options, keys = ([each for each in arguments if ("=" in each) == is_key] for is_key in (False, True))
+    more = " ".join(re.findall(r"--gpus \d+", line)).split()
+    ways = line.split(" with ")[1:]
+    for way in ways:
+        _, out, _ = run_plan(capsys, "--config-name", "4b", *options, *more, *keys, *re.findall(r"\S+=\w+", way))
+        assert "does not fit" not in out
+        assert "whole run" in out
+    assert ways
+
+
+def test_a_model_that_no_number_of_gpus_holds(capsys: pytest.CaptureFixture[str]) -> None:
+    wide = ("model.hidden_size=25600", "model.num_attention_heads=400")
+    _, out, _ = run_plan(capsys, "--config-name", "4b", "--gpu", "rtx4090", BF16, *wide)
+    assert "No setting fits, on up to 1,024 of these GPUs: use GPUs with more memory." in out
 
 
 def test_data_path_is_the_corpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
