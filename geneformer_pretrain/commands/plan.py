@@ -32,7 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--disk", type=float, default=0.54, metavar="GBPS", help="GB/s that checkpoints are written with, all ranks"
     )
     corpus = parser.add_mutually_exclusive_group()
-    corpus.add_argument("--corpus", metavar="PATH", help="corpus whose lengths count; default: data.path, if given")
+    corpus.add_argument(
+        "--corpus", metavar="PATH", help="corpus with its lengths and vocabulary; default: data.path, if given"
+    )
     corpus.add_argument(
         "--tokens", type=float, metavar="N", help="tokens of a corpus with lengths like Genecorpus, such as 2e9"
     )
@@ -42,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> Summary:
     """Plan the run that the arguments describe."""
     from geneformer_pretrain.config.compose import load_config, read_overrides
-    from geneformer_pretrain.data.vocabulary import apply_gene_set
+    from geneformer_pretrain.data.vocabulary import apply_gene_set, load_gene_set, require_gene_set
     from geneformer_pretrain.errors import require
     from geneformer_pretrain.planner.lengths import genecorpus, of_corpus, of_tokens
     from geneformer_pretrain.planner.measured import card
@@ -60,18 +62,30 @@ def run(arguments: argparse.Namespace) -> Summary:
     cluster = Cluster(gpu, card(gpu), arguments.gpus, arguments.gpus_per_node, arguments.network)
     config = load_config(arguments.config_name, arguments.overrides)
     apply_gene_set(config)
+    given = {override.key_or_group for override in read_overrides(arguments.overrides)}
     if arguments.corpus is not None:
         lengths = of_corpus(arguments.corpus)
     elif arguments.tokens is not None:
         lengths = of_tokens(int(arguments.tokens), config.model.seq_length)
-    elif config.data.path != SAMPLE or "data.path" in {
-        override.key_or_group for override in read_overrides(arguments.overrides)
-    }:
+    elif config.data.path != SAMPLE or "data.path" in given:
         lengths = of_corpus(config.data.path)
     else:
         lengths = genecorpus(config.model.seq_length)
+    lines, description = [], lengths.description
+    if description is not None:
+        described, folder = description.gene_set, description.parts[0].parent
+        genes = load_gene_set(config)
+        if genes is not None:
+            require_gene_set(described, folder, genes)
+        elif "model.vocab_size" not in given:
+            config.model.vocab_size = described.vocab_size
+            copy = folder / "gene_set" if (folder / "gene_set").is_dir() else "FOLDER"
+            lines = [
+                f"vocabulary   {described.vocab_size:,} tokens of the corpus's gene set, {described.name}: give it to "
+                f"train.py, data.gene_set={copy}"
+            ]
     plan = make_plan(config, cluster, lengths, price=arguments.price, disk=1e9 * arguments.disk)
     values = asdict(plan)
     for engine, planned in zip(values["engines"], plan.engines, strict=True):
         engine["memory"]["total"] = planned.memory.total
-    return Summary(describe(plan), json.loads(json.dumps(values)))
+    return Summary([*lines, *describe(plan)], json.loads(json.dumps(values)))

@@ -33,7 +33,7 @@ from geneformer_pretrain.data.saved_folder import (
     map_saved_folder,
     read_saved_folder,
 )
-from geneformer_pretrain.data.sources import CorpusGeneSet, find_parquet, read_description
+from geneformer_pretrain.data.sources import CorpusGeneSet, find_parquet, read_description, read_description_beside
 from geneformer_pretrain.errors import DataError
 
 TOKEN_DTYPES = {np.dtype(kind): np.dtype(kind) for kind in (np.uint16, np.int16, np.int32, np.int64)} | {
@@ -166,8 +166,8 @@ def open_corpus(
                 f"{location}: its parts hold {corpus.num_cells:,} cells, and corpus.json lists {listed:,}; copy the "
                 "folder again, or tokenize again"
             )
-    elif len({file.parent for file in files}) == 1:
-        description = read_description(files[0].parent)
+    else:
+        description = read_description_beside(files)
     return corpus if description is None else replace(corpus, gene_set=description.gene_set)
 
 

@@ -4,6 +4,7 @@ import glob
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,17 @@ def read_description(folder: Path) -> CorpusDescription | None:
             f"{DESCRIPTION_FILE} lists; copy the folder again, or tokenize again"
         )
     return CorpusDescription(gene_set, parts, content)
+
+
+def read_description_beside(files: Sequence[Path]) -> CorpusDescription | None:
+    """Read the ``corpus.json`` of the folder in which all files lie; None if there is none, or they lie in several.
+
+    Raises
+    ------
+    DataError
+        As `read_description`.
+    """
+    return read_description(files[0].parent) if len({file.parent for file in files}) == 1 else None
 
 
 def find_parquet(path: str | Path) -> list[Path]:

@@ -10,6 +10,7 @@ import numpy as np
 
 from geneformer_pretrain.data.corpus import open_corpus
 from geneformer_pretrain.data.saved_folder import STATE_FILE
+from geneformer_pretrain.data.sources import CorpusDescription, find_parquet, read_description, read_description_beside
 from geneformer_pretrain.inference.tokens import open_tokens
 
 QUANTILES = 4096
@@ -30,12 +31,15 @@ class CellLengths:
         Size of the corpus, tokens before cells are cut.
     source
         Where the figures come from, in words.
+    description
+        What a corpus that `tokenize` wrote says of itself; None for others.
     """
 
     sample: np.ndarray = field(repr=False)
     cells: int
     tokens: int
     source: str
+    description: CorpusDescription | None = field(default=None, repr=False)
 
     def cut(self, seq_length: int, held_out: float = 0.0) -> "CutLengths":
         """Leave out a share of the cells, and cut the others to their first `seq_length` tokens."""
@@ -133,9 +137,11 @@ def of_corpus(path: str) -> CellLengths:
     DataError
         Nothing is found, or a file is not a corpus.
     """
+    description = None
     if (Path(path) / STATE_FILE).is_file():
         with tempfile.TemporaryDirectory() as cache:  # used for a saved folder that selects rows
             lengths = open_corpus(path, cache).lengths.astype(np.int64)
     else:
         lengths = open_tokens(Path(path)).lengths.astype(np.int64)
-    return CellLengths(lengths, len(lengths), int(lengths.sum()), path)
+        description = read_description(Path(path)) or read_description_beside(find_parquet(path))
+    return CellLengths(lengths, len(lengths), int(lengths.sum()), path, description)

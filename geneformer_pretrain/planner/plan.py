@@ -68,6 +68,7 @@ class Plan:
     """
 
     cluster: Cluster
+    vocab_size: int
     num_parameters: int
     flops_per_token: float
     attended: float
@@ -150,6 +151,7 @@ def make_plan(
     bytes_per_token = 2 if model.vocab_size <= 2**16 else 4
     return Plan(
         cluster=cluster,
+        vocab_size=model.vocab_size,
         num_parameters=parameters,
         flops_per_token=flops,
         attended=cut.attended,

@@ -3,8 +3,10 @@
 import json
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -13,8 +15,12 @@ from geneformer_pretrain.cli import main
 from geneformer_pretrain.commands.plan import SAMPLE
 from geneformer_pretrain.config.compose import load_config
 from geneformer_pretrain.errors import ConfigError
+from geneformer_pretrain.model.memory import num_parameters
 from geneformer_pretrain.planner.measured import card
+from geneformer_pretrain.tokenization.gene_set import GeneSet
 from tests.conftest import ROOT
+from tests.corpora import write_corpus_folder
+from tests.unit.planner.conftest import model
 
 TE = "model.use_te_layers=true"
 
@@ -144,6 +150,43 @@ def test_data_path_is_the_corpus(tmp_path: Path, capsys: pytest.CaptureFixture[s
     _, out, _ = run_plan(capsys, f"data.path={tmp_path}/cells.parquet", "data.validation_fraction=0.5")
     assert "a step takes more cells than the corpus has" in out
     assert f"1 cells, 2 tokens ({tmp_path}/cells.parquet)" in out
+
+
+def test_a_corpus_brings_the_vocabulary_of_its_gene_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["<pad>", "<mask>", *(f"gene{number}" for number in range(98))]
+    genes = GeneSet("toy", "human", names, [None] * 100, np.array([np.nan] * 2 + [1.0] * 98), max_tokens=2048)
+    corpus = write_corpus_folder(tmp_path / "corpus", [[[5, 6, 7], [8]]], gene_set=genes.describe())
+    report = tmp_path / "plan.json"
+
+    def size(*arguments: str) -> tuple[int, str]:
+        code, out, err = run_plan(capsys, "--report", str(report), "--config-name", "10m", *arguments)
+        assert code == 0, err
+        values = json.loads(report.read_text())
+        assert f"{values['num_parameters']:,} parameters" in out
+        assert values["num_parameters"] == num_parameters(
+            model(load_config("10m"), vocab_size=values["vocab_size"]).model
+        )
+        return values["vocab_size"], out
+
+    said = "100 tokens of the corpus's gene set, toy: give it to train.py, data.gene_set="
+    for way in (["--corpus", str(corpus)], [f"data.path={corpus}"], [f"data.path='{corpus}/part-*.parquet'"]):
+        vocabulary, out = size(*way)
+        assert vocabulary == 100
+        assert f"{said}FOLDER\n" in out
+    assert size("--corpus", str(corpus), "model.vocab_size=3000")[0] == 3000
+    (corpus / "corpus.json").rename(corpus / "aside")
+    assert size("--corpus", str(corpus))[0] == 25_426
+    (corpus / "aside").rename(corpus / "corpus.json")
+
+    genes.save(corpus / "gene_set")
+    assert f"{said}{corpus}/gene_set\n" in size("--corpus", str(corpus))[1]
+    vocabulary, out = size("--corpus", str(corpus), f"data.gene_set={corpus}/gene_set")
+    assert vocabulary == 100
+    assert "vocabulary" not in out
+    replace(genes, name="other", medians=2 * genes.medians).save(tmp_path / "other")
+    code, _, err = run_plan(capsys, "--corpus", str(corpus), f"data.gene_set={tmp_path}/other")
+    assert code == 1
+    assert "tokenized with the gene set 'toy', which is not 'other'" in err
 
 
 @pytest.mark.parametrize("prefix", ["", "++"])
