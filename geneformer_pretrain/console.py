@@ -18,6 +18,8 @@ log = logging.getLogger(__name__)
 PLAIN_INTERVAL = 30.0
 """Seconds between two lines of progress where there is no terminal."""
 
+BAR_WITHOUT_RATE = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+
 _lost: set[int] = set()
 
 
@@ -111,7 +113,8 @@ class Progress:
     enabled
         False draws nothing, on ranks other than the first.
     exact
-        For units that take long, such as steps: the bar counts each, and the first line comes at once.
+        For units that take long, such as steps: the bar counts each, the first line comes at once, and the rate is left
+        to the note.
     """
 
     def __init__(
@@ -128,7 +131,7 @@ class Progress:
         self.note = ""
         self._initial, self._started = initial, time.monotonic()
         self._printed, self._printed_at = -1, self._started
-        self._prints = enabled and not is_terminal(2)
+        self._prints, self._exact = enabled and not is_terminal(2), exact
         self._bar: Any = None
         if self._prints and exact:
             self._print()
@@ -139,6 +142,7 @@ class Progress:
                 desc=description,
                 unit=unit,
                 unit_scale=not exact,
+                bar_format=BAR_WITHOUT_RATE if exact else None,
                 dynamic_ncols=True,
                 file=TolerantStream(2),
             )
@@ -161,7 +165,8 @@ class Progress:
         parts = [f"{self.done:,}{of_total} {self.unit}s"]
         rate = (self.done - self._initial) / max(time.monotonic() - self._started, 1e-9)
         if rate > 0:
-            parts.append(f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.2g}/s")
+            if not self._exact:
+                parts.append(f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.2g}/s")
             if self.total is not None and self.done < self.total:
                 parts.append(f"{(self.total - self.done) / rate / 60:.1f} min left")
         if self.note:

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,10 @@ log = logging.getLogger(__name__)
 
 TRACKING_INTERVAL = 1.0
 """Shortest time in seconds between two records that trackers get; records with a validation loss always go there."""
+
+
+RECENT_SECONDS = 30.0
+"""The progress shows means over the steps of so many seconds before it, and over the last step if that took longer."""
 
 
 class MetricsLog:
@@ -37,6 +42,8 @@ class MetricsLog:
         self.file = JsonLines(folder / "metrics.jsonl", first_step)
         self.trackers = trackers
         self._tracked = 0.0
+        self._recent: deque[tuple[float, float]] = deque()
+        self._tokens = self._seconds = 0.0  # of the recent steps
         self.progress = Progress(num_steps, "train", "step", initial=first_step, exact=True)
 
     def write(self, record: dict[str, Any]) -> None:
@@ -49,9 +56,23 @@ class MetricsLog:
             for tracker in self.trackers:
                 tracker.log(finite)
 
-    def advance(self, step: int, loss: float, learning_rate: float, tokens_per_second: float) -> None:
-        """Move the progress to `step`."""
-        note = f"loss {loss:.4f}, lr {learning_rate:.2e}, {tokens_per_second:,.0f} tokens/s"
+    def advance(self, step: int, loss: float, learning_rate: float, tokens: float, seconds: float) -> None:
+        """Move the progress to `step`.
+
+        Parameters
+        ----------
+        tokens, seconds
+            Tokens of this step, and its duration without saving and validation.
+        """
+        self._recent.append((tokens, seconds))
+        self._tokens, self._seconds = self._tokens + tokens, self._seconds + seconds
+        while len(self._recent) > 1 and self._seconds > RECENT_SECONDS:
+            old_tokens, old_seconds = self._recent.popleft()
+            self._tokens, self._seconds = self._tokens - old_tokens, self._seconds - old_seconds
+        mean = self._seconds / len(self._recent)
+        duration = f"{mean:,.2f} s" if mean >= 1 else f"{1e3 * mean:,.1f} ms"
+        rate = f"{duration} a step, {self._tokens / self._seconds:,.0f} tokens/s"
+        note = f"loss {loss:.4f}, lr {learning_rate:.2e}, {rate}"
         self.progress.advance(step - self.progress.done, note)
 
     def close(self) -> None:

@@ -118,7 +118,7 @@ class StepResults:
         self._count_skipped(pending.step, norm, history)
         loss = loss_sum / masked if masked else float("nan")
         if self.metrics is not None:
-            self.metrics.advance(pending.step, loss, pending.learning_rate, tokens / step_seconds)
+            self.metrics.advance(pending.step, loss, pending.learning_rate, tokens, step_seconds)
             if self._is_logged(pending):
                 record: dict[str, Any] = {
                     "step": pending.step,

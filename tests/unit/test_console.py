@@ -63,14 +63,14 @@ def test_steps_are_announced_and_end_with_their_loss(
     log = MetricsLog(tmp_path, 20, 25, [])
     for step in range(21, 26):
         clock[0] += 20.0
-        log.advance(step, 7.0 + step, 1e-3, 5000.0)
+        log.advance(step, 7.0 + step, 1e-3, 1e5, 5.0 if step == 21 else 20.0)
     log.close()
     log.close()
     assert lines(capsys) == [
         "train: 20 of 25 steps",
-        "train: 22 of 25 steps, 0.05/s, 1.0 min left, loss 29.0000, lr 1.00e-03, 5,000 tokens/s",
-        "train: 24 of 25 steps, 0.05/s, 0.3 min left, loss 31.0000, lr 1.00e-03, 5,000 tokens/s",
-        "train: 25 of 25 steps, 0.05/s, loss 32.0000, lr 1.00e-03, 5,000 tokens/s",
+        "train: 22 of 25 steps, 1.0 min left, loss 29.0000, lr 1.00e-03, 12.50 s a step, 8,000 tokens/s",
+        "train: 24 of 25 steps, 0.3 min left, loss 31.0000, lr 1.00e-03, 20.00 s a step, 5,000 tokens/s",
+        "train: 25 of 25 steps, loss 32.0000, lr 1.00e-03, 20.00 s a step, 5,000 tokens/s",
     ]
 
 
@@ -90,7 +90,7 @@ def test_a_terminal_gets_a_bar() -> None:
     os.close(terminal)
     shown = os.read(leader, 10_000).decode()
     os.close(leader)
-    assert re.search(r"\rtrain: 100%\|.*\| 3/3 \[.*, loss 2\]", shown)
+    assert re.search(r"\rtrain: 100%\|[^/]*\| 3/3 \[00:0\d<00:00, loss 2\]", shown)
 
 
 def test_characters_that_the_encoding_lacks_are_escaped(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,13 +54,31 @@ def test_cut_back_refuses_a_damaged_file(tmp_path):
 def test_records_are_strict_json(tmp_path):
     write_steps(tmp_path / "metrics.jsonl", [1, 2])
     log = MetricsLog(tmp_path, 1, 10, [])
-    log.advance(2, 1.5, 1e-3, 1000.0)
+    log.advance(2, 1.5, 1e-3, 1000.0, 0.5)
     log.write({"step": 2, "loss": float("nan"), "grad_norm": float("inf"), "cells": 3})
     log.close()
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[0]) == {"step": 1}
     assert json.loads(lines[1]) == {"step": 2, "loss": None, "grad_norm": None, "cells": 3}
     assert len(lines) == 2
+
+
+def test_progress_shows_one_stretch_of_steps(tmp_path):
+    """Means over the last half minute of steps: the slow first one has left it, and no step is alone."""
+    log = MetricsLog(tmp_path, 0, 400, [])
+    steps = [(1000.0, 90.0), *((1000.0, 0.25) for _ in range(198)), (1000.0, 0.5)]
+    notes = []
+    for step, (tokens, seconds) in enumerate(steps, 1):
+        log.advance(step, 1.5, 1e-3, tokens, seconds)
+        notes.append(log.progress.note)
+    for _ in range(3):
+        log.advance(201, 1.5, 1e-3, 500.0, 45.0)
+    notes.append(log.progress.note)
+    log.close()
+    assert notes[0] == "loss 1.5000, lr 1.00e-03, 90.00 s a step, 11 tokens/s"
+    assert notes[1] == "loss 1.5000, lr 1.00e-03, 250.0 ms a step, 4,000 tokens/s"
+    assert notes[199].endswith(f"{1e3 * (118 * 0.25 + 0.5) / 119:.1f} ms a step, {119_000 / 30:,.0f} tokens/s")
+    assert notes[200].endswith("45.00 s a step, 11 tokens/s")
 
 
 def test_cell_log_is_cut_back_for_ranks_that_are_gone(tmp_path):

@@ -30,8 +30,8 @@ class Metrics:
     def write(self, record):
         self.records.append(record)
 
-    def advance(self, step, loss, rate, tokens_per_second):
-        self.bar.append((step, loss))
+    def advance(self, step, loss, rate, tokens, seconds):
+        self.bar.append((step, loss, tokens, seconds))
 
 
 @pytest.fixture
@@ -73,6 +73,7 @@ def test_pauses_are_no_part_of_a_step(results):
     collect(results, 2, finished=5.0)
     record = results.metrics.records[1]
     assert (record["seconds"], record["step_seconds"], record["save_seconds"]) == (4.0, 1.0, 3.0)
+    assert results.metrics.bar[1] == (2, 2.0, 64.0, 1.0)
     collect(results, 3, finished=6.0)
     assert "save_seconds" not in results.metrics.records[2]
 
