@@ -192,6 +192,8 @@ def _add_shares(summary: Summary, result: "Counted", genes: list[str], arguments
     genes
         Genes of the result: those that were counted, less what `--min-cells` left out.
     """
+    from geneformer_pretrain.tokenization.gene_ids import describe_summed
+
     inside = set(genes)
     held = sum(
         count for gene, count in zip(result.genes.gene_ids, result.gene_counts.tolist(), strict=True) if gene in inside
@@ -205,6 +207,11 @@ def _add_shares(summary: Summary, result: "Counted", genes: list[str], arguments
         line += f"; {left_out:,} of {counted:,} genes have counts in {fewer} and were left out"
     summary.lines.append(line)
     summary.values |= {"share_of_counts": share, "genes_left_out": left_out}
+    if result.summed is not None:
+        path, summed = result.summed
+        where = "" if len(result.genes.sources) == 1 else f" of {path.name}, the file with the most"
+        summary.lines.append(f"  {describe_summed(summed)}{where}")
+        summary.values["genes_summed"] = summed
     if arguments.genes is not None or arguments.gene_table is not None:
         summary.lines.append("chosen genes, in the file in which they hold the least of the counts:")
         summary.lines += [f"  {line}" for line in result.match.lines(result.column_counts)]

@@ -112,6 +112,7 @@ def run(arguments: argparse.Namespace) -> Summary:
 
 def _lines(folder: Path, corpus: dict[str, Any], made: str) -> list[str]:
     """Describe a finished corpus for people."""
+    from geneformer_pretrain.tokenization.gene_ids import describe_summed
     from geneformer_pretrain.tokenization.tokenizer import LEFT_OUT
 
     sums, cells, tokens = corpus["sums"], corpus["cells"], corpus["tokens"]
@@ -134,6 +135,11 @@ def _lines(folder: Path, corpus: dict[str, Any], made: str) -> list[str]:
         share = sums["unranked_counts"] / max(sums["counts"], 1)
         shown = ", ".join(source["such_genes"])
         lines.append(f"genes without a median, left out: {unranked:,} ({shown}), {share:.2%} of the counts")
+    summed = [source for source in corpus["sources"] if "genes_summed" in source]
+    if summed:
+        source = max(summed, key=lambda source: source["genes_summed"]["columns"])
+        where = "" if len(corpus["sources"]) == 1 else f" of {Path(source['path']).name}, the file with the most"
+        lines.append(describe_summed(source["genes_summed"]) + where)
     if sums["other_totals"]:
         lines.append(
             f"{corpus['rule']['n_counts_column']} differs from the sum of the counts in {sums['other_totals']:,} "

@@ -142,6 +142,7 @@ def make_plan(
             facts |= {"genes_matched": genes.match.num_matched, "matched_by": genes.match.num_columns_by_way}
             unranked = np.unique(counts.gene_ids[genes.unranked])
             facts |= {"genes_without_median": len(unranked), "such_genes": unranked[:3].tolist()}
+            facts |= {} if genes.match.summed is None else {"genes_summed": genes.match.summed}
             facts |= {"notes": counts.notes, "state": state}
             sources.append(facts)
     if not any(source["cells"] for source in sources):

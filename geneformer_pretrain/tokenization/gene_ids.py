@@ -109,6 +109,15 @@ class GeneIndex:
         return GeneMatch(ids, places, ways, self.examples)
 
 
+def describe_summed(summed: Mapping[str, Any]) -> str:
+    """Describe `GeneMatch.summed` for people."""
+    more = ", ..." if summed["genes"] > len(summed["examples"]) else ""
+    return (
+        f"genes with several columns, whose counts are summed: {summed['genes']:,} "
+        f"({', '.join(summed['examples'])}{more}), {summed['columns']:,} columns"
+    )
+
+
 @dataclass(frozen=True, eq=False)
 class GeneMatch:
     """Genes of a file, matched to those of a gene set.
@@ -146,6 +155,21 @@ class GeneMatch:
         """Number of genes of the set that the file has."""
         return len(np.unique(self.token_of_column[self.token_of_column >= 0]))
 
+    @cached_property
+    def summed(self) -> dict[str, Any] | None:
+        """Genes that have several columns, whose counts are summed; None if there are none.
+
+        Values for JSON: the number of such `genes`, of their `columns`, and `examples`, the first of each gene's ids
+        as the file spells it.
+        """
+        columns = np.flatnonzero(self.token_of_column >= 0)
+        _, first, number = np.unique(self.token_of_column[columns], return_index=True, return_counts=True)
+        several = number > 1
+        if not several.any():
+            return None
+        examples = self.gene_ids[columns[np.sort(first[several])[:3]]].tolist()
+        return {"genes": int(several.sum()), "columns": int(number[several].sum()), "examples": examples}
+
     def share_of_counts(self, column_counts: np.ndarray) -> float:
         """Return the share of the counts that belongs to matched genes; 0 if there are no counts.
 
@@ -180,10 +204,6 @@ class GeneMatch:
         for way, number in self.num_columns_by_way.items():
             if number and way != "unmatched":
                 lines.append(f"  {number:,} {WAYS[way]}")
-        if self.num_matched > self.num_genes:
-            lines.append(
-                f"  {self.num_matched - self.num_genes:,} are further columns of a gene: their counts are summed"
-            )
         if self.num_matched < columns:
             lines.append(f"  not matched, for example: {', '.join(self.unmatched_ids(column_counts))}")
             lines.append(f"  ids of the gene set, for example: {', '.join(self.examples)}")

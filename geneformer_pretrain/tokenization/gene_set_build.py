@@ -40,12 +40,15 @@ class Counted:
     match, column_counts
         Match of the file in which these genes hold the least share of the counts, and the sum of the counts of each
         of its columns.
+    summed
+        File with the most columns of genes that have several, and `GeneMatch.summed` of it; None if there is none.
     """
 
     genes: CountedGenes
     gene_counts: np.ndarray
     match: GeneMatch
     column_counts: np.ndarray
+    summed: tuple[Path, dict[str, Any]] | None
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,7 @@ class GeneSetBuilder:
         gene_counts = np.zeros(len(genes.gene_ids))
         sources: list[Source] = []
         worst: tuple[GeneMatch, np.ndarray] | None = None
+        summed: tuple[Path, dict[str, Any]] | None = None
         for source, match, columns in self._read(genes, sketch.add, "count genes", num_cells):
             match.require(source.file, columns.counts, allow_low_match=self.allow_low_match)
             sources.append(source)
@@ -97,10 +101,12 @@ class GeneSetBuilder:
                 worst is None or match.share_of_counts(columns.counts) < worst[0].share_of_counts(worst[1])
             ):
                 worst = match, columns.counts
+            if match.summed is not None and (summed is None or match.summed["columns"] > summed[1]["columns"]):
+                summed = Path(source.file), match.summed
         if worst is None:
             raise DataError(f"{self.paths[0]}: no cell that passes has counts.")
         counted = CountedGenes(genes.gene_ids, genes.symbols, sketch, self._rule(genes), sources)
-        return Counted(counted, gene_counts, *worst)
+        return Counted(counted, gene_counts, *worst, summed)
 
     def exact_medians(self, counted: CountedGenes) -> np.ndarray:
         """Return the exact medians in a second pass, float64 [genes].

@@ -362,6 +362,21 @@ def test_genes_in_other_orders_and_reports(files: list[Path], tmp_path: Path) ->
     assert report["sums"]["other_totals"] == 68
 
 
+def test_genes_with_several_columns_are_named(files: list[Path], genes: Path, tmp_path: Path) -> None:
+    """Exact duplicates as well as ids in another case; files without any say nothing of it."""
+    lines = run(*files, "--gene-set", genes, "--output", tmp_path / "plain").lines
+    assert "several columns" not in "\n".join(lines)
+    data, first, lower = example_anndata(), GENE_IDS[0], GENE_IDS[9].lower()
+    for name, ids in (("few", [first]), ("most", [first, first, lower])):
+        data.var["ensembl_id"] = [*GENE_IDS[:4], *ids, *GENE_IDS[4 + len(ids) :]]
+        files.append(write_h5ad(tmp_path / f"{name}.h5ad", data))
+    several = f"genes with several columns, whose counts are summed: 2 ({first}, {lower}), 5 columns"
+    summary = run(*files, "--gene-set", genes, "--output", tmp_path / "several")
+    assert f"{several} of most.h5ad, the file with the most" in summary.lines
+    assert [source.get("genes_summed", {}).get("columns") for source in summary.values["sources"]] == [None, None, 2, 5]
+    assert several in run(files[-1], "--gene-set", genes, "--output", tmp_path / "one").lines
+
+
 def test_help_answers_at_once_without_heavy_imports() -> None:
     code = (
         "import sys\nfrom geneformer_pretrain.cli import main\n"

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from geneformer_pretrain.errors import DataError
-from geneformer_pretrain.tokenization.gene_ids import GeneIndex, canonical, without_version
+from geneformer_pretrain.tokenization.gene_ids import GeneIndex, canonical, describe_summed, without_version
 
 IDS = [None, "ENSG00000000003", "ENSG00000000005", "WBGene00000001", "2L52.1", "ENSG00000000419"]
 INDEX = GeneIndex(
@@ -67,10 +67,20 @@ def test_a_report_has_shares_ways_and_both_spellings() -> None:
     text = "\n".join(match.lines(counts))
     assert "2 of 4 genes matched (50.0%), with 40.0% of the counts" in text
     assert "1 by the id without its version" in text
-    assert "1 are further columns of a gene" in text
+    assert match.summed == {"genes": 1, "columns": 2, "examples": ["ENSG00000000003.1"]}
     assert "for example: NEAT1, XIST" in text  # the one with more counts first
     assert "ENSG00000000003" in text
     assert match.values(counts)["share_of_counts"] == 0.4
+
+
+def test_genes_with_several_columns_are_counted_and_the_first_named() -> None:
+    index = GeneIndex(ids := [f"ENSG{number:011d}" for number in range(9)], [None] * 9, {})
+    assert index.match([*ids, "ENSG99", "ENSG99"]).summed is None  # not matched: nothing is summed
+    match = index.match([ids[7], *ids[:4], "ENSG99", *ids[:2], ids[3], ids[7].lower(), ids[7]])
+    assert match.summed == {"genes": 4, "columns": 9, "examples": [ids[7], ids[0], ids[1]]}
+    assert describe_summed(match.summed) == (
+        f"genes with several columns, whose counts are summed: 4 ({ids[7]}, {ids[0]}, {ids[1]}, ...), 9 columns"
+    )
 
 
 def test_a_file_of_other_genes_is_refused_with_examples() -> None:

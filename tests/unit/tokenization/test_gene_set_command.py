@@ -41,14 +41,19 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
 
 @pytest.fixture
-def counts(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Three files in memory; `open_counts` notes its options."""
-    files = {
+def files() -> dict[str, MemoryCounts]:
+    """Three files in memory."""
+    return {
         f"{number}.h5ad": MemoryCounts(
             Path(f"{number}.h5ad"), random_matrix(50, 12, number), ensembl(range(number, number + 12))
         )
         for number in range(3)
     }
+
+
+@pytest.fixture
+def counts(monkeypatch: pytest.MonkeyPatch, files: dict[str, MemoryCounts]) -> dict[str, Any]:
+    """Options that `open_counts` was called with, to open one of the files."""
     options: dict[str, Any] = {}
 
     def open_counts(path: Path, **given: Any) -> MemoryCounts:
@@ -128,6 +133,20 @@ def test_shares_are_those_of_the_genes_that_are_left(run: Run, counts: dict[str,
     assert expected in printed
     assert "matched" not in printed
     assert json.loads(Path("report.json").read_text())["share_of_counts"] == pytest.approx(share)
+
+
+@pytest.mark.parametrize("finish", [(), ("--partial",), ("--genes", "list.txt")])
+def test_genes_with_several_columns_are_named(
+    run: Run, counts: dict[str, Any], files: dict[str, MemoryCounts], finish: tuple[str, ...]
+) -> None:
+    Path("list.txt").write_text("\n".join(ensembl(range(14))))
+    assert "several columns" not in run("build", "0.h5ad", "1.h5ad", "--output", "none", *finish)
+    files["1.h5ad"].gene_ids[[3, 4]] = files["1.h5ad"].gene_ids[0]
+    several = f"  genes with several columns, whose counts are summed: 1 ({ensembl([1])[0]}), 3 columns"
+    printed = run("build", "0.h5ad", "1.h5ad", "--output", "genes", *finish)
+    assert printed.count(several) == 1
+    assert f"{several} of 1.h5ad, the file with the most\n" in printed
+    assert f"{several}\n" in run("build", "1.h5ad", "--output", "one", *finish)
 
 
 def test_partial_results_merge_to_the_same(run: Run, counts: dict[str, Any]) -> None:
