@@ -113,16 +113,16 @@ def run(arguments: argparse.Namespace) -> Summary:
 def _lines(folder: Path, corpus: dict[str, Any], made: str) -> list[str]:
     """Describe a finished corpus for people."""
     from geneformer_pretrain.tokenization.gene_ids import describe_summed
-    from geneformer_pretrain.tokenization.tokenizer import LEFT_OUT
+    from geneformer_pretrain.tokenization.tokenizer import describe_left_out
 
     sums, cells, tokens = corpus["sums"], corpus["cells"], corpus["tokens"]
     number = len(corpus["parts"])
     parts = f"{number} part{'' if number == 1 else 's'}" + (f" ({made})" if made else "")
     noun = "cell" if cells == 1 else "cells"
     lines = [f"{folder}: {cells:,} {noun}, {tokens:,} tokens ({tokens / cells:,.0f} a cell), {parts}"]
-    left_out = [f"{count:,} {LEFT_OUT[reason]}" for reason, count in corpus["left_out"].items() if count]
+    left_out = describe_left_out(corpus["left_out"])
     if left_out:
-        lines.append(f"cells left out: {', '.join(left_out)}")
+        lines.append(f"cells left out: {left_out}")
     matched = {(source["genes_matched"], source["genes"]) for source in corpus["sources"]}
     least, genes = min(matched, key=lambda pair: pair[0] / pair[1])
     where = "" if len(corpus["sources"]) == 1 else " in the file with the fewest"

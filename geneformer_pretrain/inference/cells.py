@@ -333,10 +333,10 @@ def _tokenized(paths: Sequence[str | Path], model: Model, folder: Path, options:
 def _tokenize(files: Sequence[Path], model: Model, output: Path, options: CountsOptions, is_main: bool) -> None:
     """Tokenize counts into one parquet file, with ids and all columns of the cells."""
     from geneformer_pretrain.tokenization.counts import open_counts
-    from geneformer_pretrain.tokenization.tokenizer import tokenize_blocks
+    from geneformer_pretrain.tokenization.tokenizer import Tally, describe_left_out, tokenize_blocks
 
     writer: pq.ParquetWriter | None = None
-    seen = kept = 0
+    tally = Tally()
     with replacing(output) as temporary, Progress(None, "tokenize", "cell", enabled=is_main) as progress:
         try:
             for path in files:
@@ -347,7 +347,6 @@ def _tokenize(files: Sequence[Path], model: Model, output: Path, options: Counts
                     raw=options.raw,
                     allow_noninteger=options.allow_noninteger,
                 ) as counts:
-                    seen += counts.num_cells
                     for block in tokenize_blocks(
                         counts,
                         model.gene_set,
@@ -366,15 +365,17 @@ def _tokenize(files: Sequence[Path], model: Model, output: Path, options: Counts
                             raise DataError(
                                 f"{path}: its obs columns differ from earlier files' ({error}); make them alike."
                             ) from error
-                        kept += len(table)
+                        tally += block.tally
                         progress.advance(len(table))
         finally:
             if writer is not None:
                 writer.close()
-        if not kept:
-            raise DataError(f"{', '.join(map(str, files))}: no cell is left of {seen:,}; relax the filters.")
-    if kept < seen and is_main:
-        say(f"{seen - kept:,} of {seen:,} cells are left out by filters.")
+        left_out = describe_left_out(tally.left_out)
+        if not tally.kept:
+            why = f"all {tally.cells:,} cells are left out ({left_out})" if tally.cells else "no cells"
+            raise DataError(f"{', '.join(map(str, files))}: {why}.")
+    if left_out and is_main:
+        say(f"{tally.cells - tally.kept:,} of {tally.cells:,} cells are left out: {left_out}.")
 
 
 def _table_of(block: Any) -> pa.Table:

@@ -35,7 +35,7 @@ from geneformer_pretrain.tokenization.corpus_plan import (
 )
 from geneformer_pretrain.tokenization.counts import NO_ROOM, file_state
 from geneformer_pretrain.tokenization.gene_set import GeneSet
-from geneformer_pretrain.tokenization.tokenizer import LEFT_OUT, Tally, TokenBlock, tokenize_blocks
+from geneformer_pretrain.tokenization.tokenizer import Tally, TokenBlock, describe_left_out, tokenize_blocks
 from geneformer_pretrain.tokenization.workers import process_pool
 
 CORPUS_FILE = "corpus.json"
@@ -270,7 +270,7 @@ def finish(job: Job) -> dict[str, Any] | None:
         for tally in sums:
             total += tally
         if not total.kept:
-            reasons = ", ".join(f"{cells:,} {LEFT_OUT[reason]}" for reason, cells in total.left_out.items() if cells)
+            reasons = describe_left_out(total.left_out)
             raise DataError(f"{job.folder}: all {total.cells:,} cells are left out ({reasons}); the corpus is empty.")
         for source in job.plan.sources:
             if file_state(Path(source["path"])) != source["state"]:

@@ -7,7 +7,7 @@ the sum over all columns, with a token or not, unless a column of totals is name
 Source: Theodoris et al., Nature 618, 616-624 (2023), Methods, "Rank value encoding".
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
 from typing import Any
@@ -41,6 +41,11 @@ LEFT_OUT = {
     "few_genes": "with fewer genes than --min-genes",
 }
 """The same for people, after a number."""
+
+
+def describe_left_out(left_out: Mapping[str, int]) -> str:
+    """Describe the numbers of `Tally.left_out` for people; an empty string if no cell is left out."""
+    return ", ".join(f"{cells:,} {LEFT_OUT[reason]}" for reason, cells in left_out.items() if cells)
 
 
 @dataclass

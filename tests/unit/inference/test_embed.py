@@ -149,6 +149,41 @@ def test_counts_are_tokenized_on_the_way(v1, tmp_path):
         embed(EmbedOptions(v1.model, [str(v1.path), str(tmp_path / "counts.h5ad")], tmp_path / "two.parquet"))
 
 
+def test_cells_that_are_left_out_are_counted_by_reason(v1, tmp_path, capsys):
+    """Cells without counts, without a known gene, with too few and not chosen; only with a reason that was there."""
+    genes = v1.genes.tokens[2:]
+    counts = np.tile(np.arange(1, 82, dtype=np.float32), (12, 1))
+    counts[1] = 0
+    counts[2:4, :-1] = 0
+    counts[5, 3:] = 0
+    adata = anndata.AnnData(csr_matrix(counts))
+    adata.var["ensembl_id"] = [*genes, "ENSG99999999999"]
+    adata.write_h5ad(tmp_path / "counts.h5ad")
+    adata.obs["filter_pass"] = [1] * 8 + [0] * 4
+    adata.write_h5ad(tmp_path / "filter.h5ad")
+
+    def said(name, output, **options):
+        given = CountsOptions(**options)
+        embed(EmbedOptions(v1.model, [str(tmp_path / name)], tmp_path / output, counts=given))
+        return capsys.readouterr().out
+
+    assert "3 of 12 cells are left out: 1 without counts, 2 without a gene of the gene set.\n" in said(
+        "counts.h5ad", "plain.parquet"
+    )
+    assert (
+        "8 of 12 cells are left out: 4 not chosen by the filter column, 1 without counts, 2 without a gene of the gene "
+        "set, 1 with fewer genes than --min-genes.\n" in said("filter.h5ad", "fewer.parquet", min_genes=4)
+    )
+    adata[4].copy().write_h5ad(tmp_path / "one.h5ad")
+    assert "left out" not in said("one.h5ad", "one.parquet")
+    adata[1:4].copy().write_h5ad(tmp_path / "none.h5ad")
+    with pytest.raises(DataError, match=r"none\.h5ad: all 3 cells are left out \(1 without counts, 2 without a gene"):
+        said("none.h5ad", "none.parquet", allow_low_match=True)
+    adata[:0].copy().write_h5ad(tmp_path / "empty.h5ad")
+    with pytest.raises(DataError, match=r"empty\.h5ad: no cells\."):
+        said("empty.h5ad", "empty.parquet")
+
+
 def test_saved_folder(v1, tmp_path):
     import datasets
 
