@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -126,6 +127,7 @@ def _evaluate(arguments: argparse.Namespace, work: Path, report: Path) -> Summar
         _losses(models, chosen, model.gene_set, seed),
         label=arguments.label,
         group=arguments.groups,
+        counts_options=asdict(options) if paths else None,
         folds=folds,
         seed=seed,
     )

@@ -42,6 +42,7 @@ def report_values(
     *,
     label: str,
     group: str | None,
+    counts_options: Mapping[str, Any] | None,
     folds: Sequence[Split],
     seed: int,
 ) -> dict[str, Any]:
@@ -55,6 +56,8 @@ def report_values(
         `score_majority`.
     losses
         Masked-token losses by name, nats; empty if the model has no head.
+    counts_options
+        `CountsOptions` with which counts were read; None if none were.
     """
     names, counts = np.unique(np.array(classes.names)[classes.codes], return_counts=True)
     rows = {}
@@ -73,6 +76,7 @@ def report_values(
         "folds": len(folds),
         "cells_of_unseen_classes": unseen_cells(classes, folds),
         "seed": seed,
+        "counts_options": None if counts_options is None else dict(counts_options),
         "representations": rows,
         "majority_class": dict(majority),
         "masked_loss": dict(losses),
@@ -146,6 +150,7 @@ def _markdown(values: Mapping[str, Any], method: str) -> list[str]:
         "",
         f"{values['cells']:,} cells of {len(values['classes'])} classes; {values['folds']} folds hold out {held_out}.",
         "",
+        *([] if values["counts_options"] is None else [_options_line(values["counts_options"]), ""]),
         *table_lines(values),
         "",
         f"Logistic regression and {NEIGHBOURS} nearest neighbours are scored on cells that they were not trained on; ± "
@@ -168,6 +173,13 @@ def _markdown(values: Mapping[str, Any], method: str) -> list[str]:
         lines += ["", f"Left out: {_left_out(values)}. A class needs {MIN_CELLS} cells."]
     lines += ["", f"![{method} of each representation](map.png)", "", "![Confusion of the classes](confusion.png)"]
     return lines
+
+
+def _options_line(options: Mapping[str, Any]) -> str:
+    """Say with which options of the command line counts were read."""
+    flags = {name: f"--{'counts-layer' if name == 'layer' else name.replace('_', '-')}" for name in options}
+    words = [flags[name] if value is True else f"{flags[name]} {value}" for name, value in options.items() if value]
+    return f"Counts were read with `{' '.join(words)}`."
 
 
 def _left_out(values: Mapping[str, Any]) -> str:

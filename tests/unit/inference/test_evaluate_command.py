@@ -106,6 +106,7 @@ def test_report(world: World) -> None:
     assert values == summary.values
     assert values["classes"] == {"B cell": 29, "T cell": 28, "monocyte": 29}
     assert values["left_out"] == {"rare (fewer than 10 cells)": 4}
+    assert values["counts_options"] is None
     rows = values["representations"]
     assert list(rows) == ["model", "random weights", "PCA of token presence"]
     assert rows["model"]["logistic"]["macro_f1"] > 0.9
@@ -116,6 +117,7 @@ def test_report(world: World) -> None:
     assert list(losses) == ["model", "random weights", "gene frequencies of these cells"]
     assert losses["random weights"] == pytest.approx(np.log(V), abs=0.5)
     text = (world.report / "report.md").read_text()
+    assert "Counts were read" not in text
     assert f"| model | {rows['model']['logistic']['macro_f1']:.3f} ± " in text
     assert "Against random weights: logistic macro F1 +" in text
     assert "rare (fewer than 10 cells): 4 cells" in text
@@ -131,12 +133,17 @@ def test_report(world: World) -> None:
 def test_counts_are_one_more_baseline(world: World, given: str) -> None:
     words = [] if given == "counts" else ["--counts", world.h5ad]
     cells = world.h5ad if given == "counts" else world.corpus
-    summary = world.run("--label", "cell_type", "--groups", "donor_id", *words, cells=cells)
+    summary = world.run("--label", "cell_type", "--groups", "donor_id", "--allow-low-match", *words, cells=cells)
     rows = summary.values["representations"]
     assert list(rows) == ["model", "random weights", "PCA of log-normalised counts", "PCA of token presence"]
     assert all(rows[name]["logistic"]["macro_f1"] > 0.7 for name in rows if name != "random weights")
     assert summary.values["folds"] == 3
-    assert "hold out whole groups (donor_id)" in (world.report / "report.md").read_text()
+    text = (world.report / "report.md").read_text()
+    assert "hold out whole groups (donor_id)" in text
+    options = summary.values["counts_options"]
+    assert {name for name, value in options.items() if value} == {"gene_id_column", "allow_low_match"}
+    assert options["allow_noninteger"] is False
+    assert "Counts were read with `--gene-id-column ensembl_id --allow-low-match`." in text
 
 
 def test_cells_are_drawn_if_there_are_more(world: World, capsys: pytest.CaptureFixture[str]) -> None:
