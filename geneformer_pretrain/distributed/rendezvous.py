@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from geneformer_pretrain.console import say
 from geneformer_pretrain.distributed.agreement import is_on_all_ranks, merge, name_ranks, on_all_ranks
-from geneformer_pretrain.errors import ConfigError, explain
+from geneformer_pretrain.errors import ConfigError, explain, require
 
 RENDEZVOUS_TIMEOUT = timedelta(minutes=10)
 """Longest wait for the other ranks: the first start on a slow file system takes minutes."""
@@ -25,6 +25,31 @@ POLL_SECONDS = 0.1
 
 ENVIRONMENT = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """Variables that torchrun sets for each process."""
+
+LEAST = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "GROUP_WORLD_SIZE": 1, "MASTER_PORT": 0}
+"""Variables of a launcher that hold a number, and the least number that each may hold."""
+
+
+def check_environment() -> None:
+    """Check the numbers that a launcher set, before they are used; each may also be unset.
+
+    Raises
+    ------
+    ConfigError
+        Naming the variable that is no whole number, or out of range.
+    """
+    remedy = "start with torchrun, or unset it for a single process."
+    for name, least in LEAST.items():
+        value = os.environ.get(name)
+        require(
+            value is None or (value.isascii() and value.isdigit() and int(value) >= least),
+            f"{name}={value} in the environment is no whole number from {least} on: {remedy}",
+        )
+    rank, size = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
+    require(
+        rank is None or size is None or int(rank) < int(size),
+        f"RANK={rank} in the environment is not below WORLD_SIZE={size}: {remedy}",
+    )
 
 
 def open_store(purpose: str, timeout: timedelta = timedelta(minutes=1)) -> dist.Store:
@@ -120,7 +145,7 @@ def exit_with_error(error: Exception, *, smaller: tuple[str, ...] = ()) -> NoRet
     Each node has a log of its own, or a terminal.
     """
     message = f"Error: {explain(error, smaller=smaller)}"
-    shared = int(os.environ.get("WORLD_SIZE", 1)) > 1 and is_on_all_ranks(error)
+    shared = is_on_all_ranks(error) and int(os.environ.get("WORLD_SIZE", 1)) > 1
     prints = not shared or os.environ.get("LOCAL_RANK", "0") == "0"
     if prints:
         say(message, error=True)

@@ -9,7 +9,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from geneformer_pretrain.distributed.rendezvous import connection_error, meet
+from geneformer_pretrain.distributed.rendezvous import check_environment, connection_error, meet
 from geneformer_pretrain.errors import ConfigError, is_lost_connection
 
 
@@ -46,12 +46,14 @@ def distributed_world(timeout: timedelta = timedelta(minutes=10), *, mistake: st
     Raises
     ------
     ConfigError
-        On every rank: a mistake of any of them, such as more processes on a node than GPUs.
+        On every rank: a mistake of any of them, such as more processes on a node than GPUs. On this one alone: numbers
+        in its environment that are none.
     ConnectionError
         The ranks cannot speak to each other.
     TimeoutError
         Some ranks did not come.
     """
+    check_environment()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cpu")
     if not mistake:

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 
 from geneformer_pretrain.distributed.agreement import Ranks
+from geneformer_pretrain.distributed.rendezvous import check_environment
 from geneformer_pretrain.distributed.world import choose_device
 from geneformer_pretrain.errors import OutputError, UserError
 from geneformer_pretrain.files import delete_folder, open_lock, replacing
@@ -51,7 +52,13 @@ def join_ranks() -> Ranks:
     """The ranks of this job, started by torchrun; or this process alone.
 
     They speak in host memory only: no rank needs the others' GPUs.
+
+    Raises
+    ------
+    ConfigError
+        Numbers in the environment that are none.
     """
+    check_environment()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         dist.init_process_group("gloo", timeout=PATIENCE)
     return Ranks(PATIENCE)
