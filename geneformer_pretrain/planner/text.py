@@ -106,13 +106,14 @@ def _row(engine: EnginePlan) -> str:
 
 def _remedy(plan: Plan) -> str:
     planned = plan.cluster.gpus
+    none = "No engine, micro-batch or recomputation makes it fit on"
     if not plan.remedies:
-        return f"No setting fits, on up to {max(planned, MOST_GPUS):,} of these GPUs: use GPUs with more memory."
+        return f"{none} up to {max(planned, MOST_GPUS):,} of these GPUs: use GPUs with more memory."
     gpus = plan.remedies[0].gpus
     ways = ", or with ".join(" ".join(remedy.settings) for remedy in plan.remedies)
     if gpus == planned:
         return f"It fits with {ways}."
-    return f"On {planned} of these GPUs no setting fits; {gpus} are enough: --gpus {gpus} with {ways}."
+    return f"{none} {planned} of these GPUs; {gpus} are enough: --gpus {gpus} with {ways}."
 
 
 def _si(value: float) -> str:

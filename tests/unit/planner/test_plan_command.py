@@ -103,7 +103,7 @@ BF16 = "training.use_fp8=false"
             ["--gpu", "h100", "--gpus", "8", TE, "training.use_fsdp2=true", "training.shard_group_size=1"],
             "It fits with training.shard_group_size=null.",
         ),
-        (["--gpu", "l40s", BF16], "On 1 of these GPUs no setting fits; 2 are enough: --gpus 2 with "),
+        (["--gpu", "l40s", BF16], "recomputation makes it fit on 1 of these GPUs; 2 are enough: --gpus 2 with "),
         (["--gpu", "l40s", "--gpus", "8", BF16], "It fits with training.use_fsdp2=true model.micro_batch_size=8, or "),
         (["--gpu", "l40s", "--gpus", "8", TE], "It fits with training.use_fsdp2=true model.micro_batch_size=7, or "),
         (["--gpu", "rtx4090", "--gpus", "2", TE, "training.use_fsdp2=true"], "3 are enough: --gpus 3 with "),
@@ -142,7 +142,7 @@ def test_every_remedy_for_lack_of_memory_fits_by_the_plan(
 def test_a_model_that_no_number_of_gpus_holds(capsys: pytest.CaptureFixture[str]) -> None:
     wide = ("model.hidden_size=25600", "model.num_attention_heads=400")
     _, out, _ = run_plan(capsys, "--config-name", "4b", "--gpu", "rtx4090", BF16, *wide)
-    assert "No setting fits, on up to 1,024 of these GPUs: use GPUs with more memory." in out
+    assert "makes it fit on up to 1,024 of these GPUs: use GPUs with more memory." in out
 
 
 def test_data_path_is_the_corpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
