@@ -120,12 +120,9 @@ def make_plan(
     size = CHECKPOINT_BYTES * parameters
     engines = []
     for engine_config, is_configured in engine_configs(config, cluster):
-        own = engine_config.training
         reshards, memory = memory_of(engine_config, cluster, parameters)
         step = step_time(engine_config, cluster, parameters, cut.attended, reshards=reshards)
-        shards = own.use_fsdp2 or own.use_nvfsdp
-        writers = (own.shard_group_size or cluster.gpus) if shards else 1
-        saves = saving(own, parameters, writers, step.seconds, disk)
+        saves = saving(engine_config.training, parameters, cluster.gpus, step.seconds, disk)
         seconds = step.seconds / (1 - saves.share)
         rate = tokens_per_step / cluster.gpus / step.seconds
         gpu_hours = steps * seconds / 3600 * cluster.gpus

@@ -107,8 +107,14 @@ def test_saving_stops_training_until_the_save_before_is_written(configs: dict[st
     assert saving(rare, parameters, 1, step).share == pytest.approx(0.83 / 604, rel=0.02)
     measured = 25.5  # of 4b on one H200
     assert saving(rare, parameters, 1, step).first_stop_seconds == pytest.approx(measured, rel=0.05)
-    assert saving(rare, parameters, 8, step).share < saving(rare, parameters, 1, step).share
     assert saving(replace(rare, async_save=False), parameters, 1, step).stop_seconds == pytest.approx(65.5, rel=0.01)
+
+
+def test_ranks_share_the_saving_with_every_engine(configs: dict[str, Config]) -> None:
+    """As `Shards.to_save` shares it: replicas too copy their part only."""
+    one = plan(configs["106m"]).configured.saving.first_stop_seconds
+    for engine in plan(configs["106m"], gpus=4).engines:
+        assert engine.saving.first_stop_seconds == pytest.approx(one / 4)
 
 
 def test_save_interval_is_the_shorter_of_steps_and_minutes(configs: dict[str, Config]) -> None:
