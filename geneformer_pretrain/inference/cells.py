@@ -104,7 +104,8 @@ class Cells:
     def require_columns(self, names: Sequence[str], option: str) -> None:
         """Raise DataError, naming the file, if a column is not there."""
         for name in names:
-            lacking = next((file for file in self.files if name not in file.schema.names), None)
+            is_other = name not in TOKEN_COLUMNS
+            lacking = next((file for file in self.files if not (is_other and name in file.schema.names)), None)
             if lacking is not None:
                 known = ", ".join(self.column_names) or "none"
                 raise DataError(f"{lacking.path}: no column {name!r} ({option}); it has: {known}.")

@@ -102,6 +102,10 @@ def _prepare(options: EmbedOptions, work: Path, *, is_main: bool) -> AbstractCon
     require(options.genes is None or options.genes.suffix == ".parquet", f"{options.genes}: name a .parquet file.")
     require(options.genes != options.output, f"{options.genes}: cells and genes need a file each.")
     require(options.group_by is None or options.genes is not None, "--group-by averages genes; add --genes FILE.")
+    if options.genes is not None:
+        place = options.genes.parent
+        is_folder = place.is_dir() or place == options.output.parent  # that of the output is made
+        require(is_folder, f"--genes {options.genes}: there is no folder {place}; make it, or correct the path.")
     for path in (options.output, options.genes):
         if path is not None:
             if path.exists() and any(Path(cells).exists() and path.samefile(cells) for cells in options.cells):
@@ -272,12 +276,16 @@ class _Head:
         return pooled
 
     def _take(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Rows with genes, their numbers and sums; the next part begins with zeros."""
+        """Rows with genes, their numbers and sums; the next part begins with zeros.
+
+        The device may have no memory left: a pack that failed here would be run, and added, once more.
+        """
         assert self.sums is not None
-        rows = self.counts.nonzero().squeeze(1)
-        taken = tuple(x.cpu().numpy() for x in (rows, self.counts[rows], self.sums[rows]))
+        counts, sums = self.counts.cpu().numpy(), self.sums.cpu().numpy()
+        rows = np.flatnonzero(counts)
+        taken = rows, counts[rows], sums[rows]
         self.reset()
-        return taken  # type: ignore[return-value]
+        return taken
 
 
 def _run(

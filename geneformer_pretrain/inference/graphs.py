@@ -54,6 +54,9 @@ class ForwardGraphs:
         recording.graph.replay()
         return recording.parts, recording.hidden
 
+    def __len__(self) -> int:
+        return len(self._recordings)
+
     def clear(self) -> None:
         """Give back the memory of all recordings."""
         self._recordings.clear()

@@ -1,5 +1,6 @@
 """Options of `perturb`: which genes of which cells are perturbed, and how many copies that makes."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,6 +111,8 @@ def make_rule(options: PerturbOptions, model: Model, limit: int) -> Rule:
     ------
     DataError
         Genes that the gene set does not have.
+    ConfigError
+        More genes to overexpress together than cells have room for.
     """
     anchor = None if options.anchor is None else int(_tokens_of([options.anchor], model, "--anchor")[0])
     sets = None
@@ -120,7 +123,7 @@ def make_rule(options: PerturbOptions, model: Model, limit: int) -> Rule:
             sets = sets[sets[:, 0] != anchor]
             require(len(sets) > 0, f"--genes {options.genes}: names none besides the anchor; pairs need another gene.")
             sets = np.concatenate([np.full_like(sets, anchor), sets], axis=1)
-    return Rule(
+    rule = Rule(
         mode=Mode[options.mode],
         sets=sets,
         anchor=anchor,
@@ -129,13 +132,20 @@ def make_rule(options: PerturbOptions, model: Model, limit: int) -> Rule:
         added=int(model.cls_token is not None),
         vocab_size=model.vocab_size,
     )
+    require(
+        rule.mode is not Mode.overexpress or rule.size < limit - 2 * rule.added,
+        f"--mode overexpress: {rule.size:,} genes in front leave no room for others in cells of up to {limit:,} "
+        "tokens; name fewer, or allow longer cells by --max-tokens.",
+    )
+    return rule
 
 
 def _listed(text: str) -> list[str]:
     """Gene ids of a file, one a line, or of a list with commas."""
-    path = Path(text)
     try:
-        ids = path.read_text(encoding="utf-8-sig").split() if path.is_file() else text.split(",")
+        # Unlike that of Path, this one is false for a list that is too long to name a file.
+        is_file = os.path.isfile(text)
+        ids = Path(text).read_text(encoding="utf-8-sig").split() if is_file else text.split(",")
     except UnicodeDecodeError as error:
         raise DataError(f"--genes {text}: not a text file; write one gene id a line.") from error
     ids = [gene.strip() for gene in ids if gene.strip()]

@@ -168,7 +168,7 @@ class Runner:
                 try:
                     running.append(self._start(pack))
                 except torch.OutOfMemoryError:
-                    if self.tokens == self.least_tokens and not running:
+                    if self.tokens == self.least_tokens and not running and not self._graphs:
                         raise
                     waiting.appendleft(pack)
                 else:
@@ -185,11 +185,13 @@ class Runner:
                 yield self._finish(running.popleft())
 
     def _halve(self, pack: Pack) -> None:
-        tokens = max(min(self.tokens, pack.shape.tokens) // 2 // ALIGNMENT * ALIGNMENT, self.least_tokens)
+        # A small pack may have failed for the memory that recordings of large ones hold.
+        size = self.tokens if self._graphs else pack.shape.tokens
+        tokens = max(size // 2 // ALIGNMENT * ALIGNMENT, self.least_tokens)
         if tokens < self.tokens:
-            say(f"Out of memory with packs of {pack.shape.tokens:,} tokens; going on with {tokens:,}.", error=True)
+            say(f"Out of memory with packs of {size:,} tokens; going on with {tokens:,}.", error=True)
         self.tokens = tokens
-        if self._graphs is not None:
+        if self._graphs:
             self._graphs.clear()
         gc.collect()
         if self.on_gpu:

@@ -235,6 +235,8 @@ class MidRanks:
 
     def add(self, values: FloatArray) -> None:
         """Add values to the pool; NaN is not one."""
+        if not len(values):
+            return
         self._waiting.append(self._ordered(values))
         self._waiting_size += len(values)
         self.size += len(values)

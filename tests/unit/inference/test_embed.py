@@ -128,6 +128,22 @@ def test_genes(v1, tmp_path, monkeypatch, group_by, part_tokens):
         assert row["symbol"] == f"S{int(row['gene_id'][4:])}"
 
 
+def test_genes_after_their_sums_ran_out_of_memory(v1, tmp_path, monkeypatch):
+    """A pack whose sums are taken from the device is added once, even if the device has no memory for more."""
+    run(v1, tmp_path, genes=tmp_path / "expected.parquet", tokens=128)
+    plain, left = torch.Tensor.nonzero, [1]
+
+    def nonzero(self, *args, **kwargs):
+        if left:
+            left.pop()
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "nonzero", nonzero)
+    run(v1, tmp_path, output=tmp_path / "again.parquet", genes=tmp_path / "genes.parquet", tokens=128)
+    assert pq.read_table(tmp_path / "genes.parquet").equals(pq.read_table(tmp_path / "expected.parquet"))
+
+
 def test_counts_are_tokenized_on_the_way(v1, tmp_path):
     rng = np.random.default_rng(0)
     counts = rng.poisson(0.4, (9, 80)).astype(np.float32)
@@ -396,6 +412,8 @@ def test_overwrite_leaves_a_job_at_work_alone(v1, tmp_path):
         ({"genes": Path("genes.csv")}, r"name a \.parquet"),
         ({"genes": Path("out.parquet")}, "a file each"),
         ({"genes": Path("genes.parquet"), "group_by": "donor"}, "no column 'donor'"),
+        ({"genes": Path("genes.parquet"), "group_by": "length"}, "no column 'length'"),
+        ({"genes": Path("missing/genes.parquet")}, "there is no folder .*missing; make it"),
     ],
 )
 def test_options_that_cannot_work(v1, tmp_path, options, message):

@@ -14,6 +14,9 @@ from scipy.sparse import csr_matrix
 
 from geneformer_pretrain.errors import ConfigError, DataError, OutputError
 from geneformer_pretrain.inference.edits import Mode
+from geneformer_pretrain.inference.graphs import ForwardGraphs
+from geneformer_pretrain.inference.model import load_model
+from geneformer_pretrain.inference.packs import Shape
 from geneformer_pretrain.inference.perturb import perturb
 from geneformer_pretrain.inference.perturbations import PerturbOptions
 from geneformer_pretrain.inference.runner import Runner
@@ -272,6 +275,28 @@ def test_out_of_memory_with_the_smallest_packs_waits_for_those_in_flight(v1, tmp
     assert [row["perturbation"] for row in found] == [row["perturbation"] for row in expected]
 
 
+def test_out_of_memory_for_what_is_recorded_of_larger_packs(v1, monkeypatch):
+    """A small pack fails: recordings go first, the budget is halved once, and the smallest is tried without them."""
+    lengths = np.array([len(cell) for cell in v1.cells])
+    tokens, offsets = np.concatenate(v1.cells).astype(np.int32), np.concatenate([[0], lengths.cumsum()])
+    start = Runner._start
+
+    def start_within_room(self, pack):
+        if self._graphs:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return start(self, pack)
+
+    monkeypatch.setattr(Runner, "_start", start_within_room)
+    for budget, left in ((4096, 2048), (128, 128)):
+        runner = Runner(load_model(v1.model), -2, longest=MAX_TOKENS, tokens=budget)
+        runner._graphs = ForwardGraphs(runner.hidden)
+        runner._graphs._recordings[Shape(budget, 1, MAX_TOKENS)] = None
+        shape = Shape.of(128, MAX_TOKENS)
+        pack = runner.pack_of(np.arange(1), shape, tokens, offsets, lambda _, hidden, parts: hidden[:1], None)
+        assert len(list(runner.run([pack]))) == 1
+        assert runner.tokens == left
+
+
 def test_goes_on_where_it_stopped(v1, tmp_path, monkeypatch):
     monkeypatch.setattr("geneformer_pretrain.inference.perturb.PART_TOKENS", 2000)
     plain, done = Runner.hidden, []
@@ -336,6 +361,11 @@ def test_genes_that_some_cells_lack_all(v1, tmp_path, capsys):
         ({"tokens": 0}, "must be above 0"),
         ({"seed": -1}, "must not be negative"),
         ({"replicates": "perturbation"}, "scores have a column of this name"),
+        ({"replicates": "length"}, r"no column 'length' \(--replicates\); it has: cell_id, state, donor"),
+        ({"states": "input_ids", "start": "A", "goal": "B"}, "no column 'input_ids'"),
+        ({"mode": "overexpress", "genes": "S1,S2,S3,S4", "together": True, "max_tokens": 3}, "4 genes in front leave"),
+        ({"mode": "overexpress", "genes": "S1,S2,S3", "together": True, "max_tokens": 3}, "of up to 3 tokens"),
+        ({"mode": "overexpress", "genes": ",".join(f"S{n}" for n in range(50)), "together": True}, "50 genes in front"),
     ],
 )
 def test_options_that_cannot_work(v1, tmp_path, options, message):
@@ -471,6 +501,22 @@ def test_company_in_a_pack_changes_nothing(v1, tmp_path_factory, data):
     assert keys == [(row["cell"], row["perturbation"], row["rank"]) for row in apart]
     for name in ("gene_similarity", "cell_similarity"):
         np.testing.assert_allclose([row[name] for row in expected], [row[name] for row in apart], atol=1e-6)
+
+
+def test_overexpressed_together_genes_leave_room_for_one(world, tmp_path):
+    """One gene fewer than cells have room for."""
+    k = MAX_TOKENS - 2 * ("cls" in world.genes.special_tokens) - 1
+    genes = ",".join(f"S{number}" for number in range(k))
+    rows, _ = run(world, tmp_path, mode="overexpress", genes=genes, together=True)
+    check(world, rows, Reference(world, Mode.overexpress))
+    assert len(rows) == 10
+
+
+def test_a_long_list_of_genes_is_no_file(v1, tmp_path):
+    """Sixteen Ensembl ids are longer than the name of a file may be."""
+    genes = v1.genes.tokens[2:]
+    rows, _ = run(v1, tmp_path, genes=",".join(genes), max_cells=1)
+    assert {row["perturbation"] for row in rows} <= set(genes)
 
 
 def test_files_of_genes(v1, tmp_path):

@@ -108,6 +108,8 @@ def test_cutting_into_chunks_changes_nothing(tmp_path: Path, monkeypatch: pytest
 )
 def test_mid_ranks_are_those_of_scipy(batches: list[np.ndarray]) -> None:
     ranks = MidRanks()
+    ranks.add(np.empty(0))
+    assert not len(ranks(np.empty(0)))
     for batch in batches:
         ranks.add(batch.astype(np.float64))
     values = np.concatenate(batches)
