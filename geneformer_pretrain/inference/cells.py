@@ -121,7 +121,7 @@ class Cells:
         Raises
         ------
         DataError
-            Padding or a token outside of the model's vocabulary; names the cell.
+            Padding or a token outside of the model's vocabulary, or a cell without genes; names the cell.
         """
         tokens = self.source.read(cells)
         offsets = np.concatenate([[0], np.cumsum(self.source.lengths[cells], dtype=np.int64)])
@@ -129,6 +129,11 @@ class Cells:
         bad = (tokens >= self.model.vocab_size) | (tokens < 0) | (tokens == pad)
         if bad.any():
             self._refuse(cells, offsets, tokens, int(bad.argmax()))
+        is_special = self.model.is_special
+        empty = is_special[tokens[offsets[:-1]]] & is_special[tokens[offsets[1:] - 1]] & (np.diff(offsets) <= 2)
+        if empty.any():
+            where = self.source.describe_cell(int(cells[empty.argmax()]))
+            raise DataError(f"{where}: has no genes; drop the row.")
         tokens = tokens.astype(np.int32, copy=False)
         return self._cut(tokens, offsets) if np.diff(offsets).max(initial=0) > self.max_tokens else (tokens, offsets)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from geneformer_pretrain.console import Progress, Summary
 from geneformer_pretrain.distributed.agreement import Ranks
-from geneformer_pretrain.errors import ConfigError, OutputError, require
+from geneformer_pretrain.errors import ConfigError, DataError, OutputError, require
 from geneformer_pretrain.files import replacing, require_new
 from geneformer_pretrain.inference.cells import Cells, CountsOptions, find_corpus, open_cells
 from geneformer_pretrain.inference.merging import Groups, Merging, genes_path, merge_genes, write_part
@@ -331,6 +331,8 @@ def _packs(runner: Runner, head: _Head, cells: Cells, mine: list[Part], groups: 
     with Ahead(_windows(runner, cells, mine), 1) as read:
         for window in read:
             numbers, rows = window.numbers, None
+            if head.pooling == CLS:
+                _require_cls_first(cells, window)
             if head.sums is not None:
                 rows = np.zeros(len(numbers), np.int32) if groups is None else groups.of_cell[numbers]
             for chosen, shape in runner.plan(np.diff(window.offsets)):
@@ -344,6 +346,14 @@ def _packs(runner: Runner, head: _Head, cells: Cells, mine: list[Part], groups: 
                     row_of_cell=rows,
                     items=numbers - window.results.part.first,
                 )
+
+
+def _require_cls_first(cells: Cells, window: _Window) -> None:
+    """Raise DataError, naming the cell, where the first token is another one."""
+    differs = window.tokens[window.offsets[:-1]] != cells.model.cls_token
+    if differs.any():
+        where = cells.source.describe_cell(int(window.numbers[differs.argmax()]))
+        raise DataError(f"{where}: the cell does not begin with <cls>; tokenize it with the model's gene set.")
 
 
 def _commit(job: Job, cells: Cells, results: _Results) -> None:

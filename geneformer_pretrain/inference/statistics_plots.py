@@ -12,6 +12,9 @@ SIGNIFICANT = 0.05
 LABELLED, LISTED = 12, 8
 """Perturbations that get their name in the volcano, and at each end of the ranked plot."""
 
+LONGEST = 40
+"""Letters of a name, which joins all genes that are perturbed together; a longer one is cut."""
+
 PLAIN, MARKED = "#9aa5b1", "#c0392b"
 
 
@@ -80,7 +83,8 @@ def _columns(table: pa.Table, value: str, q: str) -> tuple[np.ndarray, np.ndarra
     names = table["perturbation"]
     if "symbol" in table.column_names:
         names = pc.coalesce(table["symbol"], names)
-    return table[value].to_numpy(), table[q].to_numpy(), np.array(names.to_pylist(), object)
+    short = [name if len(name) <= LONGEST else f"{name[:LONGEST]}..." for name in names.to_pylist()]
+    return table[value].to_numpy(), table[q].to_numpy(), np.array(short, object)
 
 
 def _save(figure: Figure, axes: Axes, path: Path) -> None:

@@ -544,6 +544,21 @@ def test_columns_that_only_some_files_have(v1, tmp_path):
     assert table["score"].to_pylist() == [1, 2, 3, 0.5, 1.5]
 
 
+@pytest.mark.parametrize(("kind", "cell"), [("v1", [1]), ("v2", [2, 3]), ("v2", [1])])
+def test_cells_without_genes(v1, v2, tmp_path, kind, cell):
+    world = v1 if kind == "v1" else v2
+    path = write_cells(tmp_path / "cells.parquet", [*world.cells[:9], cell])
+    with pytest.raises(DataError, match=r"cells\.parquet, row 9: has no genes; drop the row"):
+        embed(EmbedOptions(world.model, [str(path)], tmp_path / "out.parquet"))
+
+
+def test_cells_that_do_not_begin_with_cls(v2, tmp_path):
+    path = write_cells(tmp_path / "cells.parquet", [*v2.cells[:9], v2.cells[9][1:]])
+    with pytest.raises(DataError, match=r"cells\.parquet, row 9: the cell does not begin with <cls>"):
+        embed(EmbedOptions(v2.model, [str(path)], tmp_path / "out.parquet", pooling="cls"))
+    embed(EmbedOptions(v2.model, [str(path)], tmp_path / "out.parquet", overwrite=True))
+
+
 @pytest.mark.parametrize(("token", "message"), [(0, "is padding"), (82, "outside of the model's 82")])
 def test_tokens_that_are_no_genes(v1, tmp_path, token, message):
     import datasets

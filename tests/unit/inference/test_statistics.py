@@ -256,6 +256,14 @@ def test_one_perturbation_has_no_pool_to_compare_with(tmp_path: Path) -> None:
     assert read_genes(tmp_path)["p_shift_goal"].isna().all()
 
 
+def test_names_of_many_genes_leave_room_for_the_picture(tmp_path: Path) -> None:
+    """A warning of matplotlib, which is an error here, says that there is none."""
+    scores = small_scores()
+    names = pa.array(["+".join([name] * 100) for name in scores["perturbation"].to_pylist()])
+    summarize(write_scores(tmp_path / "scores", changed(scores, "perturbation", names)), tmp_path)
+    assert (tmp_path / "ranked.png").exists()
+
+
 def test_cells_without_a_replicate_are_left_out_of_its_tests_and_counted(tmp_path: Path) -> None:
     scores = small_scores()
     donors = ["D" if cell % 2 else None if cell % 4 else "E" for cell in scores["cell"].to_pylist()]
