@@ -129,6 +129,9 @@ def _write_h5ad(paths: list[Path], output: Path) -> None:
     columns, vectors = zip(*map(_read_part, paths), strict=True)
     table = pa.concat_tables(columns, promote_options="permissive")
     obs: pd.DataFrame = table.drop_columns(["cell_id"]).to_pandas()
+    for name in obs.columns:
+        if not _fits_h5ad(table[name]):
+            obs[name] = pd.Categorical([None if value is None else str(value) for value in table[name].to_pylist()])
     obs.index = pd.Index(table["cell_id"].to_pylist(), dtype=object)
     with replacing(output) as temporary, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Observation names are not unique")  # the cells' own names
@@ -136,6 +139,17 @@ def _write_h5ad(paths: list[Path], output: Path) -> None:
             csr_matrix((len(obs), 0), dtype=np.float32), obs=obs, obsm={"X_geneformer": np.concatenate(vectors)}
         )
         data.write_h5ad(temporary)
+
+
+def _fits_h5ad(column: pa.ChunkedArray) -> bool:
+    """True for numbers, categories and text; dates, lists and truth values with gaps have no place in h5ad."""
+    kind = column.type
+    if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_dictionary(kind):
+        return True
+    if pa.types.is_boolean(kind):
+        return not column.null_count
+    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    return is_text and column.null_count < len(column)
 
 
 def merge_genes(job: Job, model: Model, column: str | None, groups: Groups | None, output: Path) -> None:

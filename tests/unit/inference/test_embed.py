@@ -1,5 +1,6 @@
 """Embeddings against stock transformers, their files, and mistakes of users."""
 
+import datetime
 import json
 import shutil
 import time
@@ -106,6 +107,26 @@ def test_h5ad(v1, tmp_path):
     np.testing.assert_array_equal(data.obsm["X_geneformer"], vectors(expected).astype(np.float32))
     assert list(data.obs_names[:2]) == ["cell-0", "cell-1"]
     assert list(data.obs["cell_type"][:2]) == ["type 0", "type 1"]
+
+
+def test_h5ad_of_columns_that_it_does_not_know(v1, tmp_path):
+    columns = {
+        "plain": [True, False] * 12,
+        "gaps": [True, None] * 12,
+        "day": [datetime.date(2024, 5, 17), None] * 12,
+        "pair": [[1, 2], None] * 12,
+        "nothing": [None] * 24,
+        "no_text": pa.nulls(24, pa.string()),
+        "text": ["a", None] * 12,
+    }
+    path = write_cells(tmp_path / "cells.parquet", v1.cells, **columns)
+    embed(EmbedOptions(v1.model, [str(path)], tmp_path / "out.h5ad"))
+    obs = anndata.read_h5ad(tmp_path / "out.h5ad").obs
+    assert obs["plain"].tolist() == columns["plain"]
+    for name, value in {"gaps": "True", "day": "2024-05-17", "pair": "[1, 2]", "text": "a"}.items():
+        assert obs[name].dropna().tolist() == [value] * 12
+    assert obs["nothing"].isna().all()
+    assert obs["no_text"].isna().all()
 
 
 @pytest.mark.parametrize("group_by", [None, "cell_type"])
