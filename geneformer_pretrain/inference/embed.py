@@ -19,7 +19,7 @@ from geneformer_pretrain.distributed.agreement import Ranks
 from geneformer_pretrain.errors import ConfigError, DataError, OutputError, require
 from geneformer_pretrain.files import replacing, require_new
 from geneformer_pretrain.inference.cells import Cells, CountsOptions, find_corpus, open_cells
-from geneformer_pretrain.inference.merging import Groups, Merging, genes_path, merge_genes, write_part
+from geneformer_pretrain.inference.merging import GENE_COLUMNS, Groups, Merging, genes_path, merge_genes, write_part
 from geneformer_pretrain.inference.model import Model, load_model
 from geneformer_pretrain.inference.packs import TOKENS_PER_CELL, Pack, Parts
 from geneformer_pretrain.inference.parts import (
@@ -102,6 +102,10 @@ def _prepare(options: EmbedOptions, work: Path, *, is_main: bool) -> AbstractCon
     require(options.genes is None or options.genes.suffix == ".parquet", f"{options.genes}: name a .parquet file.")
     require(options.genes != options.output, f"{options.genes}: cells and genes need a file each.")
     require(options.group_by is None or options.genes is not None, "--group-by averages genes; add --genes FILE.")
+    require(
+        options.group_by not in GENE_COLUMNS,
+        f"--group-by {options.group_by}: genes have a column of this name themselves; rename that of the cells.",
+    )
     if options.genes is not None:
         place = options.genes.parent
         is_folder = place.is_dir() or place == options.output.parent  # that of the output is made

@@ -20,6 +20,9 @@ MERGED = "merged.parquet"
 
 POLL_SECONDS = 0.1
 
+GENE_COLUMNS = ("gene_id", "symbol", "cells", "embedding")
+"""Columns of the genes that no column of the cells may replace."""
+
 
 @dataclass(frozen=True, eq=False)
 class Groups:

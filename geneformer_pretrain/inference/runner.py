@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from geneformer_pretrain.console import say
+from geneformer_pretrain.errors import require
 from geneformer_pretrain.inference.graphs import ForwardGraphs
 from geneformer_pretrain.inference.model import Model
 from geneformer_pretrain.inference.packs import (
@@ -38,6 +39,9 @@ T = TypeVar("T")
 
 ELEMENTS = 2**26
 """Elements of a pack's hidden states, tokens times width, that fill a GPU."""
+
+MAX_ELEMENTS = 2**31 - 1
+"""Most elements of a pack's queries, keys and values, which kernels number in 32 bits."""
 
 CPU_TOKENS = 8192
 """Tokens of a pack on a CPU, whose hidden states fit its caches."""
@@ -86,6 +90,11 @@ class Runner:
     compiled
         Compile the layers for packs of the full budget, on a GPU where they do not run by this project's kernels.
 
+    Raises
+    ------
+    ConfigError
+        A budget beyond what kernels can address.
+
     Attributes
     ----------
     tokens_done, waited
@@ -102,6 +111,8 @@ class Runner:
         if tokens is None:
             tokens = 2 ** int(np.log2(ELEMENTS / model.hidden_size)) if self.on_gpu else CPU_TOKENS
         self.tokens = max(-(-tokens // ALIGNMENT) * ALIGNMENT, self.least_tokens)
+        most = MAX_ELEMENTS // (3 * model.hidden_size) // ALIGNMENT * ALIGNMENT
+        require(self.tokens <= most, f"--pack-tokens {tokens}: choose at most {most:,} for this model.")
         self.compiled_tokens = self.tokens if compiled and self.on_gpu and model.fused is None else 0
         self._layers = [cast(BertLayer, layer) for layer in model.bert.encoder["layer"].children()][: self.num_layers]
         self._eager = [layer.compute for layer in self._layers]

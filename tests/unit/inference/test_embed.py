@@ -434,6 +434,8 @@ def test_overwrite_leaves_a_job_at_work_alone(v1, tmp_path):
         ({"genes": Path("out.parquet")}, "a file each"),
         ({"genes": Path("genes.parquet"), "group_by": "donor"}, "no column 'donor'"),
         ({"genes": Path("genes.parquet"), "group_by": "length"}, "no column 'length'"),
+        ({"genes": Path("genes.parquet"), "group_by": "cells"}, "genes have a column of this name themselves"),
+        ({"tokens": 2**31 // 96}, "--pack-tokens 22369621: choose at most 22,369,536"),
         ({"genes": Path("missing/genes.parquet")}, "there is no folder .*missing; make it"),
     ],
 )
