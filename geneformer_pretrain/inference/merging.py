@@ -48,7 +48,8 @@ def write_part(path: Path, columns: pa.Table, embeddings: np.ndarray) -> None:
     Embeddings are an array of their own because parquet takes longer to decode than they take to be embedded.
     """
     with replacing(_vectors_path(path)) as temporary, temporary.open("wb") as file:
-        np.save(file, embeddings)
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(embeddings))
+        file.write(embeddings.data)  # np.save would hide that a disk is full
     write_table(columns, path)
 
 

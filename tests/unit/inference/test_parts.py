@@ -1,5 +1,7 @@
 """Parts of a job: cut by cost, shared, joined while they are made, and a folder that goes if nothing was made."""
 
+import errno
+import resource
 import threading
 import time
 from types import SimpleNamespace
@@ -113,6 +115,22 @@ def test_a_failure_leaves_no_output(job, tmp_path):
     with pytest.raises(RuntimeError, match="the device burns"):
         work()
     assert not (tmp_path / "out.parquet").exists()
+
+
+def test_a_part_that_finds_no_room_says_so(tmp_path):
+    path, embeddings = tmp_path / "part.parquet", np.arange(40_000, dtype=np.float32).reshape(-1, 8)
+    columns = pa.table({"cell": np.arange(len(embeddings))})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as failure:
+            write_part_of(path, columns, embeddings)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert failure.value.errno == errno.EFBIG
+    assert not list(tmp_path.iterdir())
+    write_part_of(path, columns, embeddings)
+    np.testing.assert_array_equal(np.load(path.with_suffix(".npy")), embeddings)
 
 
 def test_after_a_failure_the_parts_at_hand_are_not_joined(job, tmp_path, monkeypatch):
