@@ -112,6 +112,8 @@ def _prepare(options: EmbedOptions, work: Path, *, is_main: bool) -> AbstractCon
         require(is_folder, f"--genes {options.genes}: there is no folder {place}; make it, or correct the path.")
     for path in (options.output, options.genes):
         if path is not None:
+            if path.is_dir():
+                raise OutputError(f"{path}: is a folder; name a file.")
             if path.exists() and any(Path(cells).exists() and path.samefile(cells) for cells in options.cells):
                 raise OutputError(f"{path}: these are the cells themselves; name another output.")
             is_unfinished = path == options.genes and _is_of_job(path, work)

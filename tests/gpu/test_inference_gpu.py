@@ -82,6 +82,25 @@ def test_embeddings_as_stock_in_float32(world, tmp_path, dtype, tokens):
         np.testing.assert_allclose(vectors(output), expected, atol=1e-4)
 
 
+def test_embeddings_without_a_layer_and_means_of_genes(world, tmp_path):
+    """Recorded passes of no layers; genes are added up from what is replayed, in packs of several shapes."""
+    genes = tmp_path / "genes.parquet"
+    embed(EmbedOptions(world.model, [str(world.path)], tmp_path / "out.parquet", layer=0, tokens=4096, genes=genes))
+    cells, sums, counts = [], np.zeros((VOCAB, 256)), np.zeros(VOCAB, np.int64)
+    for cell in world.cells:
+        with torch.no_grad():
+            states = world.stock(torch.tensor([cell]).cuda(), output_hidden_states=True).hidden_states[0][0]
+        found = states.double().cpu().numpy()
+        cells.append(found.mean(0))
+        sums[cell] += found
+        counts[cell] += 1
+    assert cosines(vectors(tmp_path / "out.parquet"), np.array(cells)).min() > 0.9999
+    table = pq.read_table(genes)
+    tokens = [2 + int(gene[4:]) for gene in table["gene_id"].to_pylist()]
+    assert table["cells"].to_pylist() == counts[tokens].tolist()
+    assert cosines(vectors(genes), sums[tokens] / counts[tokens, None]).min() > 0.9999
+
+
 def test_company_in_a_pack_changes_nothing(world, tmp_path):
     for name, tokens in (("many", 32768), ("few", 512)):
         embed(EmbedOptions(world.model, [str(world.path)], tmp_path / f"{name}.parquet", tokens=tokens))
