@@ -54,8 +54,9 @@ class ForwardGraphs:
         recording.graph.replay()
         return recording.parts, recording.hidden
 
-    def __len__(self) -> int:
-        return len(self._recordings)
+    def has_others(self, shape: Shape) -> bool:
+        """True if other shapes are recorded, whose memory `clear` would give back."""
+        return bool(self._recordings.keys() - {shape})
 
     def clear(self) -> None:
         """Give back the memory of all recordings."""

@@ -179,7 +179,7 @@ class Runner:
                 try:
                     running.append(self._start(pack))
                 except torch.OutOfMemoryError:
-                    if self.tokens == self.least_tokens and not running and not self._graphs:
+                    if self.tokens == self.least_tokens and not running and not self._has_others(pack):
                         raise
                     waiting.appendleft(pack)
                 else:
@@ -197,16 +197,19 @@ class Runner:
 
     def _halve(self, pack: Pack) -> None:
         # A small pack may have failed for the memory that recordings of large ones hold.
-        size = self.tokens if self._graphs else pack.shape.tokens
+        size = self.tokens if self._has_others(pack) else pack.shape.tokens
         tokens = max(size // 2 // ALIGNMENT * ALIGNMENT, self.least_tokens)
         if tokens < self.tokens:
             say(f"Out of memory with packs of {size:,} tokens; going on with {tokens:,}.", error=True)
         self.tokens = tokens
-        if self._graphs:
+        if self._graphs is not None:
             self._graphs.clear()
         gc.collect()
         if self.on_gpu:
             torch.cuda.empty_cache()
+
+    def _has_others(self, pack: Pack) -> bool:
+        return self._graphs is not None and self._graphs.has_others(pack.shape)
 
     def _start(self, pack: Pack) -> _Running:
         """Queue a pack's work on the device."""

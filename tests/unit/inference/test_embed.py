@@ -332,6 +332,9 @@ def test_existing_output(v1, tmp_path):
     with pytest.raises(OutputError, match="exists already"):
         run(v1, tmp_path)
     run(v1, tmp_path, overwrite=True)
+    (tmp_path / "folder.parquet").mkdir()
+    with pytest.raises(OutputError, match="is a folder"):
+        run(v1, tmp_path, overwrite=True, output=tmp_path / "folder.parquet")
 
 
 def test_parts_of_tiny_cells_are_no_larger_files(v1, tmp_path, monkeypatch):
