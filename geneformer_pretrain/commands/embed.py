@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from geneformer_pretrain.console import Summary
-    from geneformer_pretrain.inference.cells import CountsOptions
+    from geneformer_pretrain.inference.corpus import CountsOptions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,7 +62,7 @@ def add_model_and_cells(parser: argparse.ArgumentParser) -> None:
 
 def counts_options(arguments: argparse.Namespace) -> CountsOptions:
     """Options that say where counts are."""
-    from geneformer_pretrain.inference.cells import CountsOptions
+    from geneformer_pretrain.inference.corpus import CountsOptions
 
     return CountsOptions(
         gene_id_column=arguments.gene_id_column,

@@ -55,7 +55,8 @@ def _evaluate(arguments: argparse.Namespace, work: Path, report: Path) -> Summar
     import numpy as np
 
     from geneformer_pretrain.console import Summary, say
-    from geneformer_pretrain.inference.cells import find_corpus, is_corpus, open_cells
+    from geneformer_pretrain.inference.cells import open_cells
+    from geneformer_pretrain.inference.corpus import find_corpus, is_corpus
     from geneformer_pretrain.inference.evaluate import (
         Features,
         log_normalised,

@@ -18,7 +18,8 @@ from geneformer_pretrain.console import Progress, Summary
 from geneformer_pretrain.distributed.agreement import Ranks
 from geneformer_pretrain.errors import ConfigError, DataError, OutputError, require
 from geneformer_pretrain.files import replacing, require_new
-from geneformer_pretrain.inference.cells import Cells, CountsOptions, find_corpus, open_cells
+from geneformer_pretrain.inference.cells import Cells, open_cells
+from geneformer_pretrain.inference.corpus import CountsOptions, find_corpus
 from geneformer_pretrain.inference.merging import GENE_COLUMNS, Groups, Merging, genes_path, merge_genes, write_part
 from geneformer_pretrain.inference.model import Model, load_model
 from geneformer_pretrain.inference.packs import TOKENS_PER_CELL, Pack, Parts
@@ -27,7 +28,6 @@ from geneformer_pretrain.inference.parts import (
     Job,
     Lock,
     Part,
-    Phases,
     Writer,
     at_once,
     clear,
@@ -38,6 +38,7 @@ from geneformer_pretrain.inference.parts import (
     remove,
     share,
 )
+from geneformer_pretrain.inference.phases import Phases
 from geneformer_pretrain.inference.pooling import first_token, mean_of_genes
 from geneformer_pretrain.inference.runner import COMPILE_FROM, Ahead, Runner, windows
 

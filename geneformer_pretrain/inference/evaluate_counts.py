@@ -12,7 +12,7 @@ from scipy import sparse
 
 from geneformer_pretrain.data.sources import read_description
 from geneformer_pretrain.errors import DataError
-from geneformer_pretrain.inference.cells import CountsOptions
+from geneformer_pretrain.inference.corpus import CountsOptions
 from geneformer_pretrain.inference.evaluate import token_presence
 from geneformer_pretrain.tokenization.cell_columns import given_totals
 from geneformer_pretrain.tokenization.counts import CountsBlock, CountsFile, find_counts, open_counts

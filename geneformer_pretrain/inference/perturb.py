@@ -18,8 +18,9 @@ import pyarrow.compute as pc
 from geneformer_pretrain.console import Progress, Summary, say
 from geneformer_pretrain.distributed.agreement import Ranks
 from geneformer_pretrain.errors import DataError, OutputError
-from geneformer_pretrain.inference.cells import Cells, find_corpus, open_cells
+from geneformer_pretrain.inference.cells import Cells, open_cells
 from geneformer_pretrain.inference.comparing import Comparing, Group
+from geneformer_pretrain.inference.corpus import find_corpus
 from geneformer_pretrain.inference.edits import Copies, Mode, Rule
 from geneformer_pretrain.inference.model import Model, load_model
 from geneformer_pretrain.inference.packs import Pack
@@ -28,7 +29,6 @@ from geneformer_pretrain.inference.parts import (
     Job,
     Lock,
     Part,
-    Phases,
     Writer,
     at_once,
     clear,
@@ -41,6 +41,7 @@ from geneformer_pretrain.inference.parts import (
     write_table,
 )
 from geneformer_pretrain.inference.perturbations import Census, PerturbOptions, count_copies, make_rule
+from geneformer_pretrain.inference.phases import Phases
 from geneformer_pretrain.inference.runner import COMPILE_FROM, Runner, windows
 from geneformer_pretrain.inference.states import find_states, state_vectors
 from geneformer_pretrain.inference.statistics_scores import MIN_REPLICATES

@@ -9,7 +9,8 @@ import numpy as np
 
 from geneformer_pretrain.console import say
 from geneformer_pretrain.errors import DataError, require
-from geneformer_pretrain.inference.cells import Cells, CountsOptions
+from geneformer_pretrain.inference.cells import Cells
+from geneformer_pretrain.inference.corpus import CountsOptions
 from geneformer_pretrain.inference.edits import Mode, Rule, find_copies
 from geneformer_pretrain.inference.model import Model
 from geneformer_pretrain.inference.runner import windows

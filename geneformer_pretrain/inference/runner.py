@@ -139,7 +139,8 @@ class Runner:
         """
         budget = self.tokens
         sizes = [max(-(-budget // share // ALIGNMENT) * ALIGNMENT, self.least_tokens) for share in SHARES]
-        shapes = [Shape.of(size, self.longest, room) for size in sizes for room in TOKENS_PER_CELL]
+        rooms = TOKENS_PER_CELL[:1] if self.compiled_tokens else TOKENS_PER_CELL  # each shape is compiled for itself
+        shapes = [Shape.of(size, self.longest, room) for size in sizes for room in rooms]
         order, ends = plan_packs(lengths.astype(np.int64), budget, shapes[0].max_cells)
         start = 0
         for end in ends.tolist():

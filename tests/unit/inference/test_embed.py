@@ -20,7 +20,7 @@ from scipy.sparse import csr_matrix
 from geneformer_pretrain.errors import ConfigError, DataError, OutputError
 from geneformer_pretrain.inference import merging
 from geneformer_pretrain.inference import runner as runner_module
-from geneformer_pretrain.inference.cells import CountsOptions
+from geneformer_pretrain.inference.corpus import CountsOptions
 from geneformer_pretrain.inference.embed import EmbedOptions, embed
 from geneformer_pretrain.inference.model import load_model
 from geneformer_pretrain.inference.parts import Lock

@@ -15,7 +15,7 @@ from scipy import sparse
 
 from geneformer_pretrain.commands import split, tokenize
 from geneformer_pretrain.errors import DataError
-from geneformer_pretrain.inference.cells import CountsOptions
+from geneformer_pretrain.inference.corpus import CountsOptions
 from geneformer_pretrain.inference.evaluate_counts import CellCounts, Wanted, counts_of_cells, options_of_corpus
 from geneformer_pretrain.tokenization.gene_set import GeneSet
 

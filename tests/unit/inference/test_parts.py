@@ -22,12 +22,12 @@ from geneformer_pretrain.inference.parts import (
     Job,
     Lock,
     Part,
-    Phases,
     Writer,
     cut,
     part_tokens,
     share,
 )
+from geneformer_pretrain.inference.phases import Phases
 
 
 def test_parts_on_a_cpu_are_a_minute_at_most():

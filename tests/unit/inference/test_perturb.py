@@ -424,7 +424,7 @@ def test_a_corrected_command_goes_on_with_the_cells_of_a_mistaken_one(v1, tmp_pa
     with pytest.raises(DataError, match="no cell has the value 'nope'"):
         run(of_counts, tmp_path, states="state", start="nope", goal="well")
     assert list((tmp_path / "out" / "work").glob("cells-*.parquet"))
-    monkeypatch.setattr("geneformer_pretrain.inference.cells._tokenize", None)
+    monkeypatch.setattr("geneformer_pretrain.inference.corpus._tokenize", None)
     rows, _ = run(of_counts, tmp_path, states="state", start="ill", goal="well")
     assert {row["cell"] for row in rows} == {0, 2}
 
@@ -437,7 +437,7 @@ def test_killed_in_its_statistics_it_does_not_tokenize_again(v1, tmp_path, monke
         with pytest.raises(ZeroDivisionError):
             run(of_counts, tmp_path, statistics=True)
     assert not (tmp_path / "out" / "summary.json").exists()
-    monkeypatch.setattr("geneformer_pretrain.inference.cells._tokenize", None)
+    monkeypatch.setattr("geneformer_pretrain.inference.corpus._tokenize", None)
     _, summary = run(of_counts, tmp_path, statistics=True)
     assert summary.values["perturbations"] == 0
     assert (tmp_path / "out" / "volcano.png").exists()
