@@ -382,7 +382,7 @@ def _summary(table: pa.Table, reader: ScoreReader, pools: Sequence[Pool], sums: 
         values["scores"][name] = {
             "values": pool.ranks.size,
             "missing": values["rows"] - pool.ranks.size,
-            "mean": pool.mean,
+            "mean": pool.mean if pool.ranks.size else None,
             "bits_of_precision": 24 - pool.ranks.dropped_bits,
             "significant": {test: int((table[f"{test}_{name}"].to_numpy() < SIGNIFICANT).sum()) for test in tests},
         }

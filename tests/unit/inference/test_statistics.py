@@ -256,6 +256,15 @@ def test_one_perturbation_has_no_pool_to_compare_with(tmp_path: Path) -> None:
     assert read_genes(tmp_path)["p_shift_goal"].isna().all()
 
 
+def test_a_score_without_values_has_no_mean(tmp_path: Path) -> None:
+    scores = small_scores()
+    name = next(name for name in scores.column_names if name.endswith("_similarity"))
+    nothing = pa.nulls(len(scores), pa.float32())
+    found = summarize(write_scores(tmp_path / "scores", changed(scores, name, nothing)), tmp_path)
+    found = found["scores"][name]
+    assert (found["values"], found["missing"], found["mean"]) == (0, len(scores), None)
+
+
 def test_names_of_many_genes_leave_room_for_the_picture(tmp_path: Path) -> None:
     """A warning of matplotlib, which is an error here, says that there is none."""
     scores = small_scores()
