@@ -52,7 +52,7 @@ PART_TOKENS = 2**28
 RESULTS = ("summary.json", "genes.parquet", "ranked.png", "volcano.png", "states.parquet")
 """Files beside the folder of scores; the first is written last and says that all are complete."""
 
-MEASURED_SECONDS = 1.0
+MEASURED_SECONDS = 0.5
 """Duration of the measurement that the estimate rests on."""
 
 
