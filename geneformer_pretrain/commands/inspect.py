@@ -53,6 +53,7 @@ def run(arguments: argparse.Namespace) -> Summary:
     statistics = count_tokens(cells)
     groups = {column: count_groups(cells.sources, column, statistics.lengths) for column in columns}
     lengths, genes = statistics.lengths, statistics.counts[special:]
+    cap = statistics.cap(gene_set.max_tokens if gene_set else None)
     values: dict[str, Any] = {
         "corpus": str(arguments.corpus),
         "cells": len(lengths),
@@ -61,8 +62,8 @@ def run(arguments: argparse.Namespace) -> Summary:
         "empty_files": cells.empty_files,
         "gene_set": None if gene_set is None else vars(gene_set),
         "length": summarize_lengths(lengths),
-        "cap": statistics.cap,
-        "share_at_cap": None if statistics.cap is None else float((lengths == statistics.cap).mean()),
+        "cap": cap,
+        "share_at_cap": None if cap is None else float((lengths == cap).mean()),
         "genes_seen": int((genes > 0).sum()),
         "genes_in_vocabulary": gene_set.vocab_size - special if gene_set else None,
         "genes_in_under_10_cells": int(((genes > 0) & (genes < 10)).sum()),
@@ -74,7 +75,7 @@ def run(arguments: argparse.Namespace) -> Summary:
     if arguments.output is not None:
         with new_folder(Path(arguments.output), overwrite=arguments.overwrite) as folder:
             (folder / "inspect.json").write_text(json.dumps(values, indent=1) + "\n")
-            _draw(folder, statistics, special, groups)
+            _draw(folder, statistics, cap, special, groups)
         summary.lines.append(f"output         {arguments.output}")
     return summary
 
@@ -146,10 +147,12 @@ def _lines(values: dict[str, Any], gpus: int) -> list[str]:
     return lines
 
 
-def _draw(folder: Path, statistics: "TokenStatistics", special: int, groups: "dict[str, list[Group]]") -> None:
+def _draw(
+    folder: Path, statistics: "TokenStatistics", cap: int | None, special: int, groups: "dict[str, list[Group]]"
+) -> None:
     from geneformer_pretrain.data import pictures
 
-    pictures.draw_lengths(folder / "lengths.png", statistics.lengths, statistics.cap)
+    pictures.draw_lengths(folder / "lengths.png", statistics.lengths, cap)
     pictures.draw_genes(folder / "genes.png", statistics.counts[special:], len(statistics.lengths))
     for column, found in groups.items():
         safe = "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in column)

@@ -29,11 +29,19 @@ class TokenStatistics:
     lengths: np.ndarray
     counts: np.ndarray
 
-    @property
-    def cap(self) -> int | None:
-        """Length at which cells were cut, if at least one in a hundred has the greatest length."""
+    def cap(self, max_tokens: int | None) -> int | None:
+        """Length at which cells were cut; None if there is no sign that any was.
+
+        Parameters
+        ----------
+        max_tokens
+            Longest cell of the corpus's gene set. None if it is not known: then ten cells and one in a hundred must
+            have the greatest length.
+        """
         longest = int(self.lengths.max())
-        return longest if (self.lengths == longest).mean() >= 0.01 else None
+        if max_tokens is not None:
+            return longest if longest >= max_tokens else None
+        return longest if np.count_nonzero(self.lengths == longest) >= max(10, len(self.lengths) / 100) else None
 
     def unigram_entropy(self, num_special_tokens: int) -> float:
         """Entropy of the genes' frequencies in nats: the loss of a model that knows these alone."""

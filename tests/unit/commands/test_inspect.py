@@ -15,7 +15,7 @@ from geneformer_pretrain.config.compose import load_config
 from geneformer_pretrain.data import inspection
 from geneformer_pretrain.data.packing import BatchShape
 from geneformer_pretrain.data.stream import PackStream
-from tests.corpora import write_corpus_folder, write_streams
+from tests.corpora import GENE_SET, write_corpus_folder, write_streams
 
 pytestmark = pytest.mark.process
 
@@ -34,7 +34,9 @@ def make_cells(count: int) -> list[list[int]]:
 def test_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cells = make_cells(700)
     columns = {"tissue": ["lung", None, "heart", "heart"] * 175, "barcode": [f"{i}x" for i in range(700)]}
-    corpus = write_corpus_folder(tmp_path / "corpus", [cells[:400], [], cells[400:]], columns)
+    corpus = write_corpus_folder(
+        tmp_path / "corpus", [cells[:400], [], cells[400:]], columns, GENE_SET | {"max_tokens": 200}
+    )
     assert run(corpus, "--output", tmp_path / "out", "--report", tmp_path / "report.json") == 0
     values = json.loads((tmp_path / "report.json").read_text())
     assert json.loads((tmp_path / "out/inspect.json").read_text()) == values
@@ -61,6 +63,23 @@ def test_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "cells          700 in 2 files, 1 more without cells" in out
     assert "cells are cut at 200" in out
     assert "tissue         3 values: heart 350, lung 175, missing 175" in out
+
+
+@pytest.mark.parametrize(
+    ("count", "max_tokens", "cap"),
+    [(700, 200, 200), (700, 2048, None), (1, 2048, None), (60, None, 200), (20, None, None)],
+)
+def test_the_longest_cells_need_not_have_been_cut(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], count: int, max_tokens: int | None, cap: int | None
+) -> None:
+    corpus = write_corpus_folder(
+        tmp_path / "corpus", [make_cells(count)], gene_set=GENE_SET | {"max_tokens": max_tokens}
+    )
+    if max_tokens is None:  # a corpus of another tool: cut if many cells have the greatest length
+        (corpus / "corpus.json").unlink()
+    assert run(corpus, "--report", tmp_path / "report.json") == 0
+    assert json.loads((tmp_path / "report.json").read_text())["cap"] == cap
+    assert ("are cut at" in capsys.readouterr().out) is (cap is not None)
 
 
 def test_steps_of_an_epoch_are_those_of_training(tmp_path: Path) -> None:
