@@ -212,6 +212,13 @@ def _add_shares(summary: Summary, result: "Counted", genes: list[str], arguments
         where = "" if len(result.genes.sources) == 1 else f" of {path.name}, the file with the most"
         summary.lines.append(f"  {describe_summed(summed)}{where}")
         summary.values["genes_summed"] = summed
+    if result.strange is not None:
+        path, shared, of = result.strange
+        summary.lines.append(
+            f"  WARNING {path}: only {shared:,} of its {of:,} genes are in the files before it; if its ids are of another "
+            "kind (symbols, Ensembl ids) or species, build without it, or choose genes with --genes"
+        )
+        summary.values["strange_file"] = {"file": str(path), "genes_shared": shared, "genes": of}
     if arguments.genes is not None or arguments.gene_table is not None:
         summary.lines.append("chosen genes, in the file in which they hold the least of the counts:")
         summary.lines += [f"  {line}" for line in result.match.lines(result.column_counts)]

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 MOST_EXACT_VALUES = 1 << 27
 """Values that a further pass for exact medians may hold, 1 GiB; more genes than that are left to another pass."""
+FEWEST_SHARED = 0.1
+"""A file of which a smaller share of the genes is in the files before it has ids of another kind or species."""
 
 Add = Callable[[CellBlock, Columns, float], None]
 
@@ -42,6 +44,9 @@ class Counted:
         of its columns.
     summed
         File with the most columns of genes that have several, and `GeneMatch.summed` of it; None if there is none.
+    strange
+        First file with hardly a gene of the files before it, the number of those genes, and that of all its genes.
+        None if there is none, or genes were chosen.
     """
 
     genes: CountedGenes
@@ -49,6 +54,7 @@ class Counted:
     match: GeneMatch
     column_counts: np.ndarray
     summed: tuple[Path, dict[str, Any]] | None
+    strange: tuple[Path, int, int] | None
 
 
 @dataclass(frozen=True)
@@ -86,7 +92,7 @@ class GeneSetBuilder:
         DataError
             Naming file and row or gene, for a file without a gene of the set, or a total that is none.
         """
-        genes, num_cells = self._survey()
+        genes, num_cells, strange = self._survey()
         sketch = MedianSketch.empty(len(genes.gene_ids))
         gene_counts = np.zeros(len(genes.gene_ids))
         sources: list[Source] = []
@@ -106,7 +112,7 @@ class GeneSetBuilder:
         if worst is None:
             raise DataError(f"{self.paths[0]}: no cell that passes has counts.")
         counted = CountedGenes(genes.gene_ids, genes.symbols, sketch, self._rule(genes), sources)
-        return Counted(counted, gene_counts, *worst, summed)
+        return Counted(counted, gene_counts, *worst, summed, strange)
 
     def exact_medians(self, counted: CountedGenes) -> np.ndarray:
         """Return the exact medians in a second pass, float64 [genes].
@@ -132,10 +138,16 @@ class GeneSetBuilder:
             chosen = f"{len(genes.gene_ids):,} given genes, {digest[:12]}"
         return {"genes": chosen, "target_sum": float(TARGET_SUM)}
 
-    def _survey(self) -> tuple[GeneTable, int]:
-        """Look into every file before the first is read: collect the genes, and refuse what cannot work."""
+    def _survey(self) -> tuple[GeneTable, int, tuple[Path, int, int] | None]:
+        """Look into every file before the first is read: collect the genes, and refuse what cannot work.
+
+        Returns
+        -------
+            The genes, the number of cells, and `Counted.strange`.
+        """
         all_ids: dict[str, None] = {}
         num_cells = 0
+        strange = None
         index = None if self.genes is None else GeneIndex(self.genes.gene_ids, self.genes.symbols, {})
         for path in self.paths:
             with self.open_counts(path) as counts:
@@ -143,10 +155,14 @@ class GeneSetBuilder:
                 if index is not None:
                     index.match(counts.gene_ids).require(path)
                 else:
-                    all_ids.update(dict.fromkeys(_usable_ids(path, counts.gene_ids.tolist())))
+                    ids = dict.fromkeys(_usable_ids(path, counts.gene_ids.tolist()))
+                    shared = len(ids.keys() & all_ids.keys())
+                    if all_ids and strange is None and shared < FEWEST_SHARED * len(ids):
+                        strange = path, shared, len(ids)
+                    all_ids.update(ids)
         if self.genes is not None:
-            return self.genes, num_cells
-        return GeneTable(list(all_ids), [None] * len(all_ids)), num_cells
+            return self.genes, num_cells, None
+        return GeneTable(list(all_ids), [None] * len(all_ids)), num_cells, strange
 
     def _read(
         self, genes: GeneTable, add: Add, description: str, num_cells: int

@@ -149,6 +149,18 @@ def test_genes_with_several_columns_are_named(
     assert f"{several}\n" in run("build", "1.h5ad", "--output", "one", *finish)
 
 
+def test_a_file_with_ids_of_another_kind_is_named(
+    run: Run, counts: dict[str, Any], files: dict[str, MemoryCounts]
+) -> None:
+    assert "WARNING" not in run("build", "0.h5ad", "1.h5ad", "2.h5ad", "--output", "alike")
+    files["1.h5ad"].gene_ids[1:] = [f"Actb{number}" for number in range(11)]
+    printed = run("build", "0.h5ad", "1.h5ad", "2.h5ad", "--output", "mixed")
+    assert printed.count("WARNING 1.h5ad: only 1 of its 12 genes are in the files before it") == 1
+    Path("list.txt").write_text("\n".join(ensembl(range(14))))
+    chosen = ("--genes", "list.txt", "--allow-low-match")
+    assert "WARNING" not in run("build", "0.h5ad", "1.h5ad", "--output", "chosen", *chosen)
+
+
 def test_partial_results_merge_to_the_same(run: Run, counts: dict[str, Any]) -> None:
     finish = ("--special-tokens", "v2", "--max-tokens", "99", "--min-cells", "9", "--name", "mine", "--species", "fly")
     run("build", "0.h5ad", "1.h5ad", "2.h5ad", "--output", "one", *finish)
