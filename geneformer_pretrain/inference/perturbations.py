@@ -162,7 +162,7 @@ def _tokens_of(ids: Sequence[str], model: Model, option: str) -> np.ndarray:
         more = f" and {len(unknown) - LISTED} more" if len(unknown) > LISTED else ""
         raise DataError(
             f"{option}: the gene set {model.gene_set.name!r} has no gene {', '.join(unknown[:LISTED])}{more}; correct "
-            "the ids (`gene-set show` lists them), or the name of the file with one id a line."
+            "the ids (`gene-set show MODEL --tsv FILE` lists them), or the name of the file with one id a line."
         )
     repeated = [gene for place, gene in enumerate(ids) if tokens[place] in tokens[:place]]
     if repeated:

@@ -358,7 +358,7 @@ def test_genes_that_some_cells_lack_all(v1, tmp_path, capsys):
         ({"states": "donor", "start": "A", "goal": "B"}, "all cells have the value 'A'"),
         ({"states": "nothing", "start": "A", "goal": "B"}, "no column 'nothing'"),
         ({"replicates": "nothing"}, r"no column 'nothing' \(--replicates\)"),
-        ({"genes": "ENSG404"}, "has no gene ENSG404"),
+        ({"genes": "ENSG404"}, "has no gene ENSG404; correct the ids .`gene-set show MODEL --tsv FILE` lists them"),
         ({"genes": "S1,S1"}, "S1 is named twice"),
         ({"max_cells": 0}, "must be above 0"),
         ({"tokens": 0}, "must be above 0"),
