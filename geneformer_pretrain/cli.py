@@ -91,6 +91,13 @@ class _Parser(argparse.ArgumentParser):
         self.exit(1, f"Error: {message}. `{self.prog} --help` lists the arguments.\n")
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults that are values; for none, False and the empty text, the help itself says what happens."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return super()._get_help_string(action) if action.default not in (None, False, "") else action.help
+
+
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     """Build the parser; only the command that is named gets its arguments."""
     parser = _Parser(
@@ -102,9 +109,8 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     named = next((argument for argument in arguments if not argument.startswith("-")), None)
     for name, text in COMMANDS.items():
-        command = commands.add_parser(
-            name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-        )
+        description = f"{text[0].upper()}{text[1:]}."
+        command = commands.add_parser(name, help=text, description=description, formatter_class=_Help)
         if name == named:
             import_module(_module(name)).add_arguments(command)
             command.add_argument("--report", metavar="FILE", help="write the summary to this file, as JSON")

@@ -29,6 +29,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace outputs, and start anew")
 
 
+def _layer(text: str) -> int:
+    """Read `--layer`, which elsewhere names a layer of the counts."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no number of a hidden state; name a layer of counts with --counts-layer"
+        ) from None
+
+
 def add_model_and_cells(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments that `embed` and `perturb` share."""
     parser.add_argument("model", metavar="MODEL", type=Path, help="a run's final_model, or another Hugging Face BERT")
@@ -37,7 +47,11 @@ def add_model_and_cells(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--gene-set", type=Path, metavar="GENES", help="gene set of a model that brings none")
     parser.add_argument(
-        "--layer", type=int, default=-2, help="hidden state: 0 is the embeddings, -1 the last, -2 the second to last"
+        "--layer",
+        type=_layer,
+        default=-2,
+        metavar="N",
+        help="hidden state: 0 is the embeddings, -1 the last, -2 the second to last",
     )
     parser.add_argument(
         "--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: bfloat16 on a GPU, else float32"
@@ -47,9 +61,19 @@ def add_model_and_cells(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--pack-tokens", type=int, metavar="N", help="tokens of a forward pass; default: by device")
     counts = parser.add_argument_group("counts", "where they are in their files")
-    counts.add_argument("--gene-id-column", default="ensembl_id", metavar="NAME", help="column of var with gene ids")
-    counts.add_argument("--n-counts-column", metavar="NAME", help="column of obs with each cell's total of counts")
-    counts.add_argument("--filter-column", metavar="NAME", help="column of obs that is 1 for cells to keep")
+    counts.add_argument(
+        "--gene-id-column", default="ensembl_id", metavar="NAME", help='column of var with gene ids, or "index"'
+    )
+    counts.add_argument(
+        "--n-counts-column",
+        metavar="NAME",
+        help="column of obs with each cell's total; default: the sum of its counts",
+    )
+    counts.add_argument(
+        "--filter-column",
+        metavar="NAME",
+        help="only cells with True or 1 in it; default: filter_pass if there is one",
+    )
     matrix = counts.add_mutually_exclusive_group()
     matrix.add_argument("--counts-layer", metavar="NAME", help="layer with the counts, instead of X")
     matrix.add_argument("--raw", action="store_true", help="counts are in raw.X")

@@ -215,8 +215,8 @@ def _add_shares(summary: Summary, result: "Counted", genes: list[str], arguments
     if result.strange is not None:
         path, shared, of = result.strange
         summary.lines.append(
-            f"  WARNING {path}: only {shared:,} of its {of:,} genes are in the files before it; if its ids are of another "
-            "kind (symbols, Ensembl ids) or species, build without it, or choose genes with --genes"
+            f"  WARNING {path}: only {shared:,} of its {of:,} genes are in the files before it; if its ids are of "
+            "another kind (symbols, Ensembl ids) or species, build without it, or choose genes with --genes"
         )
         summary.values["strange_file"] = {"file": str(path), "genes_shared": shared, "genes": of}
     if arguments.genes is not None or arguments.gene_table is not None:

@@ -36,6 +36,20 @@ print(sorted({HEAVY} & sys.modules.keys()), file=sys.stderr)
     assert ended.stderr.strip() == "[]"
 
 
+@pytest.mark.parametrize("name", [name for name in cli.COMMANDS if name != "gene-set"])
+def test_help_shows_defaults_that_are_values(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert end_of(name, "--help") == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert not any(f"(default: {nothing})" in out for nothing in ("None", "False", ""))
+    assert ("(default: -2)" in out) is (name in ("embed", "perturb", "evaluate"))
+
+
+@pytest.mark.parametrize("name", ["embed", "perturb", "evaluate"])
+def test_a_layer_of_counts_has_an_option_of_its_own(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert end_of(name, "model", "cells.h5ad", "--layer", "counts") == 1
+    assert "name a layer of counts with --counts-layer" in capsys.readouterr().err
+
+
 def test_every_module_of_a_command_is_in_the_table() -> None:
     modules = {path.stem for path in (ROOT / "geneformer_pretrain/commands").glob("*.py")} - {"__init__"}
     named = {name.replace("-", "_") for name in cli.COMMANDS}
