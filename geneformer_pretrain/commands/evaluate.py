@@ -78,7 +78,8 @@ def _evaluate(arguments: argparse.Namespace, work: Path, report: Path) -> Summar
 
     seed, options = arguments.seed, counts_options(arguments)
     model = load_model(arguments.model, gene_set=arguments.gene_set, dtype=arguments.dtype)
-    corpus = find_corpus(arguments.cells, model, work, options, is_main=True)
+    needed = {"--label": arguments.label, "--groups": arguments.groups}
+    corpus = find_corpus(arguments.cells, model, work, options, is_main=True, needed=needed)
     cells = open_cells(corpus, model, max_tokens=arguments.max_tokens)
     chosen = choose_cells(cells, arguments.label, arguments.groups, max_cells=arguments.max_cells, seed=seed)
     folds = split_folds(chosen.classes, seed)

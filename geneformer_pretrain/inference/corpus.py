@@ -2,10 +2,11 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -19,6 +20,9 @@ from geneformer_pretrain.errors import DataError
 from geneformer_pretrain.files import replacing
 from geneformer_pretrain.inference.cells import TOKEN_COLUMNS
 from geneformer_pretrain.inference.model import Model
+
+if TYPE_CHECKING:
+    from geneformer_pretrain.tokenization.counts import CountsFile
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,13 @@ class CountsOptions:
 
 
 def find_corpus(
-    paths: Sequence[str | Path], model: Model, folder: Path, options: CountsOptions, *, is_main: bool
+    paths: Sequence[str | Path],
+    model: Model,
+    folder: Path,
+    options: CountsOptions,
+    *,
+    is_main: bool,
+    needed: Mapping[str, str | None] = MappingProxyType({}),
 ) -> Path:
     """Return the corpus to read: the one that is given, or counts tokenized into a file of `folder`.
 
@@ -52,15 +62,17 @@ def find_corpus(
         Where counts are in their files.
     is_main
         Print what is worth knowing.
+    needed
+        Columns that the cells must have, by the options that name them: of counts, looked for before the long work.
 
     Raises
     ------
     DataError
-        Cells that the model cannot read.
+        Cells that the model cannot read, or counts without a needed column.
     """
     corpus = next((Path(path) for path in paths if is_corpus(path)), None)
     if corpus is None:
-        return _tokenized(paths, model, folder, options, is_main)
+        return _tokenized(paths, model, folder, options, is_main, needed)
     if len(paths) > 1:
         raise DataError(f"{paths[0]}, {paths[1]}: name one corpus, or counts only; a glob takes several files.")
     _require_gene_set(corpus, model, is_main=is_main)
@@ -100,7 +112,14 @@ def _require_gene_set(corpus: Path, model: Model, *, is_main: bool) -> None:
         say(f"{corpus} does not name its gene set; its tokens are read as those of {model.gene_set.name}.")
 
 
-def _tokenized(paths: Sequence[str | Path], model: Model, folder: Path, options: CountsOptions, is_main: bool) -> Path:
+def _tokenized(
+    paths: Sequence[str | Path],
+    model: Model,
+    folder: Path,
+    options: CountsOptions,
+    is_main: bool,
+    needed: Mapping[str, str | None],
+) -> Path:
     """Return the file of cells that counts were tokenized into, now or before; its name tells counts and options."""
     from geneformer_pretrain.tokenization.counts import file_state, find_counts
 
@@ -110,6 +129,8 @@ def _tokenized(paths: Sequence[str | Path], model: Model, folder: Path, options:
     key = xxhash.xxh3_64_hexdigest(json.dumps([made_of, asdict(options), model.gene_set.fingerprint]).encode())
     output = folder / f"cells-{key}.parquet"
     if not output.exists():
+        for file in files if any(needed.values()) else ():
+            _require_columns(file, needed, options)
         _tokenize(files, model, output, options, is_main)
     # As old as its counts: made of the same ones again, it is the same corpus.
     changed = max(state["changed_ns"] for state in states)
@@ -117,9 +138,29 @@ def _tokenized(paths: Sequence[str | Path], model: Model, folder: Path, options:
     return output
 
 
+def _open(path: Path, options: CountsOptions) -> "CountsFile":
+    from geneformer_pretrain.tokenization.counts import open_counts
+
+    return open_counts(
+        path,
+        gene_id_column=options.gene_id_column,
+        layer=options.layer,
+        raw=options.raw,
+        allow_noninteger=options.allow_noninteger,
+    )
+
+
+def _require_columns(path: Path, needed: Mapping[str, str | None], options: CountsOptions) -> None:
+    """Raise DataError, naming the file and the option, if a column of the cells is not there."""
+    with _open(path, options) as counts:
+        known = ["cell_id", *(name for name in counts.obs_columns if name != "cell_id")]
+        for option, name in needed.items():
+            if name is not None and name not in known:
+                raise DataError(f"{path}: no column {name!r} ({option}); it has: {', '.join(known)}.")
+
+
 def _tokenize(files: Sequence[Path], model: Model, output: Path, options: CountsOptions, is_main: bool) -> None:
     """Tokenize counts into one parquet file, with ids and all columns of the cells."""
-    from geneformer_pretrain.tokenization.counts import open_counts
     from geneformer_pretrain.tokenization.tokenizer import Tally, describe_left_out, tokenize_blocks
 
     writer: pq.ParquetWriter | None = None
@@ -127,13 +168,7 @@ def _tokenize(files: Sequence[Path], model: Model, output: Path, options: Counts
     with replacing(output) as temporary, Progress(None, "tokenize", "cell", enabled=is_main) as progress:
         try:
             for path in files:
-                with open_counts(
-                    path,
-                    gene_id_column=options.gene_id_column,
-                    layer=options.layer,
-                    raw=options.raw,
-                    allow_noninteger=options.allow_noninteger,
-                ) as counts:
+                with _open(path, options) as counts:
                     for block in tokenize_blocks(
                         counts,
                         model.gene_set,

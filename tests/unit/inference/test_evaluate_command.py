@@ -152,6 +152,21 @@ def test_cells_are_drawn_if_there_are_more(world: World, capsys: pytest.CaptureF
     assert "90 cells: 70 of them are drawn" in capsys.readouterr().err
 
 
+def test_columns_of_counts_are_looked_for_before_they_are_tokenized(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tokenize(*_: object) -> None:
+        pytest.fail("the mistake was seen only after the counts had been tokenized")
+
+    monkeypatch.setattr("geneformer_pretrain.inference.corpus._tokenize", tokenize)
+    for words, message in (
+        (["--label", "age"], rf"{world.h5ad.name}: no column 'age' \(--label\); it has: cell_id, cell_type"),
+        (["--label", "cell_type", "--groups", "site"], rf"{world.h5ad.name}: no column 'site' \(--groups\)"),
+    ):
+        with pytest.raises(DataError, match=message):
+            world.run(*words, "--allow-low-match", cells=world.h5ad)
+
+
 @pytest.mark.parametrize(
     ("words", "error", "message"),
     [
