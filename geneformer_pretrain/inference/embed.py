@@ -201,7 +201,10 @@ def _require_cls(model: Model, pooling: str) -> None:
 def _open(options: EmbedOptions, model: Model, work: Path, ranks: Ranks) -> tuple[Cells, Job, Groups | None]:
     """Open cells and job; the first rank alone tokenizes counts and begins the job."""
     is_main = ranks.rank == 0
-    corpus = in_turn(ranks, lambda: find_corpus(options.cells, model, work, options.counts, is_main=is_main))
+    needed = {"--group-by": options.group_by}
+    corpus = in_turn(
+        ranks, lambda: find_corpus(options.cells, model, work, options.counts, is_main=is_main, needed=needed)
+    )
 
     def open_all() -> tuple[Cells, Groups | None]:
         cells = open_cells(corpus, model, max_tokens=options.max_tokens, is_main=is_main)

@@ -153,7 +153,9 @@ def load_model(
     """
     folder = Path(path)
     if not (folder / "config.json").is_file():
-        raise DataError(f"{folder}: no config.json; name a folder such as a run's final_model.")
+        raise DataError(
+            f"{folder}: no config.json; name a model, such as a run's final_model, or `export` a checkpoint first."
+        )
     config = _read_json(folder / "config.json")
     kind = config.get("model_type")
     if kind != "bert":

@@ -44,7 +44,7 @@ from geneformer_pretrain.inference.perturbations import Census, PerturbOptions, 
 from geneformer_pretrain.inference.phases import Phases
 from geneformer_pretrain.inference.runner import COMPILE_FROM, Runner, windows
 from geneformer_pretrain.inference.states import find_states, state_vectors
-from geneformer_pretrain.inference.statistics_scores import MIN_REPLICATES
+from geneformer_pretrain.inference.statistics_scores import MIN_REPLICATES, TESTED_REPLICATES
 
 PART_TOKENS = 2**28
 """About the tokens of a part: half a minute of work on a GPU for small models, some minutes for large ones."""
@@ -115,7 +115,10 @@ def _perturb(options: PerturbOptions, model: Model, ranks: Ranks, phases: Phases
     work = _work(options)
     if is_main:
         work.mkdir(exist_ok=True)
-    corpus = in_turn(ranks, lambda: find_corpus(options.cells, model, work, options.counts, is_main=is_main))
+    needed = {"--states": options.states, "--replicates": options.replicates}
+    corpus = in_turn(
+        ranks, lambda: find_corpus(options.cells, model, work, options.counts, is_main=is_main, needed=needed)
+    )
     opened = at_once(ranks, lambda: _open(options, model, corpus, is_main=is_main))
     job = in_turn(ranks, lambda: _open_job(options, model, opened, ranks))
     left = ranks.gather(job.left())[0]
@@ -212,11 +215,11 @@ def _open(options: PerturbOptions, model: Model, corpus: Path, *, is_main: bool)
         generator = np.random.default_rng(options.seed)
         chosen = np.sort(generator.choice(chosen, options.max_cells, replace=False))
     if options.replicates is not None:
-        _require_replicates(cells, options, chosen)
+        _require_replicates(cells, options, chosen, is_main=is_main)
     return _Opened(cells, chosen, rule, states, count_copies(cells, chosen, rule, is_main=is_main))
 
 
-def _require_replicates(cells: Cells, options: PerturbOptions, chosen: np.ndarray) -> None:
+def _require_replicates(cells: Cells, options: PerturbOptions, chosen: np.ndarray, *, is_main: bool) -> None:
     """Raise DataError unless the chosen cells have at least two values in the column of replicates."""
     column = str(options.replicates)
     cells.require_columns([column], "--replicates")
@@ -228,6 +231,8 @@ def _require_replicates(cells: Cells, options: PerturbOptions, chosen: np.ndarra
                 f"--replicates {column}: the column {only} of the {len(chosen):,} cells to perturb, and statistics "
                 f"need at least {MIN_REPLICATES} replicates; choose another column or leave the option out."
             )
+        if len(values) < TESTED_REPLICATES and is_main:
+            say(f"--replicates {column}: {len(values)} replicates; p-values need {TESTED_REPLICATES} and stay empty.")
 
 
 def _open_job(options: PerturbOptions, model: Model, opened: _Opened, ranks: Ranks) -> Job:

@@ -184,6 +184,9 @@ def test_counts_are_tokenized_on_the_way(v1, tmp_path):
     assert table["cell_id"].to_pylist() == list(adata.obs_names)
     with pytest.raises(DataError, match="name one corpus, or counts only"):
         embed(EmbedOptions(v1.model, [str(v1.path), str(tmp_path / "counts.h5ad")], tmp_path / "two.parquet"))
+    options = {"genes": tmp_path / "genes.parquet", "group_by": "organ"}
+    with pytest.raises(DataError, match=r"counts\.h5ad: no column 'organ' \(--group-by\); it has: .*tissue"):
+        embed(EmbedOptions(v1.model, [str(tmp_path / "counts.h5ad")], tmp_path / "three.parquet", **options))
 
 
 def test_cells_that_are_left_out_are_counted_by_reason(v1, tmp_path, capsys):

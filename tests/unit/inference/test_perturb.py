@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import anndata
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -416,6 +417,29 @@ def _counts(world, path):
     adata.var["ensembl_id"] = world.genes.tokens[2:]
     adata.obs["state"] = ["ill", "well", "ill", "well"]
     adata.write_h5ad(path)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [({"states": "phase", "start": "G1", "goal": "S"}, "phase"), ({"replicates": "donor"}, "donor")],
+)
+def test_columns_of_counts_are_looked_for_before_they_are_tokenized(v1, tmp_path, monkeypatch, options, named):
+    _counts(v1, tmp_path / "counts.h5ad")
+    of_counts = SimpleNamespace(model=v1.model, path=tmp_path / "counts.h5ad")
+    monkeypatch.setattr("geneformer_pretrain.inference.corpus._tokenize", None)
+    with pytest.raises(DataError, match=rf"counts\.h5ad: no column '{named}' \(--{next(iter(options))}\)"):
+        run(of_counts, tmp_path, **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_few_replicates_for_p_values_are_said_to_be(v1, tmp_path, capsys):
+    table = pq.read_table(v1.path)
+    place = table.column_names.index("donor")
+    donors = pa.array(["A", "B"] * (len(table) // 2))
+    pq.write_table(table.set_column(place, "donor", donors), tmp_path / "two.parquet")
+    two = SimpleNamespace(model=v1.model, path=tmp_path / "two.parquet")
+    run(two, tmp_path, replicates="donor", statistics=True, genes=",".join(ids(v1, 0)))
+    assert "--replicates donor: 2 replicates; p-values need 3 and stay empty." in capsys.readouterr().out
 
 
 def test_a_corrected_command_goes_on_with_the_cells_of_a_mistaken_one(v1, tmp_path, monkeypatch):
