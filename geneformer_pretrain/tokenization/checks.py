@@ -41,25 +41,57 @@ def check_values(block: CountsBlock, file: Named, allow_noninteger: bool, other_
     values = block.data.astype(np.float64)
     wrong = ~np.isfinite(values) | (values < 0)
     if not allow_noninteger:
-        usual = np.where(wrong, 0, values)
-        wrong |= np.abs(usual - np.rint(usual)) > NOISE * np.maximum(usual, 1)
+        wrong |= _not_whole(np.where(wrong, 0, values))
     if not wrong.any():
         return
     at = int(np.argmax(wrong))
-    row = int(np.searchsorted(block.indptr, at, "right")) - 1
-    cell = values[block.indptr[row] : block.indptr[row + 1]]
-    row += block.first_row
+    row, cell = _cell_at(block, at)
     name, gene, value = file.cell_ids(row, row + 1)[0], file.gene_ids[block.indices[at]], values[at]
-    remedy = (
-        f"Read other values of this file with {' or '.join(other_matrices)}"
-        if other_matrices
-        else ("Give a file with the raw counts")
-    )
-    if any(option.startswith("--layer ") for option in other_matrices):
-        remedy += " (--counts-layer where a model is named)"
+    remedy = counts_elsewhere(other_matrices)
     if np.isfinite(value) and value >= 0:
         remedy += ", or add --allow-noninteger to use these as they are"
     raise DataError(f"{file.path}: row {row} (cell {name}), gene {gene}: {_fault(value, cell)}, not a count. {remedy}.")
+
+
+def counts_elsewhere(other_matrices: Sequence[str]) -> str:
+    """Say where counts may be, if not in the matrix that was read."""
+    if not other_matrices:
+        return "Give a file with the raw counts"
+    has_layer = any(option.startswith("--layer ") for option in other_matrices)
+    beside_model = " (--counts-layer where a model is named)" if has_layer else ""
+    return f"Read other values of this file with {' or '.join(other_matrices)}{beside_model}"
+
+
+def describe_logarithms(block: CountsBlock, file: Named) -> str | None:
+    """Name the first cell of a block whose values are not whole, if they are logarithms of scaled counts."""
+    not_whole = _not_whole(block.data.astype(np.float64))
+    if not not_whole.any():
+        return None
+    row, cell = _cell_at(block, int(np.argmax(not_whole)))
+    total = _total_of_logarithms(cell)
+    if total is None:
+        return None
+    name = file.cell_ids(row, row + 1)[0]
+    return f"row {row} (cell {name}) is log-normalised (log(1 + x), x summing to {total:,.0f})"
+
+
+def _not_whole(values: np.ndarray) -> np.ndarray:
+    return np.abs(values - np.rint(values)) > NOISE * np.maximum(values, 1)
+
+
+def _cell_at(block: CountsBlock, place: int) -> tuple[int, np.ndarray]:
+    """Return the row of the file that a value is in, and all values of it, float64."""
+    row = int(np.searchsorted(block.indptr, place, "right")) - 1
+    return block.first_row + row, block.data[block.indptr[row] : block.indptr[row + 1]].astype(np.float64)
+
+
+def _total_of_logarithms(cell: np.ndarray) -> float | None:
+    """Return the sum of x where the values of a cell are log(1 + x), x counts scaled to that sum; else None."""
+    if np.isfinite(cell).all() and (cell >= 0).all() and cell.max() < 30:
+        counts = np.expm1(cell[cell > 0])
+        if _multiples(counts):
+            return float(counts.sum())
+    return None
 
 
 def _fault(value: float, cell: np.ndarray) -> str:
@@ -68,10 +100,8 @@ def _fault(value: float, cell: np.ndarray) -> str:
         return f"{value} is not finite"
     if value < 0:
         return f"{value:g} is negative" + (" (a scaled matrix?)" if value != np.rint(value) else "")
-    if np.isfinite(cell).all() and (cell >= 0).all() and cell.max() < 30:
-        counts = np.expm1(cell[cell > 0])
-        if _multiples(counts):
-            return f"{value:g} is log-normalised (log(1 + x), x summing to {counts.sum():,.0f} in this cell)"
+    if (total := _total_of_logarithms(cell)) is not None:
+        return f"{value:g} is log-normalised (log(1 + x), x summing to {total:,.0f} in this cell)"
     if np.isfinite(cell).all() and (cell >= 0).all() and _multiples(cell[cell > 0]):
         return f"{value:g} is normalised (summing to {cell.sum():,.0f} in this cell)"
     return f"{value:g} is not a whole number"

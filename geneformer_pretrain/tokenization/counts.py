@@ -17,8 +17,9 @@ from typing import Self
 
 import pyarrow as pa
 
+from geneformer_pretrain.console import say
 from geneformer_pretrain.errors import ConfigError, DataError, require
-from geneformer_pretrain.tokenization.checks import check_values
+from geneformer_pretrain.tokenization.checks import check_values, counts_elsewhere, describe_logarithms
 from geneformer_pretrain.tokenization.formats import Opened, is_counts_folder, open_format
 from geneformer_pretrain.tokenization.matrices import CountsBlock, require_columns
 from geneformer_pretrain.tokenization.transposed import Transposed
@@ -28,6 +29,9 @@ __all__ = ["CountsBlock", "CountsFile", "file_state", "find_counts", "open_count
 SUFFIXES = (".h5ad", ".h5", ".hdf5", ".loom")
 """Names of files that a folder is searched for, beside zarr and Matrix Market folders."""
 
+
+_LOOKED_INTO: set[Path] = set()
+"""Files with values that are not whole that were looked into for logarithms."""
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Errors of writing, where all else is reading."""
@@ -191,7 +195,16 @@ class CountsFile:
                     return
                 require_columns(block, len(self.gene_ids))
             check_values(block, self, self._allow_noninteger, self._opened.other_matrices)
+            if self._allow_noninteger and self.path not in _LOOKED_INTO:
+                self._warn_of_logarithms(block)
             yield block
+
+    def _warn_of_logarithms(self, block: CountsBlock) -> None:
+        """Say once a process that values which are allowed are no counts at all."""
+        _LOOKED_INTO.add(self.path)
+        if found := describe_logarithms(block, self):
+            remedy = counts_elsewhere(self._opened.other_matrices)
+            say(f"WARNING {self.path}: {found}; its ranks are not those of counts. {remedy}.", error=True)
 
 
 @contextmanager

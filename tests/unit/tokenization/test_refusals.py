@@ -86,6 +86,26 @@ def test_normalised_values_are_named_as_such(tmp_path: Path) -> None:
     assert "is normalised (summing to 10,000 in this cell), not a count" in text
 
 
+def test_logarithms_that_are_allowed_are_warned_of_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    counts = example_counts("float64").toarray() + np.eye(CELLS, GENES)
+    scaled = counts / counts.sum(axis=1, keepdims=True) * 10_000
+    data = example_anndata(sp.csr_matrix(np.log1p(scaled)))
+    data.raw = example_anndata()
+    corrected = sp.csr_matrix(counts * np.random.default_rng(0).uniform(0.8, 1, counts.shape))
+    paths = [
+        write_h5ad(tmp_path / "log.h5ad", data),
+        write_h5ad(tmp_path / "soupx.h5ad", example_anndata(corrected)),
+        write_h5ad(tmp_path / "counts.h5ad", example_anndata()),
+    ]
+    for path in [*paths, *paths]:
+        with open_counts(path, allow_noninteger=True) as opened:
+            assert sum(block.num_cells for block in opened.blocks()) == CELLS
+    assert capsys.readouterr().err == (
+        f"WARNING {paths[0]}: row 0 (cell {data.obs_names[0]}) is log-normalised (log(1 + x), x summing to 10,000); "
+        "its ranks are not those of counts. Read other values of this file with --raw.\n"
+    )
+
+
 def test_only_the_rows_that_are_read_are_checked(tmp_path: Path) -> None:
     counts = example_counts()
     counts.data[counts.indptr[50]] = 0.5
