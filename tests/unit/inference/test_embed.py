@@ -340,6 +340,16 @@ def test_existing_output(v1, tmp_path):
         run(v1, tmp_path, overwrite=True, output=tmp_path / "folder.parquet")
 
 
+@pytest.mark.parametrize(
+    ("length", "in_a_pack", "room"), [(2048, 4, 16), (400, 20, 32), (100, 81, 128), (10, 128, 128)]
+)
+def test_a_pack_has_no_more_room_for_cells_than_it_needs(v1, length, in_a_pack, room):
+    runner = Runner(load_model(v1.model), -2, longest=2048, tokens=8192)
+    packs = list(runner.plan(np.full(3 * in_a_pack, length)))
+    assert [len(chosen) for chosen, _ in packs] == [in_a_pack] * 3
+    assert {(shape.tokens, shape.max_cells) for _, shape in packs} == {(8192, room)}
+
+
 def test_parts_of_tiny_cells_are_no_larger_files(v1, tmp_path, monkeypatch):
     """Cells of one gene count as the room that they take in a pack."""
     monkeypatch.setattr("geneformer_pretrain.inference.parts.CPU_PART_TOKENS", 64 * 10)
