@@ -45,7 +45,7 @@ def _vectors_path(path: Path) -> Path:
 def write_part(path: Path, columns: pa.Table, embeddings: np.ndarray) -> None:
     """Write the embeddings of a part, float32 [n, H], then the other columns, whose file says that it is complete.
 
-    Embeddings are an array of their own because parquet takes longer to decode than they take to be embedded.
+    Embeddings are an array of their own, which is mapped when parts are joined: lists are slow to decode from parquet.
     """
     with replacing(_vectors_path(path)) as temporary, temporary.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(embeddings))
