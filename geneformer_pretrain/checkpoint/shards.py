@@ -2,7 +2,7 @@
 
 import math
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -157,42 +157,3 @@ def _overlap(
         region.append(slice(first - begin, last - begin))
         other_region.append(slice(first - other_begin, last - other_begin))
     return tuple(region), tuple(other_region)
-
-
-class HostBuffers:
-    """Copies of tensors in host memory, in buffers that are used again for each save."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[tuple[str, Offset], Tensor] = {}
-
-    def copy(self, tensors: Mapping[str, Shards], *, borrow: bool) -> dict[str, Shards]:
-        """Copy all pieces to contiguous host memory; complete on return.
-
-        Parameters
-        ----------
-        tensors
-            Pieces to copy, by name of their tensor.
-        borrow
-            Return pieces that are contiguous host memory already as they are, for use before they change.
-        """
-        used: dict[tuple[str, Offset], Tensor] = {}
-        copies: dict[str, Shards] = {}
-        devices: set[torch.device] = set()
-        for name, shards in tensors.items():
-            pieces: dict[Offset, Tensor] = {}
-            for offset, piece in shards.pieces.items():
-                if borrow and piece.device.type == "cpu" and piece.is_contiguous():
-                    pieces[offset] = piece
-                    continue
-                buffer = self._buffers.get((name, offset))
-                if buffer is None or buffer.shape != piece.shape or buffer.dtype != piece.dtype:
-                    # Pinned, or the copy from the GPU runs at a fraction of the bus's speed.
-                    buffer = torch.empty(piece.shape, dtype=piece.dtype, pin_memory=piece.is_cuda)
-                pieces[offset] = used[name, offset] = buffer.copy_(piece, non_blocking=True)
-                if piece.is_cuda:
-                    devices.add(piece.device)
-            copies[name] = Shards(shards.info, pieces)
-        for device in devices:
-            torch.cuda.current_stream(device).synchronize()
-        self._buffers = used
-        return copies

@@ -28,6 +28,7 @@ import torch
 
 from geneformer_pretrain import __version__
 from geneformer_pretrain.checkpoint.formats import open_tensors, write_tensors
+from geneformer_pretrain.checkpoint.host import HostBuffers
 from geneformer_pretrain.checkpoint.manifest import (
     FORMAT_VERSION,
     NewerFormatError,
@@ -41,7 +42,7 @@ from geneformer_pretrain.checkpoint.manifest import (
     step_of,
     write_manifest,
 )
-from geneformer_pretrain.checkpoint.shards import HostBuffers, Shards, StoredTensor
+from geneformer_pretrain.checkpoint.shards import Shards, StoredTensor
 from geneformer_pretrain.distributed.agreement import Ranks, on_all_ranks
 from geneformer_pretrain.errors import CheckpointError, CheckpointSaveError
 from geneformer_pretrain.files import delete_folder, sync_folder

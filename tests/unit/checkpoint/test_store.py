@@ -248,15 +248,3 @@ def test_training_may_go_on_while_a_save_is_in_flight(tmp_path: Path, monkeypatc
     assert_holds(store, 2)
     shutil.rmtree(tmp_path / "step_2")
     assert_holds(store, 1)
-
-
-def test_host_buffers_are_used_again(tmp_path: Path) -> None:
-    store = CheckpointStore(tmp_path, keep_last_n=1)
-    addresses = []
-    for step in (1, 2):
-        save_and_wait(store, step, blocking=False)
-        addresses.append({buffer.data_ptr() for buffer in store._host._buffers.values()})
-    assert len(addresses[0]) == len(tensors_of(0))
-    assert addresses[0] == addresses[1]
-    save(store, 3)
-    assert not store._host._buffers, "a blocking save from host memory needs no copies"
