@@ -100,9 +100,9 @@ class Comparing:
         """Rows for the originals of a group; one more takes what is not needed."""
         self.store = torch.zeros(self.capacity + 1, model.hidden_size, dtype=model.dtype, device=model.device)
 
-    def group(self, cells: np.ndarray, tokens: np.ndarray, offsets: np.ndarray) -> Group:
-        """List originals and copies of some cells; copies that change nothing score 1 and shift by 0."""
-        copies = find_copies(self.rule, tokens, offsets)
+    def group(self, cells: np.ndarray, tokens: np.ndarray, offsets: np.ndarray, kept: slice) -> Group:
+        """List some of the copies of cells, and originals; copies that change nothing score 1 and shift by 0."""
+        copies = find_copies(self.rule, tokens, offsets)[kept]
         keys = copies.cell * (self.rule.size + 1) + copies.cuts
         originals, original = np.unique(keys, return_inverse=True)
         cell, cut = np.divmod(originals, self.rule.size + 1)

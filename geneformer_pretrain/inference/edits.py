@@ -11,7 +11,7 @@ gene or several, k of them:
 Genes of the perturbation are left out of the comparison on both sides.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import IntEnum
 
 import numpy as np
@@ -100,6 +100,9 @@ class Copies:
 
     def __len__(self) -> int:
         return len(self.cell)
+
+    def __getitem__(self, some: slice) -> "Copies":
+        return Copies(*(getattr(self, column.name)[some] for column in fields(self)))
 
 
 def find_copies(rule: Rule, tokens: np.ndarray, offsets: np.ndarray) -> Copies:

@@ -228,7 +228,7 @@ def _open(options: EmbedOptions, model: Model, work: Path, ranks: Ranks) -> tupl
     costs = tokens * (1.0 + cells.lengths / (6.0 * model.hidden_size))
     has_sums = options.genes is not None
     most = GENES_PART_TOKENS if has_sums else PART_TOKENS
-    part_cost = part_tokens(most, model.device) * float(costs.sum()) / float(tokens.sum())
+    part_cost = part_tokens(most, model.device, int(tokens.sum())) * float(costs.sum()) / float(tokens.sum())
     job = in_turn(ranks, lambda: Job.open(work, settings, costs, part_cost, ranks.size, tapers=not has_sums))
     return cells, job, groups
 
@@ -303,7 +303,7 @@ def _run(
     merging: Merging | None,
 ) -> float:  # fmt: skip
     """Embed the parts of this rank and write each once it is complete; return the seconds waited for that."""
-    total = sum(part.last - part.first for part in mine)
+    total = sum(map(len, mine))
     packs = _packs(runner, head, cells, mine, groups)
     with Progress(total, "embed", "cell", enabled=merging is not None) as progress, Writer() as writer:
         for pack, rows in runner.run(packs):
@@ -330,7 +330,7 @@ class _Window:
 
 def _windows(runner: Runner, cells: Cells, mine: list[Part]) -> Iterator[_Window]:
     for part in mine:
-        results = _Results(part, np.empty((part.last - part.first, runner.model.hidden_size), np.float32))
+        results = _Results(part, np.empty((len(part), runner.model.hidden_size), np.float32))
         for window in windows(cells.lengths[part.first : part.last], runner.window):
             numbers = np.arange(part.first + window.start, part.first + window.stop)
             yield _Window(results, numbers, *cells.tokens(numbers))

@@ -68,7 +68,13 @@ class ForwardGraphs:
         self._hidden(parts)  # compiles and chooses kernels
         graph = torch.cuda.CUDAGraph()
         pool = next((earlier.graph.pool() for earlier in self._recordings.values()), None)
-        # Threads that build and write packs go on calling CUDA meanwhile.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            hidden = self._hidden(parts)
+        try:
+            # Threads that build and write packs go on calling CUDA meanwhile.
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                hidden = self._hidden(parts)
+        except torch.AcceleratorError as error:
+            # The memory of a graph itself is CUDA's, whose lack has no class of its own.
+            if "out of memory" not in str(error):
+                raise
+            raise torch.OutOfMemoryError(str(error)) from error
         return _Recording(graph, own, parts, hidden)

@@ -36,10 +36,11 @@ JOB_FILE = "_job.json"
 
 LOCK_FILE = ".lock"
 
-CPU_PART_TOKENS = 2**19
-"""Most tokens of a part on a CPU, which takes a minute for them with a small model: so much is lost by a kill."""
+CPU_PART_TOKENS, CPU_PARTS = 2**19, 1000
+"""On a CPU, which takes a minute for so many tokens with a small model, parts have no more; but not more parts than so
+many. A part at most is lost by a kill."""
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 TAPER = (1 / 2, 1 / 4, 1 / 8, 1 / 8)
 """Shares into which the last part of each rank is cut, where they are joined: little is left to do at the end."""
@@ -102,19 +103,22 @@ def local_device() -> torch.device:
 
 @dataclass(frozen=True)
 class Part:
-    """A range of a job's cells.
+    """A range of a job's items: cells to embed, or perturbed copies of cells.
 
     Attributes
     ----------
     number
         Counted from 0.
     first, last
-        Places in the list of the job's cells; `last` is beyond the part.
+        Places in the list of the job's items; `last` is beyond the part.
     """
 
     number: int
     first: int
     last: int
+
+    def __len__(self) -> int:
+        return self.last - self.first
 
     @property
     def name(self) -> str:
@@ -149,7 +153,7 @@ class Job:
     @classmethod
     def open(
         cls, folder: Path, settings: dict[str, Any], costs: np.ndarray, part_cost: float, ranks: int, *,
-        tapers: bool = False,
+        copies: np.ndarray | None = None, tapers: bool = False,
     ) -> "Job":  # fmt: skip
         """Open the job of a folder, or begin it.
 
@@ -165,6 +169,8 @@ class Job:
             About the cost of a part.
         ranks
             Number of ranks that will share the parts.
+        copies
+            Items of each cell, int64; one if not given.
         tapers
             Whether the last parts are smaller; see TAPER.
 
@@ -187,7 +193,7 @@ class Job:
             except (ValueError, KeyError, TypeError) as error:
                 raise OutputError(f"{path}: damaged ({error!r}); name another output or add --overwrite.") from error
             return cls(folder, settings, parts)
-        parts = cut(costs, part_cost, ranks, tapers=tapers)
+        parts = cut(costs, part_cost, ranks, copies=copies, tapers=tapers)
         facts = {
             "format_version": FORMAT_VERSION,
             "settings": settings,
@@ -209,24 +215,28 @@ def require_same(settings: dict[str, Any], earlier: dict[str, Any], folder: Path
         )
 
 
-def cut(costs: np.ndarray, part_cost: float, ranks: int, *, tapers: bool = False) -> list[Part]:
-    """Cut cells into parts of about equal cost, as many for each rank; each ends where it comes nearest to it.
+def cut(
+    costs: np.ndarray, part_cost: float, ranks: int, *, copies: np.ndarray | None = None, tapers: bool = False
+) -> list[Part]:
+    """Cut cells, or their copies, into parts of about equal cost, as many for each rank.
 
-    With `tapers`, the last part of each rank is cut once more, unless one part is all there is.
+    Each part ends at the item where it comes nearest to that. With `tapers`, the last part of each rank is cut once
+    more, unless one part is all there is.
     """
     ends = np.cumsum(costs)
     rounds = max(1, round(float(ends[-1]) / part_cost / ranks))
     last = TAPER if tapers and rounds * ranks > 1 else (1.0,)
     shares = np.repeat([*[1.0] * (rounds - 1), *last], ranks)
     wanted = np.cumsum(shares)[:-1] * (float(ends[-1]) / shares.sum())
-    bounds = np.searchsorted(ends - costs / 2, wanted, side="left")
-    bounds = np.unique(np.concatenate([[0], np.minimum(bounds, len(costs)), [len(costs)]])).tolist()
+    items = np.arange(1, len(costs) + 1) if copies is None else np.cumsum(copies)
+    inner = np.rint(np.interp(wanted, [0, *ends], [0, *items])).astype(np.int64)
+    bounds = np.unique([0, *inner, items[-1]]).tolist()
     return [Part(number, *pair) for number, pair in enumerate(pairwise(bounds))]
 
 
-def part_tokens(most: int, device: torch.device) -> int:
-    """Tokens of a part: at most so many, fewer on a CPU."""
-    return most if device.type == "cuda" else min(most, CPU_PART_TOKENS)
+def part_tokens(most: int, device: torch.device, total: int) -> int:
+    """Tokens of a part of a job that has so many in total: at most so many, fewer on a CPU."""
+    return most if device.type == "cuda" else min(most, max(CPU_PART_TOKENS, total // CPU_PARTS))
 
 
 def share(parts: Sequence[Part], rank: int, size: int) -> list[Part]:

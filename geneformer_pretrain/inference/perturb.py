@@ -123,8 +123,7 @@ def _perturb(options: PerturbOptions, model: Model, ranks: Ranks, phases: Phases
     job = in_turn(ranks, lambda: _open_job(options, model, opened, ranks))
     left = ranks.gather(job.left())[0]
     phases.end("open")
-    tokens = sum(int(opened.census.tokens[part.first : part.last].sum()) for part in left)
-    copies = sum(int(opened.census.copies[part.first : part.last].sum()) for part in left)
+    tokens, copies = sum(map(opened.census.tokens_of, left)), sum(map(len, left))
     cells = opened.cells
     flops = model.flops_per_token(options.layer, tokens / max(1, copies)) * tokens / ranks.size
     runner = Runner(
@@ -258,8 +257,9 @@ def _open_job(options: PerturbOptions, model: Model, opened: _Opened, ranks: Ran
         "seed": options.seed,
     }
     costs = census.tokens * (1.0 + cells.lengths[opened.chosen] / (6.0 * model.hidden_size)) + 1.0
-    part_cost = part_tokens(PART_TOKENS, model.device) * float(costs.sum()) / max(1.0, float(census.tokens.sum()))
-    return Job.open(scores, settings, costs, part_cost, ranks.size)
+    total = int(census.tokens.sum())
+    part_cost = part_tokens(PART_TOKENS, model.device, total) * float(costs.sum()) / max(1, total)
+    return Job.open(scores, settings, costs, part_cost, ranks.size, copies=census.copies)
 
 
 @dataclass(eq=False)
@@ -276,7 +276,6 @@ def _run(
     mine: list[Part], ranks: Ranks,
 ) -> float:  # fmt: skip
     """Perturb the cells of this rank's parts and write each once it is complete; return the seconds waited for that."""
-    total = int(sum(opened.census.copies[part.first : part.last].sum() for part in mine))
     begun: list[_Results] = []
     commit = partial(_commit, options, model, opened, job)
 
@@ -287,7 +286,10 @@ def _run(
             for group in results.groups:
                 yield from comparing.packs(group, results)
 
-    with Progress(total, "perturb", "perturbation", enabled=ranks.rank == 0) as progress, Writer() as writer:
+    with (
+        Progress(sum(map(len, mine)), "perturb", "perturbation", enabled=ranks.rank == 0) as progress,
+        Writer() as writer,
+    ):
         for pack, rows in runner.run(packs()):
             group, results = pack.owner
             if not comparing.receive(group, pack, rows):
@@ -305,12 +307,15 @@ def _run(
 
 
 def _begin(part: Part, comparing: Comparing, opened: _Opened) -> _Results:
-    """List the copies of a part."""
-    chosen = opened.chosen[part.first : part.last]
+    """List the copies of a part, which may begin and end within a cell."""
+    ends = opened.census.ends
+    first, last = int(np.searchsorted(ends, part.first, "right")) - 1, int(np.searchsorted(ends, part.last))
+    chosen, ends = opened.chosen[first:last], ends[first:last]
     groups = []
     for some in windows(opened.cells.lengths[chosen] * comparing.most_originals, comparing.capacity):
         tokens, offsets = opened.cells.tokens(chosen[some])
-        groups.append(comparing.group(chosen[some], tokens, offsets))
+        kept = slice(max(0, part.first - ends[some.start]), part.last - ends[some.start])
+        groups.append(comparing.group(chosen[some], tokens, offsets, kept))
     return _Results(part, groups, sum(group.num_computed for group in groups))
 
 

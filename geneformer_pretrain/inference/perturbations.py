@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from geneformer_pretrain.inference.cells import Cells
 from geneformer_pretrain.inference.corpus import CountsOptions
 from geneformer_pretrain.inference.edits import Mode, Rule, find_copies
 from geneformer_pretrain.inference.model import Model
+from geneformer_pretrain.inference.parts import Part
 from geneformer_pretrain.inference.runner import windows
 
 SCORE_COLUMNS = (
@@ -103,6 +105,16 @@ class Census:
 
     copies: np.ndarray
     tokens: np.ndarray
+
+    @cached_property
+    def ends(self) -> np.ndarray:
+        """Copies up to each cell: int64 [cells + 1], from 0 to all of them."""
+        return np.concatenate([[0], np.cumsum(self.copies)])
+
+    def tokens_of(self, part: Part) -> int:
+        """Tokens of a part of the copies; those of a cell that is cut are shared out evenly."""
+        tokens = np.interp([part.first, part.last], self.ends, [0, *np.cumsum(self.tokens)])
+        return int(np.diff(np.rint(tokens))[0])
 
 
 def make_rule(options: PerturbOptions, model: Model, limit: int) -> Rule:

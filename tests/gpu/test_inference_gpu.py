@@ -217,6 +217,24 @@ def test_goes_on_after_running_out_of_memory(world, tmp_path, capsys):
     assert cosines(vectors(tmp_path / "out.parquet"), vectors(expected)).min() > 0.9999
 
 
+def test_goes_on_where_a_recording_finds_no_memory(world, tmp_path, capsys, monkeypatch):
+    """CUDA, not PyTorch, lacks memory for the graph of the first shape."""
+    expected = tmp_path / "expected.parquet"
+    embed(EmbedOptions(world.model, [str(world.path)], expected))
+    end, failures = torch.cuda.CUDAGraph.capture_end, []
+
+    def capture_end(graph):
+        end(graph)
+        if not failures:
+            failures.append(1)
+            raise torch.AcceleratorError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "capture_end", capture_end)
+    embed(EmbedOptions(world.model, [str(world.path)], tmp_path / "out.parquet"))
+    assert "going on with" in capsys.readouterr().err
+    assert cosines(vectors(tmp_path / "out.parquet"), vectors(expected)).min() > 0.9999
+
+
 def test_results_do_not_depend_on_order(world):
     """The same pack twice gives the same bits."""
     lengths = np.array([len(cell) for cell in world.cells])

@@ -30,10 +30,13 @@ from geneformer_pretrain.inference.parts import (
 from geneformer_pretrain.inference.phases import Phases
 
 
-def test_parts_on_a_cpu_are_a_minute_at_most():
-    assert part_tokens(2**28, torch.device("cpu")) == CPU_PART_TOKENS
-    assert part_tokens(100, torch.device("cpu")) == 100
-    assert part_tokens(2**28, torch.device("cuda")) == 2**28
+def test_parts_on_a_cpu_are_a_minute_or_a_thousandth_at_most():
+    cpu = torch.device("cpu")
+    assert part_tokens(2**28, cpu, 10**8) == CPU_PART_TOKENS
+    assert part_tokens(100, cpu, 10**8) == 100
+    assert part_tokens(2**28, torch.device("cuda"), 10**8) == 2**28
+    assert part_tokens(2**28, cpu, 10**10) == 10**7  # days of work are not thousands of files
+    assert part_tokens(2**28, cpu, 10**13) == 2**28
 
 
 @given(
@@ -48,6 +51,23 @@ def test_parts_hold_each_cell_once_and_cost_about_the_same(costs, part_cost, ran
     assert max(sum(costs[part.first : part.last]) for part in parts) <= wanted + max(costs) + 1e-6
     shares = [share(parts, rank, ranks) for rank in range(ranks)]
     assert sorted((part for some in shares for part in some), key=lambda part: part.number) == parts
+
+
+@given(
+    copies=st.lists(st.integers(0, 50), min_size=1, max_size=20).filter(any),
+    part_cost=st.floats(1, 500),
+    ranks=st.integers(1, 5),
+)
+def test_copies_are_shared_out_to_one(copies, part_cost, ranks):
+    """A part may begin and end within a cell; so ranks differ by no more than a copy for each part."""
+    cost = 7.0
+    costs = np.array(copies) * cost + 1e-6
+    parts = cut(costs, part_cost, ranks, copies=np.array(copies))
+    assert [part.first for part in parts] == [0, *(part.last for part in parts[:-1])]
+    assert parts[-1].last == sum(copies)
+    assert all(len(part) > 0 for part in parts)
+    rounds = max(1, round(sum(costs) / part_cost / ranks))
+    assert max(map(len, parts)) <= sum(copies) / (rounds * ranks) + 1.01
 
 
 def test_equal_ranks_get_equal_parts():

@@ -1,5 +1,6 @@
 """Scores of perturbations against stock transformers, copy by copy."""
 
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -165,7 +166,10 @@ def test_parts_and_packs_change_nothing(v1, tmp_path, monkeypatch, limit):
     whole, _ = run(v1, tmp_path, tokens=4096)
     monkeypatch.setattr(f"geneformer_pretrain.inference.{limit}", 2000)
     many, _ = run(v1, tmp_path, tokens=64, output=tmp_path / "many")
-    assert len(list((tmp_path / "many" / "scores").glob("part-*.parquet"))) > 3
+    files = sorted((tmp_path / "many" / "scores").glob("part-*.parquet"))
+    cells = [set(pq.read_table(file)["cell"].to_pylist()) for file in files]
+    assert len(cells) > 3
+    assert any(one & other for one, other in pairwise(cells)), "no part begins within a cell"
     keys = [(row["cell"], row["perturbation"], row["rank"]) for row in whole]
     assert keys == [(row["cell"], row["perturbation"], row["rank"]) for row in many]
     for name in ("gene_similarity", "cell_similarity"):
