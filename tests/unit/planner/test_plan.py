@@ -105,7 +105,7 @@ def test_saving_stops_training_until_the_save_before_is_written(configs: dict[st
     parameters, step = 2_909_283_666, 0.503
     assert saving(often, parameters, 1, step).share > 0.5  # 65 s of writing every 25 s
     assert saving(rare, parameters, 1, step).share == pytest.approx(0.83 / 604, rel=0.02)
-    measured = 25.5  # of 4b on one H200
+    measured = 7.62  # of 4b on one H200
     assert saving(rare, parameters, 1, step).first_stop_seconds == pytest.approx(measured, rel=0.05)
     assert saving(replace(rare, async_save=False), parameters, 1, step).stop_seconds == pytest.approx(65.5, rel=0.01)
 
