@@ -108,12 +108,16 @@ class Census:
 
     @cached_property
     def ends(self) -> np.ndarray:
-        """Copies up to each cell: int64 [cells + 1], from 0 to all of them."""
-        return np.concatenate([[0], np.cumsum(self.copies)])
+        """Copies before each cell, and all of them: int64 [cells + 1]."""
+        return np.insert(np.cumsum(self.copies), 0, 0)
+
+    @cached_property
+    def _token_ends(self) -> np.ndarray:
+        return np.insert(np.cumsum(self.tokens), 0, 0)
 
     def tokens_of(self, part: Part) -> int:
         """Tokens of a part of the copies; those of a cell that is cut are shared out evenly."""
-        tokens = np.interp([part.first, part.last], self.ends, [0, *np.cumsum(self.tokens)])
+        tokens = np.interp([part.first, part.last], self.ends, self._token_ends)
         return int(np.diff(np.rint(tokens))[0])
 
 

@@ -25,6 +25,7 @@ from geneformer_pretrain.inference.parts import (
     Writer,
     cut,
     part_tokens,
+    remove,
     share,
 )
 from geneformer_pretrain.inference.phases import Phases
@@ -236,3 +237,17 @@ def test_waiting_for_the_write_before_is_counted():
         first = writer.waited
         assert first > 0.04
     assert writer.waited > first + 0.04
+
+
+def test_a_folder_is_deleted_and_of_a_link_only_the_link(tmp_path):
+    results, link = tmp_path / "results", tmp_path / "link"
+    (results / "deep").mkdir(parents=True)
+    for number in range(30):
+        (results / f"part-{number}.npy").touch()
+    link.symlink_to(results)
+    remove(link)
+    assert not link.is_symlink()
+    assert len(list(results.iterdir())) == 31
+    remove(results)
+    assert not results.exists()
+    remove(results)  # gone already
