@@ -31,6 +31,8 @@ class Saving:
         Time for which one stops the training.
     first_stop_seconds
         The same of the first after a start, for which host memory is pinned.
+    host_bytes
+        That memory, of each rank.
     share
         Of the run's time, for which training stands still; without what the first one takes longer.
     """
@@ -39,6 +41,7 @@ class Saving:
     background_seconds: float
     stop_seconds: float
     first_stop_seconds: float
+    host_bytes: float
     share: float
 
 
@@ -67,9 +70,10 @@ def saving(
         Bytes per second that all ranks together write.
     """
     size = CHECKPOINT_BYTES * num_parameters
+    host = size / ranks
     interval, background = save_interval(training, step_seconds), size / disk
-    stop = size / ranks / TO_HOST + (max(0.0, background - interval) if training.async_save else background)
-    return Saving(interval, background, stop, stop + size / ranks / PINNING, stop / (interval + stop))
+    stop = host / TO_HOST + (max(0.0, background - interval) if training.async_save else background)
+    return Saving(interval, background, stop, stop + host / PINNING, host, stop / (interval + stop))
 
 
 def kept_checkpoints(training: TrainingConfig) -> int:

@@ -115,6 +115,7 @@ def test_ranks_share_the_saving_with_every_engine(configs: dict[str, Config]) ->
     one = plan(configs["106m"]).configured.saving.first_stop_seconds
     for engine in plan(configs["106m"], gpus=4).engines:
         assert engine.saving.first_stop_seconds == pytest.approx(one / 4)
+        assert engine.saving.host_bytes == 3 * 106_775_122
 
 
 def test_save_interval_is_the_shorter_of_steps_and_minutes(configs: dict[str, Config]) -> None:
