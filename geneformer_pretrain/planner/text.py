@@ -61,8 +61,8 @@ def _saving(engine: EnginePlan) -> list[str]:
     lines = [
         f"saving       every {_time(saving.interval_seconds)}: training stands still for "
         f"{_time(saving.stop_seconds)} each time, {saving.share:.2%} of the time",
-        f"             (the first after a start {_time(saving.first_stop_seconds)}, while {_bytes(saving.host_bytes)} of "
-        f"each rank's host memory are pinned); writing takes {_time(saving.background_seconds)}",
+        f"             (the first after a start {_time(saving.first_stop_seconds)}, while {_bytes(saving.host_bytes)} "
+        f"of each rank's host memory are pinned); writing takes {_time(saving.background_seconds)}",
     ]
     if saving.background_seconds > saving.interval_seconds:
         lines.append(
