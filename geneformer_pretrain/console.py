@@ -37,6 +37,11 @@ def say(text: str, *, error: bool = False) -> None:
         _report_loss(number, reason)
 
 
+def amount(count: int, one: str, many: str | None = None) -> str:
+    """Write a count with its noun: "1 cell", "2,000 cells"."""
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
+
+
 def _encodable(text: str, stream: TextIO) -> str:
     """Escape the characters that a stream's encoding lacks, such as those of a path under LANG=C."""
     encoding = getattr(stream, "encoding", None) or "utf-8"
@@ -161,8 +166,9 @@ class Progress:
         say(self._line(), error=True)
 
     def _line(self) -> str:
-        of_total = f" of {self.total:,}" if self.total is not None else ""
-        parts = [f"{self.done:,}{of_total} {self.unit}s"]
+        parts = [amount(self.done, self.unit)]
+        if self.total is not None:
+            parts = [f"{self.done:,} of {amount(self.total, self.unit)}"]
         rate = (self.done - self._initial) / max(time.monotonic() - self._started, 1e-9)
         if rate > 0:
             if not self._exact:

@@ -7,6 +7,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from geneformer_pretrain.console import amount
 from geneformer_pretrain.data.dataset import DataFingerprint
 from geneformer_pretrain.errors import ConfigError
 from modeling_bert_te import BertForMaskedLM
@@ -124,8 +125,8 @@ def accumulation_steps(packs_per_step: int, world_size: int) -> int:
     if packs_per_step % world_size:
         sizes = [n for n in range(1, packs_per_step + 1) if packs_per_step % n == 0]
         raise ConfigError(
-            f"This run takes {packs_per_step} packs per step, which {world_size} processes cannot share evenly. "
-            f"Resume it on {', '.join(map(str, sizes))} processes."
+            f"This run takes {amount(packs_per_step, 'pack')} per step, which {world_size} processes cannot share "
+            f"evenly. Processes that can: {', '.join(map(str, sizes))}."
         )
     return packs_per_step // world_size
 

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from geneformer_pretrain.console import Summary
+from geneformer_pretrain.console import Summary, amount
 from geneformer_pretrain.errors import ConfigError, require
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def _import(arguments: argparse.Namespace) -> Summary:
     summary = _describe(gene_set, arguments.output)
     without = len(set(dictionaries.medians) - set(gene_set.tokens))
     if without:
-        summary.lines.append(f"  {without:,} medians are of genes without a token and were left out")
+        summary.lines.append(f"  medians of genes without a token, left out: {without:,}")
     summary.values["medians_without_token"] = without
     return summary
 
@@ -163,7 +163,7 @@ def _build(arguments: argparse.Namespace) -> Summary:
     if arguments.partial:
         counted.save(output, overwrite=arguments.overwrite)
         summary = Summary(
-            [f"{output}: partial result of {counted.counted_cells:,} cells; merge it with --merge"],
+            [f"{output}: partial result of {amount(counted.counted_cells, 'cell')}; merge it with --merge"],
             {"cells": counted.counted_cells, "genes": len(counted.gene_ids)},
         )
         genes = counted.gene_ids
@@ -204,7 +204,7 @@ def _add_shares(summary: Summary, result: "Counted", genes: list[str], arguments
     line = f"  these genes hold {share:.1%} of the counts"
     if left_out:
         fewer = "no cell" if arguments.min_cells in (None, 1) else f"fewer than {arguments.min_cells:,} cells"
-        line += f"; {left_out:,} of {counted:,} genes have counts in {fewer} and were left out"
+        line += f"; left out, with counts in {fewer}: {left_out:,} of {amount(counted, 'gene')}"
     summary.lines.append(line)
     summary.values |= {"share_of_counts": share, "genes_left_out": left_out}
     if result.summed is not None:
@@ -215,8 +215,8 @@ def _add_shares(summary: Summary, result: "Counted", genes: list[str], arguments
     if result.strange is not None:
         path, shared, of = result.strange
         summary.lines.append(
-            f"  WARNING {path}: only {shared:,} of its {of:,} genes are in the files before it; if its ids are of "
-            "another kind (symbols, Ensembl ids) or species, build without it, or choose genes with --genes"
+            f"  WARNING {path}: the files before it have only {shared:,} of its {amount(of, 'gene')}; if its ids are "
+            "of another kind (symbols, Ensembl ids) or species, build without it, or choose genes with --genes"
         )
         summary.values["strange_file"] = {"file": str(path), "genes_shared": shared, "genes": of}
     if arguments.genes is not None or arguments.gene_table is not None:
@@ -314,8 +314,8 @@ def _export(arguments: argparse.Namespace) -> Summary:
     lines = [f"{arguments.output}: {', '.join(file.name for file in files)}"]
     if gene_set.num_unranked_genes:
         lines.append(
-            f"  {gene_set.num_unranked_genes:,} genes have no median; Geneformer's own tokenizer raises a KeyError for "
-            "cells with such a gene"
+            f"  genes without a median: {gene_set.num_unranked_genes:,}; Geneformer's own tokenizer raises a KeyError "
+            "for cells with such a gene"
         )
     return Summary(lines, {"files": [file.name for file in files], "unranked_genes": gene_set.num_unranked_genes})
 
@@ -330,7 +330,7 @@ def _describe(gene_set: "GeneSet", folder: object) -> Summary:
     symbols = sum(symbol is not None for symbol in gene_set.symbols)
     lines = [
         f"{folder}: gene set {gene_set.name}, species {gene_set.species or 'not given'}",
-        f"  {gene_set.vocab_size:,} tokens: {genes:,} genes, {special}",
+        f"  {gene_set.vocab_size:,} tokens: {amount(genes, 'gene')}, {special}",
         f"  longest cell {gene_set.max_tokens:,} tokens, counts scaled to {gene_set.target_sum:,.0f}",
     ]
     values: dict[str, Any] = gene_set.describe() | {
@@ -348,9 +348,9 @@ def _describe(gene_set: "GeneSet", folder: object) -> Summary:
         lines.append(f"  medians {low} to {high}, half of them {first} to {third}, the middle one {middle}")
         values["median_quartiles"] = quartiles
     if gene_set.num_unranked_genes:
-        lines.append(f"  {gene_set.num_unranked_genes:,} genes have no median and give no tokens")
-    lines.append(f"  symbols of {symbols:,} genes, {len(gene_set.aliases):,} other ids")
+        lines.append(f"  genes without a median, which give no tokens: {gene_set.num_unranked_genes:,}")
+    lines.append(f"  symbols of {amount(symbols, 'gene')}, {amount(len(gene_set.aliases), 'other id')}")
     if "cells" in gene_set.origin:
-        lines.append(f"  medians {gene_set.origin['medians']}, of {gene_set.origin['cells']:,} cells")
+        lines.append(f"  medians {gene_set.origin['medians']}, of {amount(gene_set.origin['cells'], 'cell')}")
     lines.append(f"  fingerprint {gene_set.fingerprint}")
     return Summary(lines, values)

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from geneformer_pretrain.console import Summary
+from geneformer_pretrain.console import Summary, amount
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -126,7 +126,7 @@ def _lines(values: dict[str, Any], gpus: int) -> list[str]:
     at_cap = f"; {values['share_at_cap']:.1%} of the cells are cut at {cap:,}" if cap else ""
     of_all = f" of {values['genes_in_vocabulary']:,}" if values["genes_in_vocabulary"] else ""
     lines = [
-        f"cells          {values['cells']:,} in {values['files']:,} files{empty}",
+        f"cells          {values['cells']:,} in {amount(values['files'], 'file')}{empty}",
         f"tokens         {values['tokens']:,}",
         f"gene set       {values['gene_set']['name'] if values['gene_set'] else 'not named by the corpus'}",
         f"length         mean {length['mean']:,.0f}, median {length['median']:,.0f}, 5% to 95% "
@@ -136,14 +136,15 @@ def _lines(values: dict[str, Any], gpus: int) -> list[str]:
         f"entropy        {values['unigram_entropy']:.2f} nats: the loss if only the genes' frequencies are known",
     ]
     for name, found in values["configurations"].items():
-        cut = f", {found['truncated_cells']:,} cells cut at {found['seq_length']:,}" if found["truncated_cells"] else ""
+        longer = found["truncated_cells"]
+        cut = f", {amount(longer, 'cell')} cut at {found['seq_length']:,}" if longer else ""
         lines.append(
-            f"{name:<14} {found['steps_per_epoch']:,} steps an epoch on {gpus} GPU{'s' if gpus > 1 else ''}; "
+            f"{name:<14} {amount(found['steps_per_epoch'], 'step')} an epoch on {amount(gpus, 'GPU')}; "
             f"{found['fill']:.1%} of its tokens are genes ({found['fill_when_padded']:.1%} if padded){cut}"
         )
     for column, groups in values["columns"].items():
         largest = ", ".join(f"{group['value']} {group['cells']:,}" for group in groups[:5])
-        lines.append(f"{column:<14} {len(groups):,} values: {largest}{', ...' if len(groups) > 5 else ''}")
+        lines.append(f"{column:<14} {amount(len(groups), 'value')}: {largest}{', ...' if len(groups) > 5 else ''}")
     return lines
 
 

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from geneformer_pretrain.console import Summary
+from geneformer_pretrain.console import Summary, amount
 
 DEFAULT_FRACTION = 0.1
 
@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> Summary:
         groups, held_out = choose_groups(cells.sources, column, fraction or DEFAULT_FRACTION, names)
         choose = by_group(column, held_out)
         origin = {"by": column, "held_out": sorted(held_out)}
-        how = f"{len(held_out)} of {len(groups)} values of {column}: {', '.join(sorted(held_out)[:8])}"
+        how = f"{len(held_out)} of {amount(len(groups), 'value')} of {column}: {', '.join(sorted(held_out)[:8])}"
         how += ", ..." if len(held_out) > 8 else ""
 
     description = read_description(Path(arguments.corpus))
@@ -64,7 +64,8 @@ def run(arguments: argparse.Namespace) -> Summary:
         path = Path(arguments.output) / part.folder.name
         summary.values[part.folder.name] = {"path": str(path), "cells": part.cells, "tokens": part.tokens}
         summary.lines.append(
-            f"{part.folder.name:<9} {part.cells:,} cells ({part.cells / total:.1%}), {part.tokens:,} tokens: {path}"
+            f"{part.folder.name:<9} {amount(part.cells, 'cell')} ({part.cells / total:.1%}), "
+            f"{amount(part.tokens, 'token')}: {path}"
         )
     summary.lines.append(f"held out  {how}")
     return summary

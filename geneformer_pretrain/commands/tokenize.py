@@ -5,8 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from geneformer_pretrain.console import Summary
-from geneformer_pretrain.errors import ConfigError, require
+from geneformer_pretrain.console import Summary, amount
+from geneformer_pretrain.errors import ConfigError, DataError, require
 from geneformer_pretrain.tokenization.workers import start_server
 
 LAYOUT = """
@@ -68,7 +68,14 @@ def run(arguments: argparse.Namespace) -> Summary:
     if workers > 1:  # before the imports below, which take as long
         start_server("geneformer_pretrain.tokenization.corpus_writer")
     from geneformer_pretrain.tokenization.corpus_plan import Rule, make_plan, parse_shard, settle
-    from geneformer_pretrain.tokenization.corpus_writer import Job, delete_corpus, finish, make_parts, missing_parts
+    from geneformer_pretrain.tokenization.corpus_writer import (
+        Job,
+        delete_corpus,
+        finish,
+        forget_plan,
+        make_parts,
+        missing_parts,
+    )
     from geneformer_pretrain.tokenization.counts import find_counts
     from geneformer_pretrain.tokenization.gene_set import GeneSet
 
@@ -99,27 +106,33 @@ def run(arguments: argparse.Namespace) -> Summary:
     job = Job(folder, plan, gene_set, arguments.allow_noninteger, arguments.allow_low_match)
     missing = missing_parts(job)
     mine = [part for part in missing if part.number % shards == shard % shards]
-    make_parts(job, mine, workers)
+    try:
+        make_parts(job, mine, workers)
+    except DataError:
+        if shards == 1:
+            forget_plan(folder)
+        raise
     corpus = finish(job)
     if corpus is None:
         left = len(missing_parts(job))
-        text = f"{folder}: made {len(mine)} parts; {left} of {len(plan.parts)} are still missing, of other shards."
-        return Summary([text], {"complete": False, "made": len(mine), "missing": left, "parts": len(plan.parts)})
+        made = f"made {amount(len(mine), 'part')}; still missing, of other shards: {left:,} of {len(plan.parts):,}"
+        return Summary(
+            [f"{folder}: {made}."], {"complete": False, "made": len(mine), "missing": left, "parts": len(plan.parts)}
+        )
     there = len(plan.parts) - len(missing)
-    made = f"{there} of them were there before" if there and mine else "all were there before" if there else ""
+    made = f"there before: {there:,}" if there and mine else "all were there before" if there else ""
     return Summary(_lines(folder, corpus, made), {"complete": True, "output": str(folder), **corpus})
 
 
 def _lines(folder: Path, corpus: dict[str, Any], made: str) -> list[str]:
     """Describe a finished corpus for people."""
     from geneformer_pretrain.tokenization.gene_ids import describe_summed
+    from geneformer_pretrain.tokenization.repeated_ids import RepeatedIds
     from geneformer_pretrain.tokenization.tokenizer import describe_left_out
 
     sums, cells, tokens = corpus["sums"], corpus["cells"], corpus["tokens"]
-    number = len(corpus["parts"])
-    parts = f"{number} part{'' if number == 1 else 's'}" + (f" ({made})" if made else "")
-    noun = "cell" if cells == 1 else "cells"
-    lines = [f"{folder}: {cells:,} {noun}, {tokens:,} tokens ({tokens / cells:,.0f} a cell), {parts}"]
+    parts = amount(len(corpus["parts"]), "part") + (f" ({made})" if made else "")
+    lines = [f"{folder}: {amount(cells, 'cell')}, {amount(tokens, 'token')} ({tokens / cells:,.0f} a cell), {parts}"]
     left_out = describe_left_out(corpus["left_out"])
     if left_out:
         lines.append(f"cells left out: {left_out}")
@@ -142,8 +155,12 @@ def _lines(folder: Path, corpus: dict[str, Any], made: str) -> list[str]:
         lines.append(describe_summed(source["genes_summed"]) + where)
     if sums["other_totals"]:
         lines.append(
-            f"{corpus['rule']['n_counts_column']} differs from the sum of the counts in {sums['other_totals']:,} "
-            f"cells, by a factor of up to {sums['greatest_ratio']:.3g}; it was used as given"
+            f"{corpus['rule']['n_counts_column']} differs from the sum of the counts in "
+            f"{amount(sums['other_totals'], 'cell')}, by a factor of up to {sums['greatest_ratio']:.3g}; it was used "
+            "as given"
         )
+    if corpus["repeated_ids"] is not None:
+        remedy = "carry a column along that tells the samples apart (--columns)"
+        lines.append(RepeatedIds(**corpus["repeated_ids"]).describe(remedy))
     lines += [f"{Path(source['path']).name}: {note}" for source in corpus["sources"] for note in source["notes"]]
     return lines

@@ -86,7 +86,7 @@ class ParquetReader:
         self.num_tokens = sum(file.tokens for file in self.files)
         self.empty_files = len(found) - len(self.files)
         if not self.files:
-            others = f" (nor have {len(paths) - 1} others)" if len(paths) > 1 else ""
+            others = f" (none of {len(paths):,} files has)" if len(paths) > 1 else ""
             raise DataError(f"{paths[0]}: has no rows{others}; a corpus needs at least one cell")
 
     def read(self) -> Iterator[CellBatch]:

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
+from geneformer_pretrain.console import amount
 from geneformer_pretrain.data.arrow_cache import (
     DATA_FILE,
     CacheManifest,
@@ -163,8 +164,8 @@ def open_corpus(
         listed = sum(part["cells"] for part in description.content["parts"])
         if listed != corpus.num_cells:
             raise DataError(
-                f"{location}: its parts hold {corpus.num_cells:,} cells, and corpus.json lists {listed:,}; copy the "
-                "folder again, or tokenize again"
+                f"{location}: its parts hold {amount(corpus.num_cells, 'cell')}, and corpus.json lists {listed:,}; "
+                "copy the folder again, or tokenize again"
             )
     else:
         description = read_description_beside(files)

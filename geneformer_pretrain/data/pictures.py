@@ -9,6 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from geneformer_pretrain.console import amount
 from geneformer_pretrain.data.inspection import Group
 
 BLUE, ORANGE, GREY = "#2563a8", "#d9762b", "#6b7280"
@@ -42,7 +43,7 @@ def draw_lengths(path: Path, lengths: np.ndarray, cap: int | None) -> None:
     cap
         None if no length stands out.
     """
-    figure, axes = _new_figure(f"Tokens per cell ({len(lengths):,} cells)")
+    figure, axes = _new_figure(f"Tokens per cell ({amount(len(lengths), 'cell')})")
     longest = int(lengths.max())
     axes.hist(lengths, bins=min(64, longest), range=(0, longest + 1), color=BLUE)
     axes.axvline(np.median(lengths), color=GREY, linestyle="--", label=f"median {np.median(lengths):,.0f}")
@@ -66,7 +67,7 @@ def draw_genes(path: Path, counts: np.ndarray, num_cells: int) -> None:
         int [genes], cells that hold each gene.
     """
     seen = np.sort(counts[counts > 0])[::-1]
-    figure, axes = _new_figure(f"Genes by frequency ({len(seen):,} genes seen)")
+    figure, axes = _new_figure(f"Genes by frequency ({amount(len(seen), 'gene')} seen)")
     axes.plot(np.arange(1, len(seen) + 1), 100 * seen / num_cells, color=BLUE, linewidth=2)
     axes.set_yscale("log")
     axes.set_xlabel("genes, most frequent first", fontsize=12)
@@ -83,7 +84,7 @@ def draw_groups(path: Path, column: str, groups: Sequence[Group], most: int) -> 
     rest = shown[most:]
     bars = [(group.value, group.tokens) for group in shown[:most]]
     if rest:
-        bars.append((f"{len(rest):,} others", sum(group.tokens for group in rest)))
+        bars.append((amount(len(rest), "other"), sum(group.tokens for group in rest)))
     figure, axes = _new_figure(f"Tokens by {column}", height=1.5 + 0.32 * len(bars))
     names = [name if len(name) <= 40 else f"{name[:37]}..." for name, _ in bars]
     places = np.arange(len(bars))

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from geneformer_pretrain.console import Progress
+from geneformer_pretrain.console import Progress, amount
 from geneformer_pretrain.data.arrow_cache import SourceFile
 from geneformer_pretrain.data.parquet_cells import COLUMN, check_cells
 from geneformer_pretrain.data.reading import as_text, column_types, read_rows
@@ -80,8 +80,8 @@ def choose_groups(
     if not held_out or held_out == groups:
         which = "none" if not held_out else "every one"
         raise DataError(
-            f"--by {column}: {which} of its {len(groups)} groups would be held out; name some with --hold-out, or "
-            "change --fraction"
+            f"--by {column}: {which} of its {amount(len(groups), 'group')} would be held out; name some with "
+            "--hold-out, or change --fraction"
         )
     return groups, held_out
 
@@ -173,7 +173,9 @@ def split(sources: Sequence[SourceFile], choose: Chooser, output: Path) -> tuple
     for writer, name in zip(writers, PARTS, strict=True):
         writer.close()
         if not writer.cells:
-            raise DataError(f"no cell would be in {name}: the corpus has {progress.done:,} cells; change --fraction")
+            raise DataError(
+                f"no cell would be in {name}: the corpus has {amount(progress.done, 'cell')}; change --fraction"
+            )
     train, held_out_part = writers
     return train, held_out_part
 

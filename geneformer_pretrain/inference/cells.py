@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.ipc as ipc
 import pyarrow.parquet as pq
 
-from geneformer_pretrain.console import say
+from geneformer_pretrain.console import amount, say
 from geneformer_pretrain.errors import ConfigError, DataError
 from geneformer_pretrain.inference.model import Model
 from geneformer_pretrain.inference.tokens import Tokens, open_tokens
@@ -221,12 +221,13 @@ def _max_tokens(source: Tokens, model: Model, given: int | None, *, is_main: boo
         cell = int(longer[0])
         raise DataError(
             f"{source.describe_cell(cell)}: {source.lengths[cell]:,} tokens; {model.path} knows up to "
-            f"{model.max_tokens:,}, and {len(longer):,} cells are longer. Tokenize them with the model's gene set, or "
-            f"add --max-tokens {model.max_tokens} to leave out their last genes."
+            f"{model.max_tokens:,}; cells that are longer: {len(longer):,}. Tokenize them with the model's gene set, "
+            f"or add --max-tokens {model.max_tokens} to leave out their last genes."
         )
     most = model.trained_tokens if given is None else given
     cut = int((source.lengths > most).sum())
     if cut and is_main:
         why = "the model was trained on no longer ones; --max-tokens changes it" if given is None else "--max-tokens"
-        say(f"{cut:,} of {len(source.lengths):,} cells are cut to their first {most:,} tokens ({why}).")
+        cells = amount(len(source.lengths), "cell")
+        say(f"{cut:,} of {cells} {'is' if cut == 1 else 'are'} cut to the first {most:,} tokens ({why}).")
     return most

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
 
-from geneformer_pretrain.console import Progress, say
+from geneformer_pretrain.console import Progress, amount, say
 from geneformer_pretrain.data.sources import find_parquet, read_description
 from geneformer_pretrain.data.vocabulary import require_gene_set
 from geneformer_pretrain.errors import DataError
@@ -161,6 +161,7 @@ def _require_columns(path: Path, needed: Mapping[str, str | None], options: Coun
 
 def _tokenize(files: Sequence[Path], model: Model, output: Path, options: CountsOptions, is_main: bool) -> None:
     """Tokenize counts into one parquet file, with ids and all columns of the cells."""
+    from geneformer_pretrain.tokenization.repeated_ids import find_repeated_ids
     from geneformer_pretrain.tokenization.tokenizer import Tally, describe_left_out, tokenize_blocks
 
     writer: pq.ParquetWriter | None = None
@@ -194,10 +195,14 @@ def _tokenize(files: Sequence[Path], model: Model, output: Path, options: Counts
                 writer.close()
         left_out = describe_left_out(tally.left_out)
         if not tally.kept:
-            why = f"all {tally.cells:,} cells are left out ({left_out})" if tally.cells else "no cells"
+            why = f"no cell is left of {tally.cells:,} ({left_out})" if tally.cells else "no cells"
             raise DataError(f"{', '.join(map(str, files))}: {why}.")
+        repeated = find_repeated_ids([temporary], tally.kept)
+    if repeated is not None and is_main:
+        say(repeated.describe("tell cells apart by their number, the column `cell`"), error=True)
     if left_out and is_main:
-        say(f"{tally.cells - tally.kept:,} of {tally.cells:,} cells are left out: {left_out}.")
+        out = tally.cells - tally.kept
+        say(f"{out:,} of {amount(tally.cells, 'cell')} {'is' if out == 1 else 'are'} left out: {left_out}.")
 
 
 def _table_of(block: Any) -> pa.Table:

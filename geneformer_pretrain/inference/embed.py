@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-from geneformer_pretrain.console import Progress, Summary
+from geneformer_pretrain.console import Progress, Summary, amount
 from geneformer_pretrain.distributed.agreement import Ranks
 from geneformer_pretrain.errors import ConfigError, DataError, OutputError, require
 from geneformer_pretrain.files import replacing, require_new
@@ -172,8 +172,8 @@ def _embed(options: EmbedOptions, work: Path, ranks: Ranks, phases: Phases) -> S
     rate, forward_rate = tokens / seconds, tokens / phases.total("forward")
     return Summary(
         [
-            f"{options.output}: {cells.num_cells:,} cells, {model.hidden_size} dimensions, layer {options.layer}, "
-            f"{options.pooling}.",
+            f"{options.output}: {amount(cells.num_cells, 'cell')}, {model.hidden_size} dimensions, "
+            f"layer {options.layer}, {options.pooling}.",
             f"{tokens:,} tokens in {seconds:.1f} s on {ranks.size} x {model.device.type}, reading and writing "
             f"included: {rate:,.0f} tokens/s; forward alone {forward_rate:,.0f} tokens/s.",
             phases.line,

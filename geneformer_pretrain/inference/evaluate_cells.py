@@ -53,7 +53,7 @@ def choose_cells(cells: Cells, label: str, group: str | None, *, max_cells: int,
         cells.require_columns([group], "--groups")
     drawn = np.arange(cells.num_cells)
     if len(drawn) > max_cells:
-        say(f"{len(drawn):,} cells: {max_cells:,} of them are drawn (--max-cells).", error=True)
+        say(f"{max_cells:,} of {len(drawn):,} cells drawn at random (--max-cells).", error=True)
         drawn = np.sort(np.random.default_rng(seed).choice(drawn, max_cells, replace=False))
     names = [label] if group is None else list(dict.fromkeys([label, group]))
     table = cells.table(names, drawn)

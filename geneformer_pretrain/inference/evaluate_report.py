@@ -10,6 +10,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from sklearn.metrics import confusion_matrix
 
+from geneformer_pretrain.console import amount
 from geneformer_pretrain.inference.evaluate import (
     COMPONENTS,
     MIN_CELLS,
@@ -162,7 +163,7 @@ def _markdown(values: Mapping[str, Any], method: str) -> list[str]:
     if values["cells_of_unseen_classes"]:
         lines += [
             "",
-            f"{values['cells_of_unseen_classes']:,} cells are of a class that no training cell of their fold has.",
+            f"Cells of a class that no training cell of their fold has: {values['cells_of_unseen_classes']:,}.",
         ]
     if values["masked_loss"]:
         lines += ["", "| | masked-token loss, nats |", "|---|---|"]
@@ -183,7 +184,7 @@ def _options_line(options: Mapping[str, Any]) -> str:
 
 
 def _left_out(values: Mapping[str, Any]) -> str:
-    return "; ".join(f"{name}: {count:,} cells" for name, count in values["left_out"].items())
+    return "; ".join(f"{name}: {amount(count, 'cell')}" for name, count in values["left_out"].items())
 
 
 def plot_maps(path: Path, features: Mapping[str, Features], classes: Classes, seed: int) -> str:

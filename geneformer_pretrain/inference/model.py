@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from geneformer_pretrain.config.model import MAX_TOKENS_KEY
+from geneformer_pretrain.console import amount
 from geneformer_pretrain.errors import ConfigError, DataError
 from modeling_bert_te import BertForMaskedLM, BertModel, FlashAttention
 
@@ -113,7 +114,7 @@ class Model:
         states = self.num_layers + 1
         if not -states <= layer < states:
             raise ConfigError(
-                f"--layer {layer}: {self.path} has {self.num_layers} layers; choose from 0 (embeddings) to "
+                f"--layer {layer}: {self.path} has {amount(self.num_layers, 'layer')}; choose from 0 (embeddings) to "
                 f"{self.num_layers} (last), or from -1 (last) to {-states} (embeddings)."
             )
         return layer % states
@@ -234,7 +235,8 @@ def _load_weights(folder: Path) -> BertForMaskedLM:
         transformers.utils.logging.enable_progress_bar()
     missing = sorted(name for name in info["missing_keys"] if not name.startswith("cls."))
     if missing:
-        raise DataError(f"{folder}: the weights lack {missing[0]} and {len(missing) - 1} others; name a complete BERT.")
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise DataError(f"{folder}: the weights lack {missing[0]}{more}; name a complete BERT.")
     for name, parameter in model.bert.named_parameters():
         if not torch.isfinite(parameter).all():
             raise DataError(f"{folder}: bert.{name} holds NaN or infinite values; the model's training diverged.")

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from geneformer_pretrain.console import Progress, Summary, say
+from geneformer_pretrain.console import Progress, Summary, amount, say
 from geneformer_pretrain.distributed.agreement import Ranks
 from geneformer_pretrain.errors import DataError, OutputError
 from geneformer_pretrain.inference.cells import Cells, open_cells
@@ -144,7 +144,7 @@ def _perturb(options: PerturbOptions, model: Model, ranks: Ranks, phases: Phases
         minutes, size = tokens / rate / 60, copies * (16 + 4 * comparing.num_scores) / 1e6
         duration = f"{minutes:,.1f} min" if minutes >= 1 else f"{60 * minutes:.0f} s"
         say(
-            f"{copies:,} perturbations of {len(opened.chosen):,} cells, {tokens:,} tokens: about {duration} at "
+            f"{amount(copies, 'perturbation')} of {_cells_with_copies(opened)}, {tokens:,} tokens: about {duration} at "
             f"{rate:,.0f} tokens/s, and {size:,.0f} MB of scores."
         )
     ranks.gather(None)
@@ -154,7 +154,8 @@ def _perturb(options: PerturbOptions, model: Model, ranks: Ranks, phases: Phases
     seconds = phases.total("open", "forward")
     rate, forward_rate = tokens / seconds, tokens / phases.total("forward")
     lines = [
-        f"{options.output / 'scores'}: {opened.census.copies.sum():,} perturbations of {len(opened.chosen):,} cells, "
+        f"{options.output / 'scores'}: {amount(int(opened.census.copies.sum()), 'perturbation')} of "
+        f"{_cells_with_copies(opened)}, "
         f"{options.mode}, layer {options.layer}.",
         f"{tokens:,} tokens in {seconds:.1f} s on {ranks.size} x {model.device.type}, reading and writing included: "
         f"{rate:,.0f} tokens/s; forward alone {forward_rate:,.0f} tokens/s.",
@@ -179,6 +180,14 @@ def _perturb(options: PerturbOptions, model: Model, ranks: Ranks, phases: Phases
         "output": str(options.output),
     }
     return Summary([*lines, phases.line], values)
+
+
+def _cells_with_copies(opened: _Opened) -> str:
+    """Number of cells that are perturbed, and of the chosen ones if others have nothing to perturb."""
+    number, chosen = int(np.count_nonzero(opened.census.copies)), len(opened.chosen)
+    if number == chosen:
+        return amount(chosen, "cell")
+    return f"{number:,} of {amount(chosen, 'cell')} (the others have nothing to perturb)"
 
 
 def _typical_length(opened: _Opened) -> int:
@@ -227,8 +236,8 @@ def _require_replicates(cells: Cells, options: PerturbOptions, chosen: np.ndarra
         if len(values) < MIN_REPLICATES:
             only = f"is {values[0]!r} in all" if values else "has no value in any"
             raise DataError(
-                f"--replicates {column}: the column {only} of the {len(chosen):,} cells to perturb, and statistics "
-                f"need at least {MIN_REPLICATES} replicates; choose another column or leave the option out."
+                f"--replicates {column}: the column {only} of the {amount(len(chosen), 'cell')} to perturb, and "
+                f"statistics need at least {MIN_REPLICATES} replicates; choose another column or leave the option out."
             )
         if len(values) < TESTED_REPLICATES and is_main:
             say(f"--replicates {column}: {len(values)} replicates; p-values need {TESTED_REPLICATES} and stay empty.")

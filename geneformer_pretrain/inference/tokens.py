@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
+from geneformer_pretrain.console import amount
 from geneformer_pretrain.data.arrow_cache import ParquetReader, SourceFile, fingerprint
 from geneformer_pretrain.data.corpus import Corpus, open_corpus
 from geneformer_pretrain.data.parquet_cells import COLUMN, ParquetFile, check_cells
@@ -89,8 +90,8 @@ def open_tokens(path: Path) -> Tokens:
         listed = sum(part["cells"] for part in description.content["parts"])
         if listed != len(found.lengths):
             raise DataError(
-                f"{path}: its parts hold {len(found.lengths):,} cells, and corpus.json lists {listed:,}; copy the "
-                "folder again, or tokenize again."
+                f"{path}: its parts hold {amount(len(found.lengths), 'cell')}, and corpus.json lists {listed:,}; copy "
+                "the folder again, or tokenize again."
             )
     return found
 
@@ -247,8 +248,8 @@ class ParquetTokens:
         if len(differs):
             cell = first + int(differs[0])
             raise DataError(
-                f"{self.describe_cell(cell)}: {COLUMN} has {found[differs[0]]:,} tokens, and {LENGTH} says "
-                f"{self.lengths[cell]:,}; tokenize the cells again, or drop the column {LENGTH}."
+                f"{self.describe_cell(cell)}: {COLUMN} has {amount(int(found[differs[0]]), 'token')}, and {LENGTH} "
+                f"says {self.lengths[cell]:,}; tokenize the cells again, or drop the column {LENGTH}."
             )
 
     def _read_lengths(self, group: int) -> np.ndarray:

@@ -20,6 +20,7 @@ from torch import Tensor
 from geneformer_pretrain.checkpoint.manifest import MANIFEST
 from geneformer_pretrain.checkpoint.shards import Shards, StoredPiece, StoredTensor, TensorInfo
 from geneformer_pretrain.checkpoint.tensor_files import load_pickled, open_safetensors
+from geneformer_pretrain.console import amount
 from geneformer_pretrain.errors import ConfigError
 from modeling_bert_te import canonical_name
 
@@ -75,8 +76,8 @@ class PublishedStart:
         if self.num_matched < self.num_tokens:
             new = self.num_tokens - self.num_matched
             lines.append(
-                f"{self.num_matched:,} of {self.num_tokens:,} tokens have its embeddings; {new:,} new ones start from "
-                "their mean plus noise."
+                f"{self.num_matched:,} of {self.num_tokens:,} tokens have its embeddings; {amount(new, 'new one')} "
+                "from their mean plus noise."
             )
         before, now = self.positions
         if before < now:

@@ -1,5 +1,6 @@
 """The plan of a run: everything a lab asks before it books GPUs."""
 
+import math
 from dataclasses import dataclass
 
 from geneformer_pretrain.config.schema import Config
@@ -59,6 +60,8 @@ class Plan:
         Tokens that an average token attends to.
     tokens_per_step, cells_per_step
         Of all GPUs together.
+    steps_per_epoch
+        Less than 1 if a step has more micro-batches than all cells fill: each step then reads cells several times.
     checkpoint_bytes, disk_bytes
         One checkpoint, and the run's folder with all that are kept and the export.
     cache_bytes
@@ -115,8 +118,10 @@ def make_plan(
     parameters = num_parameters(model)
     cut = lengths.cut(model.seq_length, config.data.validation_fraction or 0.0)
     flops = flops_per_token(model, training.mlm_probability, cut.attended)
-    tokens_per_step = PACK_FILL * model.token_budget * training.gradient_accumulation_steps * cluster.gpus
-    steps = cut.tokens / tokens_per_step
+    packs_per_step = training.gradient_accumulation_steps * cluster.gpus
+    tokens_per_step = PACK_FILL * model.token_budget * packs_per_step
+    # An epoch's last pack may be far from full, but holds cells of no other epoch.
+    steps = math.ceil(cut.tokens / (PACK_FILL * model.token_budget)) / packs_per_step
     size = CHECKPOINT_BYTES * parameters
     engines = []
     for engine_config, is_configured in engine_configs(config, cluster):
@@ -158,7 +163,7 @@ def make_plan(
         micro_batch_tokens=model.token_budget,
         accumulation=training.gradient_accumulation_steps,
         tokens_per_step=tokens_per_step,
-        cells_per_step=tokens_per_step * cut.cells / cut.tokens,
+        cells_per_step=cut.cells / steps,
         steps_per_epoch=steps,
         num_train_steps=training.num_train_steps,
         checkpoint_bytes=size,

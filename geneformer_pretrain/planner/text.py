@@ -1,5 +1,6 @@
 """A plan in lines for people."""
 
+from geneformer_pretrain.console import amount
 from geneformer_pretrain.planner.fitting import GIB, MOST_GPUS, USABLE_SHARE
 from geneformer_pretrain.planner.measured import Card
 from geneformer_pretrain.planner.plan import EnginePlan, Plan
@@ -12,19 +13,17 @@ def describe(plan: Plan) -> list[str]:
     cluster, card = plan.cluster, plan.cluster.card
     nodes = f", {cluster.nodes} nodes of {cluster.gpus_per_node}" if cluster.nodes > 1 else ""
     configured = plan.configured
-    epochs = plan.num_train_steps / plan.steps_per_epoch
-    of_run = f"{epochs:,.0f}" if epochs >= 100 else f"{epochs:.2g}" if epochs >= 1e-3 else "less than 0.001"
     lines = [
         f"model        {plan.num_parameters:,} parameters",
         f"FLOPs        {_si(plan.flops_per_token)} a token, forward and backward: "
         "3 x [layers x (2 (4 H^2 + 2 H F) + 4 H L) + 2 m (H^2 + H V)]",
         f"             L = sum(n^2) / sum(n) = {plan.attended:,.0f} tokens that a token attends to, m = share masked",
-        f"corpus       {plan.cells:,} cells, {_si(plan.tokens)} tokens ({plan.corpus})",
+        f"corpus       {amount(plan.cells, 'cell')}, {_si(plan.tokens)} tokens ({plan.corpus})",
         f"GPUs         {cluster.gpus} x {card.name}{nodes}",
-        f"step         {plan.tokens_per_step:,.0f} tokens, {plan.cells_per_step:,.0f} cells: {cluster.gpus} x "
-        f"{plan.accumulation} micro-batches of {plan.micro_batch_tokens:,} tokens",
-        f"epoch        {plan.steps_per_epoch:,.0f} steps; the run has {plan.num_train_steps:,}, {of_run} epochs",
-        *(["             a step takes more cells than the corpus has"] if plan.steps_per_epoch < 1 else []),
+        f"step         {plan.tokens_per_step:,.0f} tokens, {amount(round(plan.cells_per_step), 'cell')}: "
+        f"{cluster.gpus} x {amount(plan.accumulation, 'micro-batch', 'micro-batches')} of "
+        f"{plan.micro_batch_tokens:,} tokens",
+        f"epoch        {_epoch(plan)}",
         f"checkpoint   {_bytes(plan.checkpoint_bytes)} each; the run's folder {_bytes(plan.disk_bytes)}, "
         f"the corpus in data.cache_dir {_bytes(plan.cache_bytes)}",
         *_saving(configured),
@@ -49,11 +48,26 @@ def describe(plan: Plan) -> list[str]:
         ]
     cost = "" if configured.cost_of_run is None else f", cost {configured.cost_of_run:,.0f}"
     lines.append(
-        f"The whole run, {configured.engine}: {plan.num_train_steps:,} steps, "
+        f"The whole run, {configured.engine}: {amount(plan.num_train_steps, 'step')}, "
         f"{_time(3600 * configured.gpu_hours_of_run / cluster.gpus)}, {configured.gpu_hours_of_run:,.1f} "
         f"GPU-hours{cost}."
     )
     return lines
+
+
+def _epoch(plan: Plan) -> str:
+    """Say how long an epoch is, and how many the run has."""
+    epochs = plan.num_train_steps / plan.steps_per_epoch
+    of_run = f"{epochs:,.0f}" if epochs >= 100 else f"{epochs:.2g}" if epochs >= 1e-3 else "less than 0.001"
+    run = f"the run has {plan.num_train_steps:,}, {of_run} epoch{'' if of_run == '1' else 's'}"
+    if plan.steps_per_epoch >= 1:
+        return f"{amount(round(plan.steps_per_epoch), 'step')}; {run}"
+    packs = plan.cluster.gpus * plan.accumulation
+    filled = round(plan.steps_per_epoch * packs)
+    return (
+        f"less than one step; {run}\n             all cells fill {filled:,} of the {packs:,} micro-batches of a step, "
+        f"which reads each cell {packs / filled:,.1f} times"
+    )
 
 
 def _saving(engine: EnginePlan) -> list[str]:

@@ -49,6 +49,11 @@ class RunLogs:
             self.metrics = MetricsLog(folder, first_step, config.training.num_train_steps, self.trackers)
         self.cells = CellLog(folder, world, first_step) if config.training.log_cell_ids else None
 
+    def start(self) -> None:
+        """Show the progress from here on."""
+        if self.metrics is not None:
+            self.metrics.start()
+
     def close(self) -> None:
         """Close files and progress."""
         for log in (self.metrics, self.cells):

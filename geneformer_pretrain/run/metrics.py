@@ -8,7 +8,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-from geneformer_pretrain.console import Progress
+from geneformer_pretrain.console import Progress, amount
 from geneformer_pretrain.errors import DataError
 from geneformer_pretrain.files import replacing
 from geneformer_pretrain.run.tracking import Tracker
@@ -24,7 +24,7 @@ RECENT_SECONDS = 30.0
 
 
 class MetricsLog:
-    """Writes one record per logged step, shows progress and feeds trackers; used on the main rank.
+    """Writes one record per logged step, shows progress once started and feeds trackers; used on the main rank.
 
     Parameters
     ----------
@@ -44,7 +44,12 @@ class MetricsLog:
         self._tracked = 0.0
         self._recent: deque[tuple[float, float]] = deque()
         self._tokens = self._seconds = 0.0  # of the recent steps
-        self.progress = Progress(num_steps, "train", "step", initial=first_step, exact=True)
+        self._first_step, self._num_steps = first_step, num_steps
+        self.progress: Progress | None = None
+
+    def start(self) -> None:
+        """Show the progress from here on."""
+        self.progress = Progress(self._num_steps, "train", "step", initial=self._first_step, exact=True)
 
     def write(self, record: dict[str, Any]) -> None:
         """Record one step; numbers that are not finite become null, since JSON has no NaN."""
@@ -73,11 +78,13 @@ class MetricsLog:
         duration = f"{mean:,.2f} s" if mean >= 1 else f"{1e3 * mean:,.1f} ms"
         rate = f"{duration} a step, {self._tokens / self._seconds:,.0f} tokens/s"
         note = f"loss {loss:.4f}, lr {learning_rate:.2e}, {rate}"
-        self.progress.advance(step - self.progress.done, note)
+        if self.progress is not None:
+            self.progress.advance(step - self.progress.done, note)
 
     def close(self) -> None:
         """Close file and progress; trackers are closed by whoever made them, after exit.json is written."""
-        self.progress.close()
+        if self.progress is not None:
+            self.progress.close()
         self.file.close()
 
 
@@ -116,7 +123,8 @@ class JsonLines:
         try:
             self._write_out()
         except OSError as error:
-            log.error("the last %d records of %s are lost: %s", self.unwritten.count(b"\n"), self.file.name, error)
+            lost = amount(self.unwritten.count(b"\n"), "record")
+            log.error("%s at the end of %s lost: %s", lost, self.file.name, error)
         self.file.close()
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -35,6 +35,7 @@ from geneformer_pretrain.tokenization.corpus_plan import (
 )
 from geneformer_pretrain.tokenization.counts import NO_ROOM, file_state
 from geneformer_pretrain.tokenization.gene_set import GeneSet
+from geneformer_pretrain.tokenization.repeated_ids import find_repeated_ids
 from geneformer_pretrain.tokenization.tokenizer import Tally, TokenBlock, describe_left_out, tokenize_blocks
 from geneformer_pretrain.tokenization.workers import process_pool
 
@@ -255,7 +256,7 @@ def finish(job: Job) -> dict[str, Any] | None:
     Raises
     ------
     DataError
-        If no cell is left, or a file changed since the plan was made.
+        If no cell is left, and then nothing of the corpus; if a file changed since the plan was made.
     """
     with locked(job.folder / LOCK_FILE):
         parts, sums = [], [Tally() for _ in job.plan.sources]
@@ -270,11 +271,13 @@ def finish(job: Job) -> dict[str, Any] | None:
         for tally in sums:
             total += tally
         if not total.kept:
+            delete_corpus(job.folder)
             reasons = describe_left_out(total.left_out)
-            raise DataError(f"{job.folder}: all {total.cells:,} cells are left out ({reasons}); the corpus is empty.")
+            raise DataError(f"{job.folder}: no cell is left of {total.cells:,} ({reasons}).")
         for source in job.plan.sources:
             if file_state(Path(source["path"])) != source["state"]:
                 raise DataError(f"{source['path']} changed since the corpus was begun; start again with --overwrite.")
+        repeated = find_repeated_ids([job.folder / part.name for part in job.plan.parts], total.kept)
         described = {
             "format_version": FORMAT_VERSION,
             "gene_set": job.plan.gene_set,
@@ -283,6 +286,7 @@ def finish(job: Job) -> dict[str, Any] | None:
             "cells": total.kept,
             "tokens": total.tokens,
             "left_out": total.left_out,
+            "repeated_ids": None if repeated is None else asdict(repeated),
             "sums": total.as_dict(),
             "sources": [
                 {**source, "sums": tally.as_dict()} for source, tally in zip(job.plan.sources, sums, strict=True)
@@ -300,6 +304,12 @@ def finish(job: Job) -> dict[str, Any] | None:
 
 def _rows(part: Part) -> dict[str, int]:
     return {"source": part.source, "first_row": part.first, "last_row": part.last}
+
+
+def forget_plan(folder: Path) -> None:
+    """Delete a corpus of which nothing but the plan is there, so that other options may follow a mistake."""
+    if {path.name for path in folder.iterdir()} <= {PLAN_FILE, LOCK_FILE}:
+        shutil.rmtree(folder)
 
 
 def delete_corpus(folder: Path) -> None:

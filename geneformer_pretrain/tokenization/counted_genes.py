@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from geneformer_pretrain.console import amount
 from geneformer_pretrain.errors import DataError
 from geneformer_pretrain.files import replacing, require_new
 from geneformer_pretrain.tokenization.gene_set import MAX_TOKENS, SPECIAL_TOKENS, GeneSet
@@ -118,7 +119,7 @@ class CountedGenes:
         cells = self.sketch.num_cells
         kept = [gene for gene in sorted(range(len(cells)), key=self.gene_ids.__getitem__) if cells[gene] >= min_cells]
         if not kept:
-            raise DataError(f"No gene has counts in {min_cells:,} or more of the {self.counted_cells:,} cells.")
+            raise DataError(f"No gene has counts in {min_cells:,} or more of {amount(self.counted_cells, 'cell')}.")
         special = SPECIAL_TOKENS[special_tokens]
         return GeneSet(
             name=name,

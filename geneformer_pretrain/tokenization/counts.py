@@ -17,7 +17,7 @@ from typing import Self
 
 import pyarrow as pa
 
-from geneformer_pretrain.console import say
+from geneformer_pretrain.console import amount, say
 from geneformer_pretrain.errors import ConfigError, DataError, require
 from geneformer_pretrain.tokenization.checks import check_values, counts_elsewhere, describe_logarithms
 from geneformer_pretrain.tokenization.formats import Opened, is_counts_folder, open_format
@@ -119,8 +119,8 @@ class CountsFile:
         num_cells, num_genes = self._matrix.num_cells, self._matrix.num_genes
         if num_cells != self.num_cells or num_genes != len(self.gene_ids):
             raise DataError(
-                f"{path}: the matrix has {num_cells:,} cells x {num_genes:,} genes, the annotation {self.num_cells:,} "
-                f"x {len(self.gene_ids):,}: the file is damaged or another layout; write it anew."
+                f"{path}: the matrix has {amount(num_cells, 'cell')} x {amount(num_genes, 'gene')}, the annotation "
+                f"{self.num_cells:,} x {len(self.gene_ids):,}: the file is damaged or another layout; write it anew."
             )
 
     def _scratch_folder(self) -> Path:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from geneformer_pretrain.console import amount
 from geneformer_pretrain.errors import DataError
 from geneformer_pretrain.tokenization.frames import Frame, array_reader, gene_ids, read_frame, to_arrow
 from geneformer_pretrain.tokenization.matrices import ByCell, Dense, Matrix, Selected
@@ -124,7 +125,7 @@ def _matrix_maker(node: Any, where: str) -> MakeMatrix:
     """Find the layout of an AnnData matrix, old or new."""
     if not hasattr(node, "keys"):
         if node.ndim != 2:
-            raise DataError(f"{where}: {node.ndim} dimensions instead of 2; write it anew as cells x genes.")
+            raise DataError(f"{where}: {amount(node.ndim, 'dimension')} instead of 2; write it anew as cells x genes.")
         _require_numbers(node, where)
         return lambda scratch: Dense(node)
     attributes = dict(node.attrs)
@@ -185,7 +186,7 @@ def _only_genes(opened: Opened, types: pa.Array | None) -> Opened:
     make = opened.matrix
     opened.matrix = lambda scratch: Selected(make(scratch), keep)
     opened.gene_ids = opened.gene_ids[keep]
-    opened.notes.append(f"{int((~keep).sum()):,} features that are no genes are left out ({', '.join(others)})")
+    opened.notes.append(f"features that are no genes, left out: {int((~keep).sum()):,} ({', '.join(others)})")
     return opened
 
 

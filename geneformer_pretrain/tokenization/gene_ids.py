@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from geneformer_pretrain.console import amount
 from geneformer_pretrain.errors import DataError
 
 WAYS = {
@@ -199,7 +200,8 @@ class GeneMatch:
         columns = len(self.gene_ids)
         counts = "" if column_counts is None else f", with {self.share_of_counts(column_counts):.1%} of the counts"
         lines = [
-            f"{self.num_matched:,} of {columns:,} genes matched ({self.num_matched / max(1, columns):.1%}){counts}"
+            f"{self.num_matched:,} of {amount(columns, 'gene')} matched ({self.num_matched / max(1, columns):.1%})"
+            f"{counts}"
         ]
         for way, number in self.num_columns_by_way.items():
             if number and way != "unmatched":
@@ -244,12 +246,14 @@ class GeneMatch:
         if not len(self.gene_ids):
             raise DataError(f"{path}: no genes.")
         if self.num_matched == 0:
-            raise DataError(f"{path}: none of its {len(self.gene_ids):,} genes is in the gene set ({spellings}).")
+            raise DataError(
+                f"{path}: none of its {amount(len(self.gene_ids), 'gene')} is in the gene set ({spellings})."
+            )
         if column_counts is None or not column_counts.any() or allow_low_match:
             return
         share = self.share_of_counts(column_counts)
         if share < MINIMUM_SHARE:
             raise DataError(
                 f"{path}: genes of the gene set hold only {share:.1%} of its counts, {self.num_matched:,} of "
-                f"{len(self.gene_ids):,} genes matched ({spellings}); --allow-low-match accepts it."
+                f"{amount(len(self.gene_ids), 'gene')} matched ({spellings}); --allow-low-match accepts it."
             )

@@ -8,6 +8,7 @@ from typing import NoReturn
 
 import numpy as np
 
+from geneformer_pretrain.console import amount
 from geneformer_pretrain.errors import DataError
 from geneformer_pretrain.tokenization.gene_ids import WAYS, canonical
 from geneformer_pretrain.tokenization.gene_set import GeneSet
@@ -87,15 +88,15 @@ class TokenMatch:
         """Describe the match for people."""
         total = len(self.old_token)
         lines = [
-            f"{total - self.unmatched:,} of {total:,} tokens are known to the model: {self.by_id:,} genes by id, "
-            f"{self.by_table:,} through the table, {self.special_tokens} special tokens"
+            f"{total - self.unmatched:,} of {total:,} tokens are known to the model: {amount(self.by_id, 'gene')} by "
+            f"id, {self.by_table:,} through the table, {self.special_tokens} special tokens"
         ]
         if self.unmatched:
             lines.append(f"  {self.unmatched:,} are new, for example {', '.join(self.examples)}")
         if self.ambiguous:
             lines.append(f"  {self.ambiguous:,} of these have several genes of the model in the table")
         if self.shared:
-            lines.append(f"  {self.shared:,} genes of the model stand for several genes")
+            lines.append(f"  genes of the model that stand for several genes: {self.shared:,}")
         return lines
 
 

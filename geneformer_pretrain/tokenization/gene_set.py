@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from geneformer_pretrain.console import amount
 from geneformer_pretrain.errors import DataError
 from geneformer_pretrain.files import new_folder
 from geneformer_pretrain.tokenization.gene_ids import GeneIndex, GeneMatch
@@ -102,7 +103,7 @@ class GeneSet:
         if lost := next((alias for alias, token in self.aliases.items() if token not in tokens), None):
             raise DataError(f"The alias {lost} leads to {self.aliases[lost]}, which is not a gene of this set.")
         if self.max_tokens <= self.num_added_tokens:
-            raise DataError(f"A longest cell of {self.max_tokens} tokens leaves no room for genes.")
+            raise DataError(f"A longest cell of {amount(self.max_tokens, 'token')} leaves no room for genes.")
 
     def _check_tokens(self) -> None:
         seen: set[str] = set()

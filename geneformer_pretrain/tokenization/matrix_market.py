@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv as pacsv
 
+from geneformer_pretrain.console import amount
 from geneformer_pretrain.errors import DataError
 from geneformer_pretrain.tokenization.transposed import Entries
 
@@ -72,8 +73,8 @@ class MatrixMarket:
         sizes = [int(word) for word in line.split()]
         if sizes[:2] not in ([num_genes, num_cells], [num_cells, num_genes]) or len(sizes) != 3:
             raise DataError(
-                f"{path}: its size is {' x '.join(map(str, sizes[:2]))}, but there are {num_genes} features and "
-                f"{num_cells} barcodes; the files belong to different runs."
+                f"{path}: its size is {' x '.join(map(str, sizes[:2]))}, but there are {amount(num_genes, 'feature')} "
+                f"and {amount(num_cells, 'barcode')}; the files belong to different runs."
             )
         self._genes_first, self._num_entries = sizes[:2] == [num_genes, num_cells], sizes[2]
         self.dtype = np.dtype(np.int32 if self._whole else np.float32)
@@ -104,4 +105,6 @@ class MatrixMarket:
                 cells, genes, counts = (batch.column(name).to_numpy() for name in ("cell", "gene", "count"))
                 yield cells - 1, genes - 1, counts
         if seen != self._num_entries:
-            raise DataError(f"{self._path}: {seen:,} entries instead of {self._num_entries:,}; get a new copy.")
+            raise DataError(
+                f"{self._path}: {amount(seen, 'entry', 'entries')} instead of {self._num_entries:,}; get a new copy."
+            )

@@ -10,6 +10,7 @@ import torch
 from geneformer_pretrain.checkpoint.state import Progress
 from geneformer_pretrain.config.resolved import Resolved
 from geneformer_pretrain.config.schema import Config
+from geneformer_pretrain.console import amount
 from geneformer_pretrain.data.dataset import DataSource
 from geneformer_pretrain.data.stream import PackStream
 from geneformer_pretrain.kernels.select import is_hopper
@@ -45,30 +46,30 @@ def describe_start(run: StartFacts) -> str:
     config, resolved, shape = run.config, run.resolved, run.data.shape
     corpus = run.data.corpus
     tokens = run.stream.num_tokens - run.stream.dropped_tokens
-    filled = tokens / shape.token_budget if config.data.packing else run.stream.num_cells / shape.max_cells
-    steps_of_epoch = math.ceil(filled / run.packs_per_step)
+    packs = math.ceil(tokens / shape.token_budget if config.data.packing else run.stream.num_cells / shape.max_cells)
+    steps_of_epoch = math.ceil(packs / run.packs_per_step)
     layers = "Transformer Engine" if config.model.use_te_layers else "PyTorch"
     lines = [
         config_as_yaml(config),
         f"resolved    {resolved}",
         f"model       {num_parameters(config.model):,} parameters, {layers} layers",
-        f"corpus      {corpus.num_cells:,} cells, {corpus.num_tokens:,} tokens",
+        f"corpus      {amount(corpus.num_cells, 'cell')}, {amount(corpus.num_tokens, 'token')}",
     ]
     if run.validation is not None:
         held_out = run.validation.stream
         lines.append(
-            f"held out    {held_out.num_cells:,} cells, {held_out.num_tokens:,} tokens; a validation reads "
-            f"{number(run.validation.num_packs, 'pack')}, {number(run.validation.num_cells, 'cell')}"
+            f"held out    {amount(held_out.num_cells, 'cell')}, {amount(held_out.num_tokens, 'token')}; a "
+            f"validation reads {amount(run.validation.num_packs, 'pack')}, {amount(run.validation.num_cells, 'cell')}"
         )
         if run.validation.unigram_loss is not None:
             lines.append(f"            loss of a model without context: {run.validation.unigram_loss:.4f}")
         if run.data.chosen is None and run.validation.corpus.fingerprint == corpus.fingerprint:
             lines.append("            they are the cells of data.path: validation says nothing about cells not seen")
     lines += [
-        f"micro-batch up to {shape.token_budget:,} tokens, {shape.max_cells} cells",
-        f"step        {number(run.packs_per_step, 'pack')}: {number(resolved.world_size, 'process', 'processes')} x "
-        f"{number(run.packs_per_step // resolved.world_size, 'micro-batch', 'micro-batches')}",
-        f"epoch       about {steps_of_epoch:,} steps; the run has {config.training.num_train_steps:,}",
+        f"micro-batch up to {shape.token_budget:,} tokens, {amount(shape.max_cells, 'cell')}",
+        f"step        {amount(run.packs_per_step, 'pack')}: {amount(resolved.world_size, 'process', 'processes')} x "
+        f"{amount(run.packs_per_step // resolved.world_size, 'micro-batch', 'micro-batches')}",
+        f"epoch       {_epoch(packs, run.packs_per_step)}; the run has {config.training.num_train_steps:,}",
         f"engine      {run.engine} on {run.device.type}",
         f"output      {config.training.checkpoint_dir}",
     ]
@@ -78,6 +79,13 @@ def describe_start(run: StartFacts) -> str:
     if run.device.type == "cuda":
         lines += _on_gpu(run)
     return "\n".join(lines + _warnings(run, steps_of_epoch))
+
+
+def _epoch(packs: int, packs_per_step: int) -> str:
+    """Say how long an epoch is; one of fewer packs than a step has is read several times in each step."""
+    if packs >= packs_per_step:
+        return f"about {amount(math.ceil(packs / packs_per_step), 'step')}"
+    return f"less than one step, which reads each cell {packs_per_step / packs:.1f} times"
 
 
 def _on_gpu(run: StartFacts) -> list[str]:
@@ -140,18 +148,16 @@ def _warnings(run: StartFacts, steps_of_epoch: int) -> list[str]:
     return lines
 
 
-def number(count: int, one: str, many: str | None = None) -> str:
-    """Write a count with its noun."""
-    return f"{count:,} {one if count == 1 else many or one + 's'}"
-
-
 def describe_nothing_left(step: int, steps: int) -> str:
     """Say why a run that is complete does not train."""
     if step > steps:
-        return f"This run has {step} steps, more than training.num_train_steps={steps}: there is nothing left to train."
+        return (
+            f"This run has {amount(step, 'step')}, more than training.num_train_steps={steps}: there is nothing left "
+            "to train."
+        )
     return (
-        f"This run is complete: {step} of {steps} steps are done. Raise training.num_train_steps to go on with it, or "
-        "name another training.checkpoint_dir for a new one."
+        f"This run is complete: {step:,} of {amount(steps, 'step')} done. Raise training.num_train_steps to go on with "
+        "it, or name another training.checkpoint_dir for a new one."
     )
 
 
@@ -163,11 +169,12 @@ def describe_end(progress: Progress, folder: Path, validation: dict[str, float])
     validation
         Metrics of the last validation; empty if there was none.
     """
-    skipped = f", {progress.skipped_steps} updates skipped" if progress.skipped_steps else ""
+    skipped = f", {amount(progress.skipped_steps, 'update')} skipped" if progress.skipped_steps else ""
     if progress.outlier_steps:
         skipped += f", {progress.outlier_steps} skipped as outliers"
     lines = [
-        f"Done: {number(progress.step, 'step')}, {progress.cells:,} cells, {progress.tokens:,} tokens{skipped}.",
+        f"Done: {amount(progress.step, 'step')}, {amount(progress.cells, 'cell')}, {progress.tokens:,} tokens"
+        f"{skipped}.",
         f"model        {folder / 'final_model'}",
     ]
     if progress.best_step is not None and (folder / "best_model").is_dir():

@@ -15,6 +15,7 @@ from geneformer_pretrain.checkpoint.state import (
 )
 from geneformer_pretrain.checkpoint.store import CheckpointStore
 from geneformer_pretrain.config.schema import Config
+from geneformer_pretrain.console import amount
 from geneformer_pretrain.data.dataset import DataSource
 from geneformer_pretrain.errors import ConfigError
 
@@ -74,10 +75,10 @@ def resume(
         progress.epoch, progress.epoch_first_pack = progress.epoch + 1, progress.next_pack
     store.load(path, tensors, optional=FP8_PREFIX)
     broadcast_step_count(optimizer, tensors["optimizer.step"])
-    say(f"Resumed from {path}: {progress.step} steps done.")
+    say(f"Resumed from {path}: {amount(progress.step, 'step')} done.")
     if progress.packs_per_step != packs_per_step:
         say(
-            f"This run keeps its {progress.packs_per_step} packs per step; the configuration now asks for "
+            f"This run keeps its {amount(progress.packs_per_step, 'pack')} per step; the configuration now asks for "
             f"{packs_per_step}. Accumulation follows."
         )
     if config.training.init_from is not None:

@@ -175,6 +175,7 @@ class Trainer:
         loader = stack.enter_context(self.loader())
         stack.enter_context(self.watchdog)
         stack.callback(gc.unfreeze)
+        logs.start()
         first_step = progress.step + 1
         room = progress.packs_per_step * self.data.shape.token_budget
         utilization = run_utilization(self.config, self.resolved, self.data.corpus.lengths)

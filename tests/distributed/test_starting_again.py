@@ -1,6 +1,7 @@
 """A start in the folder of an earlier run: what is refused, what is kept, and what is moved aside."""
 
 import shutil
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -29,13 +30,26 @@ def test_complete_run_says_so_and_exports_again(tmp_path: Path, capsys: pytest.C
     shutil.rmtree(tmp_path / "run/final_model")
     capsys.readouterr()
     assert train.run(tiny_config(tmp_path, "training.learning_rate=0.5")) == 0
-    assert "This run is complete: 2 of 2 steps are done." in capsys.readouterr().out
+    assert "This run is complete: 2 of 2 steps done." in capsys.readouterr().out
     assert train.run(tiny_config(tmp_path, "training.num_train_steps=1")) == 0
     assert "This run has 2 steps, more than training.num_train_steps=1: there is nothing" in capsys.readouterr().out
     assert model.read_bytes() == weights
     assert (tmp_path / "run/metrics.jsonl").read_bytes() == metrics
     assert (tmp_path / "run/config.yaml").read_bytes() == record  # of the steps that were made
     assert read_exit(tmp_path / "run") == {"reason": "completed", "exit_code": 0, "step": 2}
+
+
+def test_the_progress_begins_when_training_does(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the configuration, on one stream with it; and an epoch of one pack is less than a step of six."""
+    cells = write_parquet(tmp_path / "few.parquet", make_cells(1))
+    config = tiny_config(tmp_path, f"data.path={cells}", "training.gradient_accumulation_steps=6")
+    monkeypatch.setattr(sys, "stderr", sys.stdout)
+    assert train.run(config) == 0
+    printed = capsys.readouterr().out
+    assert "\nepoch       less than one step, which reads each cell 6.0 times; the run has 2\n" in printed
+    assert printed.index("\noutput      ") < printed.index("\ntrain: 0 of 2 steps\n")
 
 
 def flip_bit(path: Path) -> None:

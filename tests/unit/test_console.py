@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from geneformer_pretrain import console
-from geneformer_pretrain.console import Progress
+from geneformer_pretrain.console import Progress, amount
 from geneformer_pretrain.run.metrics import MetricsLog
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,6 +47,26 @@ def test_lines_are_bounded_by_time(clock: list[float], capsys: pytest.CaptureFix
     ]
 
 
+@pytest.mark.parametrize(
+    ("count", "nouns", "text"),
+    [
+        (0, ("cell",), "0 cells"),
+        (1, ("cell",), "1 cell"),
+        (2000, ("cell",), "2,000 cells"),
+        (1, ("process", "processes"), "1 process"),
+        (2, ("process", "processes"), "2 processes"),
+    ],
+)
+def test_a_count_and_its_noun(count: int, nouns: tuple[str, ...], text: str) -> None:
+    assert amount(count, *nouns) == text
+
+
+@pytest.mark.parametrize(("total", "said"), [(1, "train: 0 of 1 step"), (None, "train: 0 steps")])
+def test_progress_of_a_single_step(total: int | None, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Progress(total, "train", "step", exact=True)
+    assert lines(capsys) == [said]
+
+
 def test_short_work_prints_nothing(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
     with Progress(None, "tokenize", "cell") as progress:
         clock[0] = 29.0
@@ -61,6 +81,8 @@ def test_steps_are_announced_and_end_with_their_loss(
     tmp_path: Path, clock: list[float], capsys: pytest.CaptureFixture[str]
 ) -> None:
     log = MetricsLog(tmp_path, 20, 25, [])
+    assert lines(capsys) == []
+    log.start()
     for step in range(21, 26):
         clock[0] += 20.0
         log.advance(step, 7.0 + step, 1e-3, 1e5, 5.0 if step == 21 else 20.0)

@@ -118,7 +118,7 @@ def test_a_saved_folder_and_named_columns(tmp_path: Path, capsys: pytest.Capture
     assert run(saved, "--columns", "tissue") == 0
     out = capsys.readouterr().out
     assert "cells          120 in 2 files" in out
-    assert "tissue         1 values: lung 120" in out
+    assert "tissue         1 value: lung 120" in out
     assert run(saved, "--columns", "organ") == 1
     assert "no column 'organ', only tissue, input_ids" in capsys.readouterr().err
     assert run(tmp_path / "nowhere") == 1

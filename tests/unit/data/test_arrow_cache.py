@@ -263,7 +263,7 @@ def test_files_without_rows_are_left_out_and_counted(tmp_path: Path, cache: Path
         assert corpus.empty_files == 2
         assert corpus.describe_cell(0) == f"{tmp_path}/in/part-1.parquet, row 0"
     (tmp_path / "in/part-1.parquet").unlink()
-    with pytest.raises(DataError, match=r"part-0\.parquet: has no rows \(nor have 1 others\)"):
+    with pytest.raises(DataError, match=r"part-0\.parquet: has no rows \(none of 2 files has\)"):
         open_corpus(tmp_path / "in", cache)
 
 

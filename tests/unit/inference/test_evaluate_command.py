@@ -149,7 +149,7 @@ def test_counts_are_one_more_baseline(world: World, given: str) -> None:
 def test_cells_are_drawn_if_there_are_more(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     summary = world.run("--label", "cell_type", "--max-cells", 70)
     assert sum(summary.values["classes"].values()) + sum(summary.values["left_out"].values()) == 70
-    assert "90 cells: 70 of them are drawn" in capsys.readouterr().err
+    assert "70 of 90 cells drawn at random" in capsys.readouterr().err
 
 
 def test_columns_of_counts_are_looked_for_before_they_are_tokenized(

@@ -148,8 +148,22 @@ def test_a_model_that_no_number_of_gpus_holds(capsys: pytest.CaptureFixture[str]
 def test_data_path_is_the_corpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pq.write_table(pa.table({"input_ids": [[5, 6, 7], [8]]}), tmp_path / "cells.parquet")
     _, out, _ = run_plan(capsys, f"data.path={tmp_path}/cells.parquet", "data.validation_fraction=0.5")
-    assert "a step takes more cells than the corpus has" in out
-    assert f"1 cells, 2 tokens ({tmp_path}/cells.parquet)" in out
+    assert "epoch        1 step; the run has 150, 150 epochs\n" in out
+    assert f"1 cell, 2 tokens ({tmp_path}/cells.parquet)" in out
+
+
+def test_an_epoch_of_less_than_a_step_says_what_a_step_reads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Twelve cells of 500 tokens fill three packs of 2,048."""
+    pq.write_table(pa.table({"input_ids": [list(range(2, 502))] * 12}), tmp_path / "cells.parquet")
+    _, out, _ = run_plan(capsys, f"data.path={tmp_path}/cells.parquet", "--gpus", "1")
+    assert "epoch        3 steps; the run has 150, 50 epochs\n" in out
+    _, out, _ = run_plan(capsys, f"data.path={tmp_path}/cells.parquet", "--gpus", "6")
+    assert (
+        "epoch        less than one step; the run has 150, 300 epochs\n"
+        "             all cells fill 3 of the 6 micro-batches of a step, which reads each cell 2.0 times\n"
+    ) in out
 
 
 def test_a_corpus_brings_the_vocabulary_of_its_gene_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

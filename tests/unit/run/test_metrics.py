@@ -66,6 +66,7 @@ def test_records_are_strict_json(tmp_path):
 def test_progress_shows_one_stretch_of_steps(tmp_path):
     """Means over the last half minute of steps: the slow first one has left it, and no step is alone."""
     log = MetricsLog(tmp_path, 0, 400, [])
+    log.start()
     steps = [(1000.0, 90.0), *((1000.0, 0.25) for _ in range(198)), (1000.0, 0.5)]
     notes = []
     for step, (tokens, seconds) in enumerate(steps, 1):
@@ -111,7 +112,7 @@ def test_records_that_a_full_disk_refuses_are_written_later(tmp_path, caplog):
     with open("/dev/full", "wb", buffering=0) as log.file:
         log.write({"step": 5})
         log.close()
-    assert "the last 1 records of /dev/full are lost" in caplog.text
+    assert "1 record at the end of /dev/full lost" in caplog.text
     file.close()
 
 

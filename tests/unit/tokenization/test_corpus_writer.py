@@ -152,7 +152,7 @@ def test_going_on_makes_only_what_is_missing(files: list[Path], genes: Path, tmp
         (tmp_path / "corpus" / name).unlink()
     (tmp_path / "corpus" / "part-00000.parquet.tmp").write_bytes(b"torn")
     (tmp_path / "corpus" / ".tokenize.lock").touch()
-    assert "7 parts (5 of them were there before)" in run(*arguments).lines[0]
+    assert "7 parts (there before: 5)" in run(*arguments).lines[0]
     assert contents(tmp_path / "corpus") == whole
     assert (tmp_path / "corpus" / "part-00001.parquet").stat().st_mtime_ns == kept
     assert "all were there before" in run(*arguments, "--workers", 2).lines[0]
@@ -274,13 +274,51 @@ def test_folders_that_are_no_corpus_stay(files: list[Path], genes: Path, tmp_pat
 
 
 def test_a_corpus_without_cells_is_an_error(files: list[Path], genes: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"all 115 cells are left out \(2 without counts, 113 with fewer genes"):
+    with pytest.raises(DataError, match=r"no cell is left of 115 \(2 without counts, 113 with fewer genes"):
         run(*files, "--gene-set", genes, "--output", tmp_path / "corpus", "--min-genes", 99)
+    assert not (tmp_path / "corpus").exists()
     nothing = write_h5ad(tmp_path / "c.h5ad", example_anndata(example_counts()[:0]))
     with pytest.raises(DataError, match=r"c\.h5ad: no cells"):
         run(nothing, "--gene-set", genes, "--output", tmp_path / "none")
     run(*files, nothing, "--gene-set", genes, "--output", tmp_path / "some")
     assert cells_of(tmp_path / "some") == expected()
+
+
+def test_a_mistake_before_the_first_part_leaves_nothing(files: list[Path], genes: Path, tmp_path: Path) -> None:
+    """So that the remedy which the error names may be given; parts that are made stay, and so do those of shards."""
+    counts = example_counts()
+    counts.data[0] = 0.5
+    wrong = write_h5ad(tmp_path / "c.h5ad", example_anndata(counts))
+    arguments = ("--gene-set", genes, "--output", tmp_path / "corpus")
+    with pytest.raises(DataError, match=r"c\.h5ad: row 0 .*--allow-noninteger"):
+        run(wrong, *files, *arguments)
+    assert not (tmp_path / "corpus").exists()
+    with pytest.raises(DataError, match=r"c\.h5ad: row 0"):
+        run(*files, wrong, *arguments)
+    assert len(list((tmp_path / "corpus").glob("part-*"))) == 7
+    with pytest.raises(DataError, match=r"c\.h5ad: row 0"):
+        run(wrong, *files, "--gene-set", genes, "--output", tmp_path / "shards", "--shard", "2/2")
+    assert (tmp_path / "shards" / "tokenize.json").exists()
+
+
+def test_cells_that_share_an_id_are_counted(
+    files: list[Path], genes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within a file and across files; cells that are left out (3 is empty) do not count."""
+    arguments = ("--gene-set", genes, "--columns", "donor")
+    assert not any("share an id" in line for line in run(*files, *arguments, "--output", tmp_path / "unique").lines)
+    assert json.loads((tmp_path / "unique" / "corpus.json").read_text())["repeated_ids"] is None
+    joined, again = example_anndata(), example_anndata(example_counts(cells=45, seed=1))
+    joined.obs_names = ["twice" if cell in (3, 20, 69) else f"cell {cell}" for cell in range(70)]
+    again.obs_names = ["empty" if cell == 3 else "cell 33" if cell == 8 else f"other {cell}" for cell in range(45)]
+    paths = [write_h5ad(tmp_path / name, data) for name, data in (("c.h5ad", joined), ("d.h5ad", again))]
+    summary = run(*paths, *arguments, "--output", tmp_path / "repeated")
+    line = (
+        "WARNING 4 cells share an id with another one, such as 'twice': make ids unique before "
+        "(obs_names_make_unique), or carry a column along that tells the samples apart (--columns)"
+    )
+    assert summary.lines.count(line) == 1
+    assert summary.values["repeated_ids"] == {"cells": 4, "example": "twice"}
 
 
 def test_a_full_disk_leaves_no_torn_part(

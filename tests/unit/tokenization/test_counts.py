@@ -144,7 +144,7 @@ def test_features_that_are_no_genes_are_left_out(name: str, tmp_path: Path) -> N
     with open_counts(path) as counts:
         np.testing.assert_array_equal(read_rows(counts, 0, CELLS), example_counts().toarray()[:, keep])
         assert counts.gene_ids.tolist() == [GENE_IDS[column] for column in keep]
-        assert "1 features that are no genes are left out (Antibody" in counts.notes[0]
+        assert "features that are no genes, left out: 1 (Antibody" in counts.notes[0]
 
 
 def test_explicit_zeros_repeated_and_unsorted_columns_come_as_they_are(tmp_path: Path) -> None:

@@ -78,19 +78,19 @@ def test_import_show_and_export(run: Run, tmp_path: Path) -> None:
     files = write_dictionaries(tmp_path)
     printed = run("import", *files, "--output", "genes", "--species", "Homo sapiens", "--report", "report.json")
     assert "genes: gene set genes, species Homo sapiens\n  4 tokens: 2 genes, <pad> 0, <mask> 1\n" in printed
-    assert "1 genes have no median and give no tokens" in printed
-    assert "1 medians are of genes without a token" in printed
+    assert "genes without a median, which give no tokens: 1" in printed
+    assert "medians of genes without a token, left out: 1" in printed
     report = json.loads(Path("report.json").read_text())
     assert report["fingerprint"] == GeneSet.load("genes").fingerprint
     assert (report["genes"], report["medians_without_token"], report["origin"]["names"]) == (2, 1, "names.json")
 
-    assert run("show", "genes", "--tsv", "genes.tsv") == printed[: printed.index("  1 medians")]
+    assert run("show", "genes", "--tsv", "genes.tsv") == printed[: printed.index("  medians of genes without a token")]
     rows = [line.split("\t") for line in Path("genes.tsv").read_text().splitlines()]
     assert rows[0] == ["token_id", "token", "kind", "symbol", "median"]
     assert rows[3:] == [["2", "ENSG1", "gene", "ONE", "2.0"], ["3", "ENSG2", "gene", "", ""]]
     assert "genes.tsv" in run("show", "genes", "--tsv", "genes.tsv", error=True)
 
-    assert "1 genes have no median; Geneformer's own tokenizer raises a KeyError" in run(
+    assert "genes without a median: 1; Geneformer's own tokenizer raises a KeyError" in run(
         "export", "genes", "--output", "dictionaries"
     )
     assert pickle.loads(Path("dictionaries/gene_median_dictionary.pkl").read_bytes()) == {"ENSG1": 2.0}
@@ -129,8 +129,8 @@ def test_shares_are_those_of_the_genes_that_are_left(run: Run, counts: dict[str,
     left = cells >= 30
     assert 0 < left.sum() < 13
     share = dense[left].sum() / dense.sum()
-    expected = f"these genes hold {share:.1%} of the counts; {13 - left.sum()} of 13 genes have counts in fewer than 30"
-    assert expected in printed
+    left_out = f"left out, with counts in fewer than 30 cells: {13 - left.sum()} of 13 genes"
+    assert f"these genes hold {share:.1%} of the counts; {left_out}\n" in printed
     assert "matched" not in printed
     assert json.loads(Path("report.json").read_text())["share_of_counts"] == pytest.approx(share)
 
@@ -155,7 +155,7 @@ def test_a_file_with_ids_of_another_kind_is_named(
     assert "WARNING" not in run("build", "0.h5ad", "1.h5ad", "2.h5ad", "--output", "alike")
     files["1.h5ad"].gene_ids[1:] = [f"Actb{number}" for number in range(11)]
     printed = run("build", "0.h5ad", "1.h5ad", "2.h5ad", "--output", "mixed")
-    assert printed.count("WARNING 1.h5ad: only 1 of its 12 genes are in the files before it") == 1
+    assert printed.count("WARNING 1.h5ad: the files before it have only 1 of its 12 genes") == 1
     Path("list.txt").write_text("\n".join(ensembl(range(14))))
     chosen = ("--genes", "list.txt", "--allow-low-match")
     assert "WARNING" not in run("build", "0.h5ad", "1.h5ad", "--output", "chosen", *chosen)

@@ -111,7 +111,7 @@ def test_genes(v1, tmp_path, monkeypatch, group_by, part_tokens):
         assert row["symbol"] == f"S{int(row['gene_id'][4:])}"
 
 
-def test_counts_are_tokenized_on_the_way(v1, tmp_path):
+def test_counts_are_tokenized_on_the_way(v1, tmp_path, capsys):
     rng = np.random.default_rng(0)
     counts = rng.poisson(0.4, (9, 80)).astype(np.float32)
     counts[:, 0] = rng.integers(1, 4, 9)  # no cell is empty
@@ -130,6 +130,12 @@ def test_counts_are_tokenized_on_the_way(v1, tmp_path):
     assert table["cell_id"].to_pylist() == list(adata.obs_names)
     with pytest.raises(DataError, match="name one corpus, or counts only"):
         embed(EmbedOptions(v1.model, [str(v1.path), str(tmp_path / "counts.h5ad")], tmp_path / "two.parquet"))
+    assert "share an id" not in capsys.readouterr().err
+    adata[:4].write_h5ad(tmp_path / "more.h5ad")
+    both = [str(tmp_path / "counts.h5ad"), str(tmp_path / "more.h5ad")]
+    embed(EmbedOptions(v1.model, both, tmp_path / "both.parquet"))
+    name = adata.obs_names[0]
+    assert f"WARNING 8 cells share an id with another one, such as '{name}': make ids" in capsys.readouterr().err
     options = {"genes": tmp_path / "genes.parquet", "group_by": "organ"}
     with pytest.raises(DataError, match=r"counts\.h5ad: no column 'organ' \(--group-by\); it has: .*tissue"):
         embed(EmbedOptions(v1.model, [str(tmp_path / "counts.h5ad")], tmp_path / "three.parquet", **options))
@@ -163,7 +169,7 @@ def test_cells_that_are_left_out_are_counted_by_reason(v1, tmp_path, capsys):
     adata[4].copy().write_h5ad(tmp_path / "one.h5ad")
     assert "left out" not in said("one.h5ad", "one.parquet")
     adata[1:4].copy().write_h5ad(tmp_path / "none.h5ad")
-    with pytest.raises(DataError, match=r"none\.h5ad: all 3 cells are left out \(1 without counts, 2 without a gene"):
+    with pytest.raises(DataError, match=r"none\.h5ad: no cell is left of 3 \(1 without counts, 2 without a gene"):
         said("none.h5ad", "none.parquet", allow_low_match=True)
     adata[:0].copy().write_h5ad(tmp_path / "empty.h5ad")
     with pytest.raises(DataError, match=r"empty\.h5ad: no cells\."):
@@ -216,7 +222,7 @@ def test_cells_longer_than_those_of_the_training(v1, v2, tmp_path, capsys):
             embed(EmbedOptions(model if name == "default" else world.model, [str(world.path)], output, **options))
             np.testing.assert_allclose(vectors(output), expected, atol=1e-5)
             longer = sum(len(cell) > 20 for cell in world.cells)
-            assert f"{longer} of 24 cells are cut to their first 20 tokens" in capsys.readouterr().out
+            assert f"{longer} of 24 cells are cut to the first 20 tokens" in capsys.readouterr().out
         whole = tmp_path / f"whole {added}.parquet"
         embed(EmbedOptions(model, [str(world.path)], whole, max_tokens=48))
         expected = [stock(cell)[added : len(cell) - added].mean(0) for cell in world.cells]

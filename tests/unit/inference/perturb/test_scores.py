@@ -191,10 +191,25 @@ def test_statistics_follow(v1, tmp_path):
 
 
 def test_estimate_comes_first(v1, tmp_path, capsys):
-    _, summary = run(v1, tmp_path, genes=",".join(ids(v1, 0, 1)))
+    rows, summary = run(v1, tmp_path, genes=",".join(ids(v1, 0, 1)))
     line = next(line for line in capsys.readouterr().out.splitlines() if "about 0 s at" in line)
-    assert line.startswith(f"{summary.values['perturbations']:,} perturbations of 10 cells, ")
+    assert line.startswith(
+        f"{summary.values['perturbations']:,} perturbations of {len({row['cell'] for row in rows})} "
+    )
     assert f"{summary.values['tokens']:,} tokens" in line
+
+
+def test_cells_with_nothing_to_perturb_are_not_counted_among_the_perturbed(v1, tmp_path, capsys):
+    genes = ids(v1, 0, 1, 2, 3)
+    rows, summary = run(v1, tmp_path, genes=",".join(genes), together=True)
+    tokens = [v1.genes.tokens.index(gene) for gene in genes]
+    number = sum(set(tokens) <= set(cell) for cell in v1.cells)
+    assert len(rows) == number
+    assert 0 < number < 10
+    noun = "perturbation" if number == 1 else "perturbations"
+    said = f"{number} {noun} of {number} of 10 cells (the others have nothing to perturb), "
+    assert said in capsys.readouterr().out
+    assert said in summary.lines[0]
 
 
 def test_cells_are_cut_before_they_are_perturbed(world, tmp_path):
