@@ -72,12 +72,22 @@ def _run(arguments: list[str]) -> int:
 
 
 def _require_report(path: Path, output: Path | str | None) -> None:
-    """Raise ConfigError, before the work, if the summary could not be written; it may lie in the new output."""
-    from geneformer_pretrain.errors import require
+    """Raise an error, before the work, if the summary could not be written; it may lie in the new output."""
+    from geneformer_pretrain.errors import OutputError, require
+    from geneformer_pretrain.files import require_room_beside
 
     is_folder = path.parent.is_dir() or (output is not None and path.parent == Path(output))
     require(is_folder, f"--report {path}: there is no folder {path.parent}; make it, or correct the path.")
     require(not path.is_dir(), f"--report {path}: is a folder; name a file.")
+    if not path.exists() and path.parent.is_dir():
+        require_room_beside(path)
+    elif path.is_file():  # and no pipe, whose reader would take closing it for the end
+        try:
+            path.open("ab").close()
+        except OSError as error:
+            raise OutputError(
+                f"--report {path}: cannot be written to ({error.strerror}); name another file."
+            ) from error
 
 
 def _module(command: str) -> str:

@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -100,7 +101,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def require_new(path: Path, *, overwrite: bool, what: str = "output") -> None:
-    """Refuse an output that exists, unless it may be overwritten.
+    """Refuse an output that exists, unless it may be overwritten, or that cannot be made: before hours of work.
 
     Raises
     ------
@@ -109,6 +110,25 @@ def require_new(path: Path, *, overwrite: bool, what: str = "output") -> None:
     """
     if os.path.lexists(path) and not overwrite:
         raise OutputError(f"{path}: this {what} exists already; name another one or add --overwrite.")
+    require_room_beside(path)
+
+
+def require_room_beside(path: Path) -> None:
+    """Make sure, by trying, that a file or folder can be made, its parents included where they are missing.
+
+    Raises
+    ------
+    OutputError
+        Naming the path, and the folder that cannot be written to.
+    """
+    folder = next(parent for parent in path.absolute().parents if os.path.exists(parent))
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OutputError(
+            f"{path}: {folder} cannot be written to ({error.strerror}); name another place, or make that one writable."
+        ) from error
 
 
 @contextmanager

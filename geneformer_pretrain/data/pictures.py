@@ -11,6 +11,7 @@ from matplotlib.ticker import FuncFormatter
 
 from geneformer_pretrain.console import amount
 from geneformer_pretrain.data.inspection import Group
+from geneformer_pretrain.figures import label, save_figure
 
 BLUE, ORANGE, GREY = "#2563a8", "#d9762b", "#6b7280"
 
@@ -23,10 +24,6 @@ def _new_figure(title: str, height: float = 4.5) -> tuple[Figure, Any]:
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=11)
     return figure, axes
-
-
-def _save(figure: Figure, path: Path) -> None:
-    figure.savefig(path, dpi=150)
 
 
 def _thousands(value: float, _: object = None) -> str:
@@ -55,7 +52,7 @@ def draw_lengths(path: Path, lengths: np.ndarray, cap: int | None) -> None:
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(FuncFormatter(_thousands))
     axes.legend(frameon=False, fontsize=11)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_genes(path: Path, counts: np.ndarray, num_cells: int) -> None:
@@ -75,7 +72,7 @@ def draw_genes(path: Path, counts: np.ndarray, num_cells: int) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(_thousands))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.grid(axis="y", color="#e5e7eb")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_groups(path: Path, column: str, groups: Sequence[Group], most: int) -> None:
@@ -85,15 +82,14 @@ def draw_groups(path: Path, column: str, groups: Sequence[Group], most: int) -> 
     bars = [(group.value, group.tokens) for group in shown[:most]]
     if rest:
         bars.append((amount(len(rest), "other"), sum(group.tokens for group in rest)))
-    figure, axes = _new_figure(f"Tokens by {column}", height=1.5 + 0.32 * len(bars))
-    names = [name if len(name) <= 40 else f"{name[:37]}..." for name, _ in bars]
+    figure, axes = _new_figure(f"Tokens by {label(column)}", height=1.5 + 0.32 * len(bars))
     places = np.arange(len(bars))
     axes.barh(places, [tokens for _, tokens in bars], color=[BLUE] * len(shown[:most]) + [GREY] * bool(rest))
-    axes.set_yticks(places, names)
+    axes.set_yticks(places, [label(name) for name, _ in bars])
     axes.invert_yaxis()
     axes.set_xlabel("tokens", fontsize=12)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _short(value: float) -> str:

@@ -64,7 +64,15 @@ def open_cells(path: str | Path) -> CellReader:
 def column_types(source: SourceFile) -> dict[str, pa.DataType]:
     """Return the type of each column of a file, those in the names of its folders (``tissue=lung``) included."""
     schema = pq.read_schema(source.path) if _is_parquet(source) else ipc.open_stream(source.path).schema
+    require_one_of_each(schema.names, source.path)
     return dict(zip(schema.names, schema.types, strict=True)) | dict.fromkeys(_partition(source), pa.string())
+
+
+def require_one_of_each(names: Sequence[str], path: object) -> None:
+    """Raise DataError, naming the file, if two columns have the same name."""
+    twice = next((name for place, name in enumerate(names) if name in names[:place]), None)
+    if twice is not None:
+        raise DataError(f"{path}: has several columns called {twice!r}; give each a name of its own")
 
 
 def read_rows(sources: Sequence[SourceFile], columns: Sequence[str]) -> Iterator[pa.Table]:

@@ -11,6 +11,7 @@ import pyarrow.ipc as ipc
 import pyarrow.parquet as pq
 
 from geneformer_pretrain.console import amount, say
+from geneformer_pretrain.data.reading import require_one_of_each
 from geneformer_pretrain.errors import ConfigError, DataError
 from geneformer_pretrain.inference.model import Model
 from geneformer_pretrain.inference.tokens import Tokens, open_tokens
@@ -62,11 +63,13 @@ class Cells:
         Raises
         ------
         DataError
-            A column has types that no common one holds.
+            Two columns of one name, or a column of types that no common one holds.
         """
         schemas = [
             pa.schema([field for field in file.schema if field.name not in TOKEN_COLUMNS]) for file in self.files
         ]
+        for file, schema in zip(self.files, schemas, strict=True):
+            require_one_of_each(schema.names, file.path)
         try:
             return pa.unify_schemas(schemas, promote_options="permissive")
         except pa.ArrowException as error:
@@ -80,13 +83,20 @@ class Cells:
         return list(self.schema.names)
 
     def require_columns(self, names: Sequence[str], option: str) -> None:
-        """Raise DataError, naming the file, if a column is not there."""
+        """Raise DataError, naming the file, if a column is not there, or holds lists or others that are no names."""
         for name in names:
             is_other = name not in TOKEN_COLUMNS
             lacking = next((file for file in self.files if not (is_other and name in file.schema.names)), None)
             if lacking is not None:
                 known = ", ".join(self.column_names) or "none"
                 raise DataError(f"{lacking.path}: no column {name!r} ({option}); it has: {known}.")
+            for file in self.files:
+                kind = file.schema.field(name).type
+                if not _has_text(kind):
+                    raise DataError(
+                        f"{file.path}: column {name!r} ({option}) holds {kind} values; name a column of text or "
+                        "numbers, or write it as text."
+                    )
 
     def tokens(self, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Tokens of some cells end to end, int32, and where each begins and ends, int64 [n + 1].
@@ -154,6 +164,17 @@ class Cells:
             f"{self.source.describe_cell(int(cells[place]))}: token {token} at position {bad - offsets[place]} "
             f"{reason}; tokenize the cells with the model's gene set."
         )
+
+
+def _has_text(kind: pa.DataType) -> bool:
+    """True for values with a text of their own, unlike lists, structs and bytes."""
+    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind):
+        return False
+    try:
+        pa.nulls(0, kind).cast(pa.string())
+    except pa.ArrowException:
+        return False
+    return True
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from sklearn.metrics import confusion_matrix
 
 from geneformer_pretrain.console import amount
+from geneformer_pretrain.figures import label, save_figure
 from geneformer_pretrain.inference.evaluate import (
     COMPONENTS,
     MIN_CELLS,
@@ -205,9 +206,9 @@ def plot_maps(path: Path, features: Mapping[str, Features], classes: Classes, se
         axes.set(title=name, xticks=[], yticks=[], xlabel=f"{method} 1", ylabel=f"{method} 2")
     if number <= LABELLED_CLASSES:
         for code, name in enumerate(classes.names):
-            panels[-1].scatter([], [], s=16, color=colours[code], label=name)
+            panels[-1].scatter([], [], s=16, color=colours[code], label=label(name))
         figure.legend(loc="outside right upper", fontsize=7, frameon=False)
-    figure.savefig(path, dpi=150, format="png")
+    save_figure(figure, path)
     return method
 
 
@@ -218,12 +219,12 @@ def plot_confusion(path: Path, classes: Classes, predicted: IntArray) -> None:
     figure = Figure(figsize=(side + 1, side), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(shares, vmin=0, vmax=1, cmap="Blues")
-    ticks = range(len(classes.names))
-    axes.set_xticks(ticks, classes.names, rotation=90, fontsize=7)
-    axes.set_yticks(ticks, classes.names, fontsize=7)
+    ticks, names = range(len(classes.names)), [label(name) for name in classes.names]
+    axes.set_xticks(ticks, names, rotation=90, fontsize=7)
+    axes.set_yticks(ticks, names, fontsize=7)
     axes.set(xlabel="answer of the logistic regression", ylabel="class")
     figure.colorbar(image, ax=axes, shrink=0.7, label="share of the class's cells")
-    figure.savefig(path, dpi=150, format="png")
+    save_figure(figure, path)
 
 
 def summary_lines(values: Mapping[str, Any], folder: Path) -> list[str]:

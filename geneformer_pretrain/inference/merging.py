@@ -1,6 +1,7 @@
 """From the parts of an embedding job to its output files."""
 
 import warnings
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,6 +137,7 @@ def _write_h5ad(paths: list[Path], output: Path) -> None:
     for name in obs.columns:
         if not _fits_h5ad(table[name]):
             obs[name] = pd.Categorical([None if value is None else str(value) for value in table[name].to_pylist()])
+    obs.columns = pd.Index(_names_in_h5ad(obs.columns))
     obs.index = pd.Index(table["cell_id"].to_pylist(), dtype=object)
     with replacing(output) as temporary, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Observation names are not unique")  # the cells' own names
@@ -143,6 +145,17 @@ def _write_h5ad(paths: list[Path], output: Path) -> None:
             csr_matrix((len(obs), 0), dtype=np.float32), obs=obs, obsm={"X_geneformer": np.concatenate(vectors)}
         )
         data.write_h5ad(temporary)
+
+
+def _names_in_h5ad(names: Sequence[str]) -> list[str]:
+    """Rename columns where h5ad needs it: no slash, some name, and not that of its own index."""
+    given: list[str] = []
+    for name in names:
+        fitting = {"": "unnamed", "_index": "index"}.get(name, name.replace("/", "_"))
+        while fitting != name and (fitting in names or fitting in given):
+            fitting += "_"
+        given.append(fitting)
+    return given
 
 
 def _fits_h5ad(column: pa.ChunkedArray) -> bool:

@@ -8,12 +8,11 @@ import pyarrow.compute as pc
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from geneformer_pretrain.figures import label, save_figure
+
 SIGNIFICANT = 0.05
 LABELLED, LISTED = 12, 8
 """Perturbations that get their name in the volcano, and at each end of the ranked plot."""
-
-LONGEST = 40
-"""Letters of a name, which joins all genes that are perturbed together; a longer one is cut."""
 
 PLAIN, MARKED = "#9aa5b1", "#c0392b"
 
@@ -47,7 +46,7 @@ def plot_ranked(table: pa.Table, score: str, test: str, path: Path) -> None:
     # The points rise from the lower left to the upper right and leave the other two corners free.
     axes.text(0.02, 0.98, "\n".join(["lowest", *lowest]), fontsize=7, va="top", transform=axes.transAxes)
     axes.text(0.98, 0.02, "\n".join(["highest", *highest]), fontsize=7, ha="right", transform=axes.transAxes)
-    axes.set(xlabel="perturbations, by mean score", ylabel=f"mean {score}")
+    axes.set(xlabel="perturbations, by mean score", ylabel=label(f"mean {score}"))
     if significant.any():
         axes.legend(loc="upper center", frameon=False)
     _save(figure, axes, path)
@@ -75,7 +74,7 @@ def plot_volcano(table: pa.Table, score: str, test: str, path: Path) -> None:
             axes.annotate(
                 names[gene], (effect[gene], height[gene]), (4, 3), textcoords="offset points", fontsize=7, va="center"
             )
-    axes.set(xlabel=effect_column, ylabel=f"-log10 {test}")
+    axes.set(xlabel=label(effect_column), ylabel=label(f"-log10 {test}"))
     _save(figure, axes, path)
 
 
@@ -83,10 +82,9 @@ def _columns(table: pa.Table, value: str, q: str) -> tuple[np.ndarray, np.ndarra
     names = table["perturbation"]
     if "symbol" in table.column_names:
         names = pc.coalesce(table["symbol"], names)
-    short = [name if len(name) <= LONGEST else f"{name[:LONGEST]}..." for name in names.to_pylist()]
-    return table[value].to_numpy(), table[q].to_numpy(), np.array(short, object)
+    return table[value].to_numpy(), table[q].to_numpy(), np.array([label(name) for name in names.to_pylist()], object)
 
 
 def _save(figure: Figure, axes: Axes, path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150, format="png")
+    save_figure(figure, path)

@@ -8,6 +8,7 @@ from typing import Any
 
 from geneformer_pretrain.console import say
 from geneformer_pretrain.errors import DataError, OutputError
+from geneformer_pretrain.figures import save_figure
 from geneformer_pretrain.files import replacing
 
 log = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ def draw_curves(metrics: Path, png: Path) -> dict[str, Any]:
     _, unigram = _points(records, "validation_unigram_loss")
     if unigram:
         loss.axhline(unigram[-1], color="tab:gray", linestyle="--", label="model without context")
-    loss.set(ylabel="loss (nats a masked token)", title=str(metrics.parent))
+    loss.set(ylabel="loss (nats a masked token)", title=str(metrics.parent).replace("$", r"\$"))
     loss.legend()
     rate.plot(*_points(records, "learning_rate"), color="tab:blue")
     rate.set(ylabel="learning rate")
@@ -73,7 +74,7 @@ def draw_curves(metrics: Path, png: Path) -> dict[str, Any]:
         axis.grid(alpha=0.3)
     try:
         with replacing(png) as temporary:
-            figure.savefig(temporary, dpi=120, format="png")
+            save_figure(figure, temporary, dpi=120)
     except OSError as error:
         raise OutputError(f"{png}: cannot be written ({error.strerror}); choose another --output.") from error
     return last

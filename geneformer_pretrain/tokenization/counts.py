@@ -169,8 +169,20 @@ class CountsFile:
                 have = ", ".join(self.obs_columns) or "none"
                 raise DataError(f"{self.path}: no column {name!r} describes the cells; there are: {have}.")
             with _naming(self.path):
-                arrays[name] = self._opened.cells.columns[name](first, last)
+                arrays[name] = self._column(name, first, last)
         return pa.table(arrays)
+
+    def _column(self, name: str, first: int, last: int) -> pa.Array:
+        try:
+            values = self._opened.cells.columns[name](first, last)
+        except (pa.ArrowException, TypeError, ValueError) as error:
+            raise DataError(
+                f"the column {name!r} of the cells cannot be read ({_first_line(error)}); drop it, or write it anew as "
+                "text or numbers."
+            ) from error
+        if len(values) != last - first:
+            raise DataError(f"the column {name!r} of the cells has fewer rows than there are cells; write it anew.")
+        return values
 
     def prepare(self) -> None:
         """Make the row-wise copy of a matrix that is not stored by cells; nothing for others."""

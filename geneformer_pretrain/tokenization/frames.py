@@ -63,15 +63,21 @@ def read_frame(node: Any, uns: Any, where: str) -> Frame:
         File and name of the frame, for errors.
     """
     if not hasattr(node, "keys"):
+        if node.dtype.names is None:
+            raise DataError(
+                f"{where} is no table, as anndata leaves it when a column has no name; name that column, and write the "
+                "file anew."
+            )
         return _compound_frame(node, uns)
     index = node.attrs.get("_index", "_index")
     if index not in node:
         raise DataError(f"{where}: the column of names, {index!r}, is missing; write the file anew with anndata.")
     old_categories = node.get("__categories", {})
+    deeper = [name for name in map(str, node.attrs.get("column-order", ())) if "/" in name and name in node]
+    others = {index, "__categories", *(name.partition("/")[0] for name in deeper)}
     columns = {
         name: _reader(node[name], old_categories.get(name), f"{where}[{name!r}]")
-        for name in node
-        if name not in (index, "__categories")
+        for name in [*(name for name in node if name not in others), *deeper]
     }
     names = _reader(node[index], None, f"{where}[{index!r}]")
     return Frame(_length(node[index]), names, columns)

@@ -90,6 +90,31 @@ def test_a_report_that_cannot_be_written_is_refused_before_the_work(
     assert capsys.readouterr().err.startswith(f"Error: --report {tmp_path / report}: {said}")
 
 
+def test_a_report_in_a_place_that_cannot_be_written_to(
+    command: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command.run = lambda arguments: pytest.fail("ran")
+    for place, why in (("/proc/report.json", "/proc cannot"), ("/proc/version", "cannot")):  # new, and there already
+        assert end_of("try", "--report", place) == 1
+        assert f"{place}: {why} be written to (" in capsys.readouterr().err
+
+
+def test_an_earlier_report_is_kept_until_the_next_and_a_pipe_is_no_file(
+    command: SimpleNamespace, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "report.json").write_text("earlier")
+
+    def run(arguments: SimpleNamespace) -> Summary:
+        if arguments.report != "/dev/stdout":
+            assert Path(arguments.report).read_text() == "earlier"
+        return Summary(values={"a": 1})
+
+    command.run = run
+    assert end_of("try", "--report", str(tmp_path / "report.json")) == 0
+    assert json.loads((tmp_path / "report.json").read_text()) == {"a": 1}
+    assert end_of("try", "--report", "/dev/stdout") == 0
+
+
 def test_a_report_may_lie_in_the_new_output(command: SimpleNamespace, tmp_path: Path) -> None:
     def run(arguments: SimpleNamespace) -> Summary:
         Path(arguments.output).mkdir()

@@ -10,7 +10,7 @@ import pytest
 
 from geneformer_pretrain.data.corpus import open_corpus
 from geneformer_pretrain.errors import DataError, OutputError, explain
-from geneformer_pretrain.files import new_folder, replacing
+from geneformer_pretrain.files import new_folder, replacing, require_new
 from tests.corpora import write_parquet
 
 
@@ -38,6 +38,15 @@ def test_folders_that_cannot_be_synced(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_folder_on_a_failing_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(OSError, match=os.strerror(errno.EIO)):
         write_where_folders_fail(tmp_path / "file", monkeypatch, errno.EIO)
+
+
+@pytest.mark.parametrize("place", ["file", "deep/er/file"])
+def test_a_new_output_can_be_made_with_its_folders(tmp_path: Path, place: str) -> None:
+    require_new(tmp_path / place, overwrite=False)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "there").touch()
+    with pytest.raises(OutputError, match=r"there/deep: .*there cannot be written to \(Not a directory\)"):
+        require_new(tmp_path / "there/deep", overwrite=True)
 
 
 @pytest.fixture

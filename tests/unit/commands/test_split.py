@@ -106,6 +106,18 @@ def test_partitions_and_saved_folders(tmp_path: Path) -> None:
     assert sorted(cells) == sorted(random_cells(30) + random_cells(30, seed=1))
 
 
+@pytest.mark.parametrize("arguments", [["--fraction", "0.5"], ["--by", "donor", "--fraction", "0.5"]])
+def test_two_columns_of_one_name(tmp_path: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    cells = pa.table({"input_ids": [[3, 4], [5]]})
+    for donor in ("a", "b"):
+        cells = cells.append_column("donor", pa.array([donor] * 2))
+    pq.write_table(cells, tmp_path / "cells.parquet")
+    assert run(tmp_path / "cells.parquet", "--output", tmp_path / "out", *arguments) == 1
+    assert capsys.readouterr().err == (
+        f"Error: {tmp_path}/cells.parquet: has several columns called 'donor'; give each a name of its own\n"
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -79,7 +79,8 @@ def world(tmp_path: Path) -> World:
     obs = pd.DataFrame({"cell_type": labels, "donor_id": donors, "one": "same"}, index=[f"c{i}" for i in range(CELLS)])
     tokens = [2 + np.argsort(-row, kind="stable")[: (row > 0).sum()] for row in counts]
     columns = {"input_ids": pa.array(tokens, pa.list_(pa.int32())), "cell_id": obs.index.to_numpy(object)}
-    pq.write_table(pa.table(columns | {name: obs[name].to_numpy(object) for name in obs}), tmp_path / "cells.parquet")
+    columns |= {name: obs[name].to_numpy(object) for name in obs} | {"tags": [["a"]] * CELLS}
+    pq.write_table(pa.table(columns), tmp_path / "cells.parquet")
     names = [f"ENSG{gene:011d}" for gene in range(GENES)]
     var = pd.DataFrame({"ensembl_id": names}, index=names)
     anndata.AnnData(sparse.csr_matrix(counts.astype(np.float32)), obs, var).write_h5ad(tmp_path / "cells.h5ad")
@@ -172,6 +173,8 @@ def test_columns_of_counts_are_looked_for_before_they_are_tokenized(
     [
         (["--label", "age"], DataError, r"cells\.parquet: no column 'age' \(--label\); it has: cell_id, cell_type"),
         (["--label", "cell_type", "--groups", "site"], DataError, r"no column 'site' \(--groups\)"),
+        (["--label", "tags"], DataError, r"column 'tags' \(--label\) holds list<.*> values; name a column of text"),
+        (["--label", "cell_type", "--groups", "tags"], DataError, r"column 'tags' \(--groups\) holds list<"),
         (["--label", "one"], DataError, "--label one: one class remains"),
         (["--label", "cell_type", "--groups", "one"], DataError, "--groups one: all cells are of one group"),
         (["--label", "cell_type", "--max-cells", "0"], ConfigError, "--max-cells 0: at least 1"),

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[3]
 PACKAGE = ROOT / "geneformer_pretrain"
 
 LAYERS = (
-    {"errors", "console", "files", "jit"},
+    {"errors", "console", "files", "figures", "jit"},
     {"config"},
     {"tokenization", "data", "kernels", "distributed", "run"},
     {"model", "checkpoint"},

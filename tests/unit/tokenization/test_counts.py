@@ -75,6 +75,23 @@ def test_columns_of_cells(name: str, tmp_path: Path) -> None:
     assert table.schema.field("age").type == pa.int64()
 
 
+def test_columns_of_odd_names(tmp_path: Path) -> None:
+    """A column called as the index usually is, one with a slash, and two that differ in case alone."""
+    path = write_h5ad(tmp_path / "a.h5ad")
+    names = ["Donor", "_index", "deep/er/name"]
+    with h5py.File(path, "a") as file:
+        obs = file["obs"]
+        obs.move("_index", "cell")
+        for name in names:
+            obs[name] = np.array([f"{name} {cell}" for cell in range(CELLS)], "S")
+        obs.attrs["_index"], obs.attrs["column-order"] = "cell", [*obs.attrs["column-order"], *names]
+    with open_counts(path) as counts:
+        assert counts.cell_ids(0, 2) == ["cell 0", "cell 1"]
+        assert set(counts.obs_columns) == {"age", "cell_type", "donor", "good", "score", *names}
+        table = counts.obs([*names, "donor"], 1, 3).to_pydict()
+    assert table == {name: [f"{name} 1", f"{name} 2"] for name in [*names, "donor"]}
+
+
 def test_nullable_columns(tmp_path: Path) -> None:
     data = example_anndata(
         n=pd.array([None, *range(1, CELLS)], dtype="Int32"), b=pd.array([True, None] * 35, "boolean")

@@ -61,6 +61,39 @@ def test_values_that_are_no_counts(value: float, fault: str, dense: bool, tmp_pa
         refused(path, allow_noninteger=True)
 
 
+@pytest.mark.parametrize(
+    ("values", "fault"),
+    [
+        (np.ones((CELLS, 2)), "cannot be read (only handle 1-dimensional arrays)"),
+        (np.ones(CELLS - 1), "has fewer rows than there are cells"),
+        (np.array([b"\xff"] * CELLS), "cannot be read (Invalid UTF8 payload)"),
+        (np.ones(CELLS, complex), "cannot be read (Unsupported numpy type"),
+        (np.zeros(CELLS, [("a", "i4")]), "cannot be read (Unsupported numpy type"),
+        (3, "cannot be read (Illegal slicing argument"),
+        (h5py.Empty("f4"), "cannot be read (Empty datasets"),
+        ("codes", "cannot be read (Index 5 out of bounds)"),
+    ],
+)
+def test_columns_of_the_cells_that_are_none(values: Any, fault: str, tmp_path: Path) -> None:
+    path = write_h5ad(tmp_path / "a.h5ad")
+    with h5py.File(path, "a") as file:
+        if isinstance(values, str):
+            group = file["obs"].create_group("odd")
+            group["codes"], group["categories"] = np.full(CELLS, 5, np.int8), np.array([b"a", b"b"])
+        else:
+            file["obs"]["odd"] = values
+    with open_counts(path) as counts, pytest.raises(DataError) as error:
+        counts.obs(["odd"], 0, CELLS)
+    assert str(error.value).startswith(f"{path}: the column 'odd' of the cells {fault}")
+    assert "\n" not in str(error.value)
+
+
+def test_a_column_without_a_name(tmp_path: Path) -> None:
+    """Anndata itself replaces all of obs by such a column."""
+    path = write_h5ad(tmp_path / "a.h5ad", example_anndata(**{"": np.arange(CELLS)}))
+    assert "obs is no table, as anndata leaves it when a column has no name" in refused(path)
+
+
 def test_negative_integers(tmp_path: Path) -> None:
     counts = example_counts("int16")
     counts.data[7] = -1

@@ -71,6 +71,16 @@ def test_h5ad(v1, tmp_path):
     assert list(data.obs["cell_type"][:2]) == ["type 0", "type 1"]
 
 
+def test_h5ad_of_names_that_it_does_not_take(v1, tmp_path):
+    """Those with a slash, an empty one and that of its own index; names that differ in case alone are two."""
+    names = {"_index": "index_", "index": "index", "": "unnamed", "a/b": "a_b_", "a_b": "a_b", "A_b": "A_b"}
+    path = write_cells(tmp_path / "cells.parquet", v1.cells, **{name: [name] * 24 for name in names})
+    embed(EmbedOptions(v1.model, [str(path)], tmp_path / "out.h5ad"))
+    obs = anndata.read_h5ad(tmp_path / "out.h5ad").obs
+    assert list(obs.columns) == ["cell", *names.values()]
+    assert [obs[written].unique().tolist() for written in names.values()] == [[name] for name in names]
+
+
 def test_h5ad_of_columns_that_it_does_not_know(v1, tmp_path):
     columns = {
         "plain": [True, False] * 12,

@@ -25,6 +25,14 @@ def test_existing_output(v1, tmp_path):
         run(v1, tmp_path, overwrite=True, output=tmp_path / "folder.parquet")
 
 
+@pytest.mark.parametrize("options", [{"output": Path("/proc/out.h5ad")}, {"genes": Path("/proc/genes.parquet")}])
+def test_places_that_cannot_be_written_to_are_refused_before_the_work(v1, tmp_path, monkeypatch, options):
+    monkeypatch.setattr("geneformer_pretrain.inference.embed.load_model", None)
+    with pytest.raises(OutputError, match=r"/proc/\w+\.\w+: /proc cannot be written to .*; name another place"):
+        run(v1, tmp_path, **options)
+    assert not list(tmp_path.iterdir())
+
+
 def test_selected_rows_are_refused_before_anything_is_computed(v1, tmp_path, monkeypatch):
     import datasets
 
@@ -62,6 +70,17 @@ def test_options_that_cannot_work(v1, tmp_path, options, message):
         options["genes"] = tmp_path / options["genes"]
     with pytest.raises((ConfigError, DataError), match=message):
         run(v1, tmp_path, **options)
+
+
+@pytest.mark.parametrize("values", [pa.array([[1]] * 24), pa.array([{"a": 1}] * 24), pa.array([b"\xff"] * 24)])
+def test_groups_that_have_no_text(v1, tmp_path, values):
+    path = write_cells(tmp_path / "cells.parquet", v1.cells, tags=values)
+    options = {"genes": tmp_path / "genes.parquet", "group_by": "tags"}
+    with pytest.raises(
+        DataError, match=r"cells\.parquet: column 'tags' \(--group-by\) holds .*; name a column of text"
+    ):
+        embed(EmbedOptions(v1.model, [str(path)], tmp_path / "out.parquet", **options))
+    assert not (tmp_path / "genes.parquet").exists()
 
 
 def test_model_without_genes(v1, tmp_path):

@@ -85,6 +85,17 @@ def test_columns_of_counts_are_looked_for_before_they_are_tokenized(v1, tmp_path
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("options", [{"states": "tags", "start": "G1", "goal": "S"}, {"replicates": "tags"}])
+def test_columns_of_lists(v1, tmp_path, options):
+    table = pq.read_table(v1.path)
+    pq.write_table(table.append_column("tags", pa.array([["G1"]] * len(table))), tmp_path / "tags.parquet")
+    tagged = SimpleNamespace(model=v1.model, path=tmp_path / "tags.parquet")
+    with pytest.raises(
+        DataError, match=rf"'tags' \(--{next(iter(options))}\) holds list<.*> values; name a column of text"
+    ):
+        run(tagged, tmp_path, statistics=True, **options)
+
+
 def test_too_few_replicates_for_p_values_are_said_to_be(v1, tmp_path, capsys):
     table = pq.read_table(v1.path)
     place = table.column_names.index("donor")
