@@ -7,7 +7,7 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -113,6 +113,26 @@ def require_new(path: Path, *, overwrite: bool, what: str = "output") -> None:
     require_room_beside(path)
 
 
+def require_new_folder(path: Path, *, overwrite: bool, what: str = "output") -> None:
+    """Refuse a folder as `require_new` does, and one in the place of a file."""
+    require_new(path, overwrite=overwrite, what=what)
+    if path.exists() and not path.is_dir():
+        raise OutputError(f"{path}: is a file; name a folder.")
+
+
+def require_apart(output: Path, inputs: Iterable[Path]) -> None:
+    """Refuse an output folder that holds an input of its own, which `--overwrite` would delete.
+
+    Raises
+    ------
+    OutputError
+        Naming both.
+    """
+    for path in inputs:
+        if path.resolve().is_relative_to(output.resolve()):
+            raise OutputError(f"{output}: holds {path}, which is read; name another output.")
+
+
 def require_room_beside(path: Path) -> None:
     """Make sure, by trying, that a file or folder can be made, its parents included where they are missing.
 
@@ -142,7 +162,7 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     OutputError
         If `path` exists and may not be overwritten, or another process makes it.
     """
-    require_new(path, overwrite=overwrite)
+    require_new_folder(path, overwrite=overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary, replaced = path.with_name(path.name + ".tmp"), path.with_name(path.name + ".replaced")
     lock = temporary / ".lock"

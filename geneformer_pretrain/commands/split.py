@@ -29,16 +29,17 @@ def run(arguments: argparse.Namespace) -> Summary:
     from geneformer_pretrain.data.sources import read_description
     from geneformer_pretrain.data.splitting import by_cell, by_group, choose_groups, describe_part, split
     from geneformer_pretrain.errors import require
-    from geneformer_pretrain.files import new_folder, require_new
+    from geneformer_pretrain.files import new_folder, require_apart, require_new_folder
 
     column, fraction, named = arguments.by, arguments.fraction, arguments.hold_out
     require(fraction is None or 0 < fraction < 1, f"--fraction is {fraction}; it must lie between 0 and 1.")
     require(column is not None or fraction is not None, "give --fraction F, or --by COLUMN for whole groups.")
     require(named is None or column is not None, "--hold-out names values of a column: give --by COLUMN as well.")
     require(named is None or fraction is None, "give --fraction or --hold-out, not both.")
-    require_new(Path(arguments.output), overwrite=arguments.overwrite)
+    require_new_folder(Path(arguments.output), overwrite=arguments.overwrite)
 
     cells = open_cells(arguments.corpus)
+    require_apart(Path(arguments.output), [Path(source.path) for source in cells.sources])
     if column is None:
         has_ids = "cell_id" in column_types(cells.sources[0])
         choose = by_cell(fraction, has_ids)

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from geneformer_pretrain.console import Summary, amount
-from geneformer_pretrain.errors import ConfigError, DataError, require
+from geneformer_pretrain.errors import ConfigError, DataError, OutputError, require
+from geneformer_pretrain.files import require_apart, require_room_beside
 from geneformer_pretrain.tokenization.workers import start_server
 
 LAYOUT = """
@@ -97,10 +98,14 @@ def run(arguments: argparse.Namespace) -> Summary:
     for path in paths:
         if folder.resolve().is_relative_to(path.resolve()):
             raise ConfigError(f"--output {folder} lies inside of the counts {path}.")
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder}: is a file; name a folder.")
+    require_room_beside(folder)
     plan = make_plan(
         paths, gene_set, rule, part_cells=arguments.part_cells, allow_noninteger=arguments.allow_noninteger
     )
     if arguments.overwrite:
+        require_apart(folder, [*paths, Path(arguments.gene_set)])
         delete_corpus(folder)
     settle(plan, folder)
     job = Job(folder, plan, gene_set, arguments.allow_noninteger, arguments.allow_low_match)

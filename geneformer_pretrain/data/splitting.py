@@ -24,8 +24,8 @@ CELLS_PER_PART = 500_000
 CELLS_PER_ROW_GROUP = 4096
 PARTS = ("train", "held_out")
 
-Chooser = Callable[[pa.Table], np.ndarray]
-"""Gives, for some rows, which of them are held out: bool [rows]."""
+Chooser = Callable[[pa.Table, Path, int], np.ndarray]
+"""Gives, for some rows of a file and the number of the first, which of them are held out: bool [rows]."""
 
 
 def share(key: bytes) -> float:
@@ -36,8 +36,8 @@ def share(key: bytes) -> float:
 def by_cell(fraction: float, has_ids: bool) -> Chooser:
     """Hold cells out by a hash of their ``cell_id``, or of their tokens where there is none."""
 
-    def choose(rows: pa.Table) -> np.ndarray:
-        keys = _ids(rows) if has_ids else _tokens(rows)
+    def choose(rows: pa.Table, path: Path, first_row: int) -> np.ndarray:
+        keys = _ids(rows) if has_ids else _tokens(rows, path, first_row)
         return np.fromiter((share(key) < fraction for key in keys), bool, len(rows))
 
     return choose
@@ -47,16 +47,17 @@ def _ids(rows: pa.Table) -> Iterator[bytes]:
     return (str(value).encode() for value in rows["cell_id"].to_pylist())
 
 
-def _tokens(rows: pa.Table) -> Iterator[bytes]:
+def _tokens(rows: pa.Table, path: Path, first_row: int) -> Iterator[bytes]:
     for chunk in rows[COLUMN].chunks:
-        tokens, offsets = check_cells(chunk, Path("corpus"), 0)
+        tokens, offsets = check_cells(chunk, path, first_row)
+        first_row += len(chunk)
         same = tokens.astype("<i4")  # whatever type they are stored in
         yield from (same[start:end].tobytes() for start, end in pairwise(offsets))
 
 
 def by_group(column: str, held_out: set[str]) -> Chooser:
     """Hold out whole groups, by a column's values."""
-    return lambda rows: np.array([value in held_out for value in as_text(rows[column])], bool)
+    return lambda rows, path, first_row: np.array([value in held_out for value in as_text(rows[column])], bool)
 
 
 def choose_groups(
@@ -158,10 +159,10 @@ def split(sources: Sequence[SourceFile], choose: Chooser, output: Path) -> tuple
     names = list(column_types(sources[0]))
     writers: list[PartWriter] = []
     with Progress(sum(source.rows for source in sources), "split the corpus", "cell") as progress:
-        for rows in read_rows(sources, names):
+        for source, first_row, rows in _rows(sources, names):
             if not writers:
                 writers = [PartWriter(output / name, rows.schema) for name in PARTS]
-            held_out = choose(rows)
+            held_out = choose(rows, Path(source.path), first_row)
             for writer, chosen in zip(writers, (~held_out, held_out), strict=True):
                 try:
                     writer.write(rows.filter(pa.array(chosen)))
@@ -178,6 +179,15 @@ def split(sources: Sequence[SourceFile], choose: Chooser, output: Path) -> tuple
             )
     train, held_out_part = writers
     return train, held_out_part
+
+
+def _rows(sources: Sequence[SourceFile], names: Sequence[str]) -> Iterator[tuple[SourceFile, int, pa.Table]]:
+    """Yield rows with their file and the number of the first of them in it."""
+    for source in sources:
+        first_row = 0
+        for rows in read_rows([source], names):
+            yield source, first_row, rows
+            first_row += len(rows)
 
 
 def describe_part(writer: PartWriter, description: CorpusDescription, origin: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from geneformer_pretrain.data.corpus import open_corpus
 from geneformer_pretrain.errors import DataError, OutputError, explain
-from geneformer_pretrain.files import new_folder, replacing, require_new
+from geneformer_pretrain.files import new_folder, replacing, require_apart, require_new
 from tests.corpora import write_parquet
 
 
@@ -47,6 +47,28 @@ def test_a_new_output_can_be_made_with_its_folders(tmp_path: Path, place: str) -
     (tmp_path / "there").touch()
     with pytest.raises(OutputError, match=r"there/deep: .*there cannot be written to \(Not a directory\)"):
         require_new(tmp_path / "there/deep", overwrite=True)
+
+
+def test_a_file_is_not_replaced_by_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years")
+    folder = new_folder(tmp_path / "thesis.txt", overwrite=True)
+    with pytest.raises(OutputError, match=r"thesis\.txt: is a file; name a folder"), folder:
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize(
+    ("output", "refused"), [("a", True), (".", True), ("a/b/c", False), ("other", False), ("a/b", True)]
+)
+def test_outputs_that_hold_an_input(tmp_path: Path, output: str, refused: bool) -> None:
+    (tmp_path / "a/b").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "a/b")
+    for path in (tmp_path / "a/b", tmp_path / "link"):
+        if refused:
+            with pytest.raises(OutputError, match="which is read; name another output"):
+                require_apart(tmp_path / output, [path])
+        else:
+            require_apart(tmp_path / output, [path])
 
 
 @pytest.fixture

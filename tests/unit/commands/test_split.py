@@ -1,6 +1,7 @@
 """`split`: every cell in one part, the same each time, with all its columns."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -104,6 +105,28 @@ def test_partitions_and_saved_folders(tmp_path: Path) -> None:
     assert run(saved, "--output", tmp_path / "out2", "--fraction", 0.5) == 0
     cells = [row["input_ids"] for name in ("train", "held_out") for row in rows(tmp_path / "out2" / name)]
     assert sorted(cells) == sorted(random_cells(30) + random_cells(30, seed=1))
+
+
+def test_the_corpus_itself_is_not_overwritten(tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path: path.read_bytes() for path in corpus.rglob("*") if path.is_file()}
+    for output in (corpus, tmp_path):
+        for command in (["split", "--fraction", "0.5"], ["inspect"]):
+            with pytest.raises(SystemExit):
+                main([*command, str(corpus), "--output", str(output), "--overwrite"])
+            assert re.match(rf"Error: {output}: holds {corpus}/\S+, which is read; ", capsys.readouterr().err)
+    assert {path: path.read_bytes() for path in corpus.rglob("*") if path.is_file()} == before
+
+
+def test_the_row_of_a_damaged_cell_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By its file, beyond the rows that are read at once, where cells without ids are told apart by their tokens."""
+    for name, bad in (("a", None), ("b", 5000)):
+        cells = [[3, 4]] * 5001
+        if bad is not None:
+            cells[bad] = []
+        pq.write_table(pa.table({"input_ids": cells}), tmp_path / f"{name}.parquet", row_group_size=700)
+    assert run(tmp_path, "--output", tmp_path / "out", "--fraction", "0.5") == 1
+    said = f"Error: {tmp_path}/b.parquet, row 5000: input_ids is empty; drop the row\n"
+    assert capsys.readouterr().err.endswith(said)
 
 
 @pytest.mark.parametrize("arguments", [["--fraction", "0.5"], ["--by", "donor", "--fraction", "0.5"]])

@@ -268,6 +268,12 @@ def test_folders_that_are_no_corpus_stay(files: list[Path], genes: Path, tmp_pat
         with pytest.raises(OutputError, match="mine"):
             run(*files, "--gene-set", genes, "--output", tmp_path / "mine", *more)
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+    run(files[0], "--gene-set", genes, "--output", tmp_path / "corpus")
+    inside = files[1].rename(tmp_path / "corpus" / "a.h5ad")
+    with pytest.raises(OutputError, match=r"corpus: holds .*a\.h5ad, which is read; name another output"):
+        run(inside, "--gene-set", genes, "--output", tmp_path / "corpus", "--overwrite")
+    with pytest.raises(OutputError, match=r"a\.h5ad: is a file; name a folder"):
+        run(files[0], "--gene-set", genes, "--output", inside, "--overwrite")
     store = FORMATS["zarr v3 csr"][0](tmp_path)
     with pytest.raises(ConfigError, match="lies inside of the counts"):
         run(store, "--gene-set", genes, "--output", store / "corpus")
