@@ -130,7 +130,8 @@ def require_apart(output: Path, inputs: Iterable[Path]) -> None:
     """
     for path in inputs:
         if path.resolve().is_relative_to(output.resolve()):
-            raise OutputError(f"{output}: holds {path}, which is read; name another output.")
+            held = "is read itself" if path.resolve() == output.resolve() else f"holds {path}, which is read"
+            raise OutputError(f"{output}: {held}; name another output.")
 
 
 def require_room_beside(path: Path) -> None:

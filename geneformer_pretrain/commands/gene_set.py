@@ -301,6 +301,7 @@ def _write_tsv(gene_set: "GeneSet", path: Path, *, overwrite: bool) -> None:
     from geneformer_pretrain.files import replacing, require_new
 
     require_new(path, overwrite=overwrite, what="table")
+    path.parent.mkdir(parents=True, exist_ok=True)
     rows = zip(gene_set.tokens, gene_set.kinds, gene_set.symbols, gene_set.medians.tolist(), strict=True)
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         file.write("token_id\ttoken\tkind\tsymbol\tmedian\n")

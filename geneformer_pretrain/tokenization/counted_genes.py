@@ -177,6 +177,8 @@ class CountedGenes:
         try:
             table = pq.read_table(path)
             facts = json.loads((table.schema.metadata or {})[_METADATA])
+        except FileNotFoundError as error:
+            raise DataError(f"{path}: no such file.") from error
         except (pa.ArrowException, KeyError, ValueError) as error:
             raise DataError(f"{path} is not a partial result of `gene-set build --partial`, or damaged.") from error
         if facts["format_version"] > FORMAT_VERSION or facts["layout"] != LAYOUT:

@@ -35,7 +35,7 @@ def read_mapping(path: Path | str) -> dict[str, list[str]]:
     mapping: dict[str, list[str]] = {}
     try:
         lines = [
-            line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip() and line[0] != "#"
+            line for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip() and line[0] != "#"
         ]
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not a text in UTF-8 ({error}).") from error

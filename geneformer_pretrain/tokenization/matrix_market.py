@@ -36,8 +36,8 @@ def open_tsv(folder: Path, *stems: str) -> list[list[str]]:
     path = _find(folder, *(f"{stem}.tsv{end}" for stem in stems for end in ("", ".gz")))
     if path is None:
         raise DataError(f"{folder}: {' or '.join(f'{stem}.tsv' for stem in stems)} is missing beside matrix.mtx.")
-    with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
-        lines = [line.rstrip("\r\n").split("\t") for line in file]
+    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+        lines = [line.rstrip("\r\n").split("\t") for line in file if line.strip()]
     widths = {len(line) for line in lines}
     if len(widths) != 1:
         number = next((i for i, line in enumerate(lines, 1) if len(line) != len(lines[0])), 0)

@@ -65,7 +65,7 @@ def test_outputs_that_hold_an_input(tmp_path: Path, output: str, refused: bool) 
     (tmp_path / "link").symlink_to(tmp_path / "a/b")
     for path in (tmp_path / "a/b", tmp_path / "link"):
         if refused:
-            with pytest.raises(OutputError, match="which is read; name another output"):
+            with pytest.raises(OutputError, match=r"(is read itself|holds .*, which is read); name another output"):
                 require_apart(tmp_path / output, [path])
         else:
             require_apart(tmp_path / output, [path])

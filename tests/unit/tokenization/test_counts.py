@@ -92,6 +92,15 @@ def test_columns_of_odd_names(tmp_path: Path) -> None:
     assert table == {name: [f"{name} 1", f"{name} 2"] for name in [*names, "donor"]}
 
 
+def test_blank_lines_in_the_tables_of_a_10x_folder(tmp_path: Path) -> None:
+    path = write_mtx(tmp_path, gz=False)
+    for name in ("barcodes.tsv", "features.tsv"):
+        (path / name).write_text((path / name).read_text() + "\n\n")
+    with open_counts(path) as counts:
+        assert counts.num_cells == CELLS
+        assert counts.gene_ids.tolist() == GENE_IDS
+
+
 def test_nullable_columns(tmp_path: Path) -> None:
     data = example_anndata(
         n=pd.array([None, *range(1, CELLS)], dtype="Int32"), b=pd.array([True, None] * 35, "boolean")

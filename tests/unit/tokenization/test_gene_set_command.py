@@ -89,6 +89,12 @@ def test_import_show_and_export(run: Run, tmp_path: Path) -> None:
     assert rows[0] == ["token_id", "token", "kind", "symbol", "median"]
     assert rows[3:] == [["2", "ENSG1", "gene", "ONE", "2.0"], ["3", "ENSG2", "gene", "", ""]]
     assert "genes.tsv" in run("show", "genes", "--tsv", "genes.tsv", error=True)
+    run("show", "genes", "--tsv", "new/genes.tsv")
+    assert Path("new/genes.tsv").read_text() == Path("genes.tsv").read_text()
+    assert run("build", "--merge", "none.parquet", "--output", "merged", error=True) == (
+        "Error: none.parquet: no such file.\n"
+    )
+    assert "genes: is read itself" in run("export", "genes", "--output", "genes", "--overwrite", error=True)
 
     assert "genes without a median: 1; Geneformer's own tokenizer raises a KeyError" in run(
         "export", "genes", "--output", "dictionaries"

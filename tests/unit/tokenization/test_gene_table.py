@@ -27,6 +27,24 @@ def test_a_list(tmp_path: Path) -> None:
     assert read_gene_list(path).gene_ids == ["ENSG00000000003", "ENSG00000000005", "WBGene1"]
 
 
+@pytest.mark.parametrize("name", ["a.csv", "a.csv.gz"])
+def test_the_mark_that_spreadsheets_begin_with(tmp_path: Path, name: str) -> None:
+    assert read_gene_list(write(tmp_path / name, "\ufeffWBGene1\r\nWBGene2\r\n")).gene_ids == ["WBGene1", "WBGene2"]
+    table = read_gene_table(write(tmp_path / name, "\ufeffgene_id,symbol\r\nWBGene1,a\r\n"))
+    assert table == GeneTable(["WBGene1"], ["a"])
+
+
+def test_damaged_compression_and_a_quote_that_is_not_closed(tmp_path: Path) -> None:
+    content = bytearray(gzip.compress(b"".join(b"WBGene%d\n" % number for number in range(9000))))
+    content[2000:2100] = bytes(100)
+    (tmp_path / "a.gz").write_bytes(content)
+    with pytest.raises(DataError, match=r"a\.gz is not a text in UTF-8, or its compression is damaged"):
+        read_gene_list(tmp_path / "a.gz")
+    path = write(tmp_path / "a.csv", 'gene_id,symbol\nWBGene1,a\nWBGene2,"' + "b\n" * 100_000)
+    with pytest.raises(DataError, match=r"a\.csv, row 3: field larger than field limit .*; correct the row"):
+        read_gene_table(path)
+
+
 @pytest.mark.parametrize(
     ("text", "message"), [("ENSG1\nENSG2,TP53\n", "line 2: 'ENSG2,TP53' is more than"), ("# no\n", "holds no gene ids")]
 )

@@ -126,6 +126,16 @@ def make(**changes: Any) -> GeneSet:
     return Dictionaries(**plain).to_gene_set(name="test", origin={})
 
 
+def test_json_as_windows_writes_it(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf{"ENSG1": 2}\r\n')
+    assert read_dictionary(tmp_path / "a.json") == {"ENSG1": 2}
+
+
+def test_an_empty_dictionary_is_refused() -> None:
+    with pytest.raises(DataError, match="token dictionary: it is empty"):
+        Dictionaries({}, {}).to_gene_set(name="none", origin={})
+
+
 def test_a_gene_set_of_dictionaries() -> None:
     gene_set = make(
         names={"ONE": "ENSG1", "UNO": "ENSG1", "TWO": "OLD2", "NINE": "ENSG9"},
