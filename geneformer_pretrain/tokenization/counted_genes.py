@@ -112,8 +112,9 @@ class CountedGenes:
         """
         medians = self.sketch.medians() if exact is None else exact
         if len(outside := np.flatnonzero(np.isinf(medians))):
+            more = f" and {amount(len(outside) - 1, 'more gene')}" if len(outside) > 1 else ""
             raise DataError(
-                f"The median of {self.gene_ids[outside[0]]} and {len(outside) - 1} more genes lies outside of "
+                f"The median of {self.gene_ids[outside[0]]}{more} lies outside of "
                 "0.00006 to 16,384 counts in 10,000: correct the column of totals, or use --exact."
             )
         cells = self.sketch.num_cells

@@ -43,7 +43,7 @@ def read_mapping(path: Path | str) -> dict[str, list[str]]:
     for number, row in enumerate(csv.reader(lines, delimiter=separator), start=1):
         if len(row) != 2:
             raise DataError(
-                f"{path}, row {number}: {len(row)} fields; a table of genes has two, the new id and the old."
+                f"{path}, row {number}: {amount(len(row), 'field')}; a table of genes has two, the new id and the old."
             )
         new, old = (canonical(field.strip()) for field in row)
         if new and old and old not in mapping.setdefault(new, []):

@@ -11,6 +11,7 @@ from itertools import count
 from pathlib import Path
 from typing import IO
 
+from geneformer_pretrain.console import amount
 from geneformer_pretrain.errors import DataError
 from geneformer_pretrain.tokenization.gene_ids import canonical
 
@@ -138,7 +139,7 @@ def _table_genes(path: Path) -> Iterator[tuple[str, str, str]]:
         if not row:
             continue
         if len(row) != len(names):
-            raise DataError(f"{path}, row {number}: {len(row)} fields, the header has {len(names)}.")
+            raise DataError(f"{path}, row {number}: {amount(len(row), 'field')}, the header has {len(names)}.")
         gene_id, symbol, biotype = ("" if place is None else row[place].strip() for place in places)
         yield gene_id, symbol, biotype
 

@@ -141,9 +141,8 @@ def _warnings(run: StartFacts, steps_of_epoch: int) -> list[str]:
         ]
     if run.stream.num_truncated:
         lines.append(
-            f"truncated   {run.stream.num_truncated:,} cells are longer than "
-            f"model.seq_length={run.data.shape.seq_length}; {run.stream.dropped_tokens:,} tokens at their ends are "
-            "left out"
+            f"truncated   cells longer than model.seq_length={run.data.shape.seq_length}: {run.stream.num_truncated:,}"
+            f"; tokens at their ends, left out: {run.stream.dropped_tokens:,}"
         )
     return lines
 

@@ -11,7 +11,7 @@ import torch
 from geneformer_pretrain.checkpoint.state import Progress
 from geneformer_pretrain.config.resolved import Resolved
 from geneformer_pretrain.config.schema import Config
-from geneformer_pretrain.console import say
+from geneformer_pretrain.console import amount, say
 from geneformer_pretrain.distributed.world import World
 from geneformer_pretrain.errors import TrainingError
 from geneformer_pretrain.planner.arithmetic import flops_per_token
@@ -150,7 +150,7 @@ class StepResults:
         if self.skipped_in_a_row >= self.config.training.max_skipped_steps:
             packs = [(batch.pack, batch.cells.tolist()) for batch in pending.batches]
             raise TrainingError(
-                f"{self.skipped_in_a_row} updates in a row had gradients that are not finite (the last at step "
+                f"{amount(self.skipped_in_a_row, 'update')} in a row had gradients that are not finite (the last at step "
                 f"{pending.step}). Lower training.learning_rate, lengthen training.warmup_steps, or look at the data. "
                 f"This rank's packs of that step, each with its cells: {packs}"
             )

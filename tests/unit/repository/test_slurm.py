@@ -97,8 +97,8 @@ def run(
 ) -> tuple[int, str, list[str]]:
     """Run the script; return its exit status, its output and the jobs it queued again.
 
-    A signal goes to srun, and to the script too, once files are in the run's folder: one of each worker, since a signal
-    kills a worker that has no handler yet.
+    A signal goes to srun, and to the script too, once there is content in files of the run's folder: of each worker,
+    or after a step of all, since a signal kills a worker that has no handler yet.
     """
     folder, stubs = Path(job["CHECKPOINT_DIR"]), Path(job["STUBS"])
     process = subprocess.Popen(
@@ -107,7 +107,9 @@ def run(
     if signum is not None:
         deadline = time.monotonic() + 90
         while (
-            not all(any(folder.glob(name)) for name in ready) and time.monotonic() < deadline and process.poll() is None
+            not all(any(path.stat().st_size for path in folder.glob(name)) for name in ready)
+            and time.monotonic() < deadline
+            and process.poll() is None
         ):
             time.sleep(0.05)
         os.kill(int((stubs / "srun.pid").read_text()), signum)

@@ -56,7 +56,7 @@ def test_a_table_the_other_way_round_is_named() -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("ENSMUSG1,ENSG1,1.0\n", "row 1: 3 fields"), ("ENSMUSG1\n", "row 1: 1 fields"), ("\n", "holds no pairs")],
+    [("ENSMUSG1,ENSG1,1.0\n", "row 1: 3 fields"), ("ENSMUSG1\n", "row 1: 1 field;"), ("\n", "holds no pairs")],
 )
 def test_what_is_no_table_of_two_columns(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "a.csv"

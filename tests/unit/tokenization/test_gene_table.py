@@ -82,7 +82,7 @@ def test_a_gtf(tmp_path: Path, name: str) -> None:
     ("text", "message"),
     [
         ("name,biotype\nA,b\n", "no column of gene ids; the header is 'name, biotype'"),
-        ("gene_id,biotype\nA\n", "row 2: 1 fields, the header has 2"),
+        ("gene_id,biotype\nA\n", "row 2: 1 field, the header has 2"),
         ("", "no column of gene ids"),
         ("gene_id,biotype\n", "holds no genes"),
     ],
