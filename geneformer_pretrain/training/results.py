@@ -150,9 +150,9 @@ class StepResults:
         if self.skipped_in_a_row >= self.config.training.max_skipped_steps:
             packs = [(batch.pack, batch.cells.tolist()) for batch in pending.batches]
             raise TrainingError(
-                f"{amount(self.skipped_in_a_row, 'update')} in a row had gradients that are not finite (the last at step "
-                f"{pending.step}). Lower training.learning_rate, lengthen training.warmup_steps, or look at the data. "
-                f"This rank's packs of that step, each with its cells: {packs}"
+                f"{amount(self.skipped_in_a_row, 'update')} in a row had gradients that are not finite (the last at "
+                f"step {pending.step}). Lower training.learning_rate, lengthen training.warmup_steps, or look at the "
+                f"data. This rank's packs of that step, each with its cells: {packs}"
             )
 
     def _count_skipped(self, step: int, norm: float, history: list[float]) -> None:
