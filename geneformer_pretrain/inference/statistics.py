@@ -8,7 +8,7 @@ perturbations by Benjamini and Hochberg; that of the second cannot fall below 1 
    the next donor does not show.
 2. Does it differ from random genes of like rank? A score depends on the gene's rank and on the cell, whatever the
    gene. The *excess* of a score is its difference from the mean of the other genes of like rank in the same cell; the
-   null is the mean excess of the other perturbations of like rank.
+   null is the mean excess of the other perturbations of like rank and like number of cells.
 3. Is the excess the same in all donors? With a replicate column, cells are averaged within each donor, and Student's
    t-test asks whether the donors' means lie on one side of zero. Donors, not cells, are the sample.
 """
@@ -43,8 +43,6 @@ from geneformer_pretrain.inference.statistics_scores import (
 FORMAT_VERSION = 1
 NULL_SIZE, MIN_NULL = 200, 20
 """Perturbations of like rank that make a null, if there are so many, and the fewest that do."""
-MIN_NULL_CELLS = 10
-"""Cells that a perturbation needs to be part of a null."""
 NORMAL_MAD = float(stats.norm.ppf(0.75))
 """Median absolute deviation of a normal distribution, in its standard deviations."""
 SIGNIFICANT = 0.05
@@ -227,15 +225,18 @@ def false_discovery_rate(p: FloatArray) -> FloatArray:
     return q
 
 
-def like_rank_null(excess: FloatArray, rank: FloatArray, member: np.ndarray) -> tuple[FloatArray, FloatArray]:
+def like_rank_null(excess: FloatArray, rank: FloatArray, cells: IntArray) -> tuple[FloatArray, FloatArray]:
     """Compare the mean excess of each perturbation with those of the perturbations nearest in mean rank.
+
+    The mean of a few cells varies more than that of many, so only perturbations of half to twice as many cells are
+    compared with each other.
 
     Parameters
     ----------
     excess, rank
         [perturbations] mean excess and mean rank, NaN where unknown.
-    member
-        [perturbations] True for those that may be part of a null.
+    cells
+        [perturbations] numbers of cells in the mean excess.
 
     Returns
     -------
@@ -245,24 +246,25 @@ def like_rank_null(excess: FloatArray, rank: FloatArray, member: np.ndarray) -> 
         perturbation itself counted too. NaN where fewer than `MIN_NULL` others are there.
     """
     z, p = np.full(excess.shape, np.nan), np.full(excess.shape, np.nan)
-    member = member & ~np.isnan(excess) & ~np.isnan(rank)
-    candidates = np.flatnonzero(member)
-    candidates = candidates[np.argsort(rank[candidates], kind="stable")]
-    candidate_rank = rank[candidates]
-    for gene in np.flatnonzero(~np.isnan(excess) & ~np.isnan(rank)):
-        others = min(NULL_SIZE, len(candidates) - int(member[gene]))
+    known = np.flatnonzero(~np.isnan(excess) & ~np.isnan(rank))
+    known = known[np.argsort(rank[known], kind="stable")]
+    for number in np.unique(cells[known]):
+        alike = known[(2 * cells[known] >= number) & (cells[known] <= 2 * number)]
+        others = min(NULL_SIZE, len(alike) - 1)
         if others < MIN_NULL:
             continue
-        place = int(np.searchsorted(candidate_rank, rank[gene]))
-        near = candidates[max(0, place - NULL_SIZE - 1) : place + NULL_SIZE + 1]
-        near = near[near != gene]
-        near = near[np.argsort(np.abs(rank[near] - rank[gene]), kind="stable")[:others]]
-        null = excess[near]
-        median = np.median(null)
-        distance, distances = excess[gene] - median, np.abs(null - median)
-        spread = np.median(distances) / NORMAL_MAD
-        z[gene] = distance / spread if spread > 0 else np.nan
-        p[gene] = (1 + np.sum(distances >= abs(distance))) / (1 + others)
+        alike_rank = rank[alike]
+        for gene in known[cells[known] == number]:
+            place = int(np.searchsorted(alike_rank, rank[gene]))
+            near = alike[max(0, place - NULL_SIZE - 1) : place + NULL_SIZE + 1]
+            near = near[near != gene]
+            near = near[np.argsort(np.abs(rank[near] - rank[gene]), kind="stable")[:others]]
+            null = excess[near]
+            median = np.median(null)
+            distance, distances = excess[gene] - median, np.abs(null - median)
+            spread = np.median(distances) / NORMAL_MAD
+            z[gene] = distance / spread if spread > 0 else np.nan
+            p[gene] = (1 + np.sum(distances >= abs(distance))) / (1 + others)
     return z, p
 
 
@@ -312,7 +314,7 @@ def _table(reader: ScoreReader, pools: Sequence[Pool], sums: Sums, symbols: Mapp
         p = np.where(alone, np.nan, rank_sum_p(sums.mid_ranks[score], count, size))
         effect = 2 * _ratio(sums.mid_ranks[score], count * max(size, 1)) - 1
         excess = _ratio(sums.excess[score], sums.compared[score])
-        null_z, null_p = like_rank_null(excess, rank, sums.compared[score] >= MIN_NULL_CELLS)
+        null_z, null_p = like_rank_null(excess, rank, sums.compared[score])
         columns |= {
             f"mean_{name}": offset + pool.mean,
             f"sd_{name}": np.sqrt(np.maximum(variance, 0)),

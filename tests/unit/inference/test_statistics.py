@@ -146,23 +146,33 @@ def test_null_is_made_of_the_nearest_in_rank() -> None:
     generator = np.random.default_rng(1)
     rank, excess = generator.random(700) * 2000, generator.normal(size=700)
     excess[3], excess[4] = 9.0, np.nan
-    member = generator.random(700) < 0.8
-    z, p = like_rank_null(excess, rank, member)
+    cells = np.where(generator.random(700) < 0.8, 100, 40)
+    cells[[0, 3, 4, 100, 699]] = 50, 100, 50, 40, 200
+    z, p = like_rank_null(excess, rank, cells)
     for gene in (0, 3, 100, 699):
         nearest = np.argsort(np.abs(rank - rank[gene]))
-        others = [g for g in nearest if g != gene and member[g] and not np.isnan(excess[g])]
-        null = excess[others[:200]]
+        alike = (cells >= cells[gene] / 2) & (cells <= cells[gene] * 2)
+        null = excess[[g for g in nearest if g != gene and alike[g] and not np.isnan(excess[g])][:200]]
         distance = excess[gene] - np.median(null)
         far = np.abs(null - np.median(null)) >= abs(distance)
-        assert p[gene] == pytest.approx((1 + far.sum()) / 201)
+        assert p[gene] == pytest.approx((1 + far.sum()) / (1 + len(null)))
         assert z[gene] == pytest.approx(distance / stats.median_abs_deviation(null, scale="normal"))
     assert p[3] == pytest.approx(1 / 201)
     assert np.isnan(p[4])
-    assert 0.03 < np.mean(p < 0.05) < 0.08  # uniform under the null
+    assert 0.03 < np.nanmean(p < 0.05) < 0.08  # uniform under the null
+
+
+def test_genes_of_few_cells_are_not_found_by_their_noise() -> None:
+    """A mean of one cell lies far from means of a hundred, whatever the gene."""
+    generator = np.random.default_rng(2)
+    cells = (10 ** generator.uniform(0, 2.5, 3000)).astype(np.int64)
+    p = like_rank_null(generator.normal(size=3000) / np.sqrt(cells), generator.random(3000) * 2000, cells)[1]
+    for some in (cells == 1, (cells > 1) & (cells < 10), cells >= 100):
+        assert np.mean(p[some] < 0.05) < 0.12
 
 
 def test_no_null_of_a_few_perturbations() -> None:
-    z, p = like_rank_null(np.arange(20.0), np.arange(20.0), np.ones(20, bool))
+    z, p = like_rank_null(np.arange(20.0), np.arange(20.0), np.ones(20, np.int64))
     assert np.isnan(z).all()
     assert np.isnan(p).all()
 
