@@ -20,6 +20,8 @@ PLAIN, MARKED = "#9aa5b1", "#c0392b"
 def plot_ranked(table: pa.Table, score: str, test: str, path: Path) -> None:
     """Draw the mean score of every perturbation in ascending order, and list those at the two ends.
 
+    The list gives their numbers of cells: means of few cells are found at the ends, whatever the gene.
+
     Parameters
     ----------
     table
@@ -42,10 +44,11 @@ def plot_ranked(table: pa.Table, score: str, test: str, path: Path) -> None:
     axes.scatter(
         place[significant], mean[order][significant], s=12, c=MARKED, linewidths=0, label=f"{test} < {SIGNIFICANT}"
     )
-    lowest, highest = names[order[:LISTED]], names[order[::-1][:LISTED]]
+    listed = np.array([f"{name} ({cells:,})" for name, cells in zip(names, table["cells"].to_pylist(), strict=True)])
+    lowest, highest = listed[order[:LISTED]], listed[order[::-1][:LISTED]]
     # The points rise from the lower left to the upper right and leave the other two corners free.
-    axes.text(0.02, 0.98, "\n".join(["lowest", *lowest]), fontsize=7, va="top", transform=axes.transAxes)
-    axes.text(0.98, 0.02, "\n".join(["highest", *highest]), fontsize=7, ha="right", transform=axes.transAxes)
+    axes.text(0.02, 0.98, "\n".join(["lowest (cells)", *lowest]), fontsize=7, va="top", transform=axes.transAxes)
+    axes.text(0.98, 0.02, "\n".join(["highest (cells)", *highest]), fontsize=7, ha="right", transform=axes.transAxes)
     axes.set(xlabel="perturbations, by mean score", ylabel=label(f"mean {score}"))
     if significant.any():
         axes.legend(loc="upper center", frameon=False)

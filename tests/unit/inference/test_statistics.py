@@ -13,12 +13,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from matplotlib.axes import Axes
 from PIL import Image
 from scipy import stats
 
 from geneformer_pretrain.errors import DataError
 from geneformer_pretrain.inference import statistics, statistics_scores
 from geneformer_pretrain.inference.statistics import like_rank_null, replicate_test, summarize
+from geneformer_pretrain.inference.statistics_plots import plot_ranked
 from geneformer_pretrain.inference.statistics_scores import Chunk, MidRanks, like_rank_means
 from tests.unit.inference.simulated_scores import donor_scores, write_scores
 
@@ -246,6 +248,15 @@ def test_summary_and_pictures(tmp_path: Path) -> None:
         "summary.json",
         "volcano.png",
     ]
+
+
+def test_ranked_plot_lists_genes_with_their_numbers_of_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mean of one cell is easily the lowest of all; the picture has to show how little that is."""
+    texts: list[str] = []
+    monkeypatch.setattr(Axes, "text", lambda axes, x, y, text, **_: texts.append(text))
+    table = pa.table({"perturbation": ["a", "b"], "cells": [1, 2000], "mean_s": [0.2, 0.5], "q_s": [0.5, 0.5]})
+    plot_ranked(table, "s", "q", tmp_path / "ranked.png")
+    assert texts == ["lowest (cells)\na (1)\nb (2,000)", "highest (cells)\nb (2,000)\na (1)"]
 
 
 def test_a_few_genes_are_tested_against_no_shift(tmp_path: Path) -> None:
