@@ -308,6 +308,7 @@ def _run(
     with Progress(total, "embed", "cell", enabled=merging is not None) as progress, Writer() as writer:
         for pack, rows in runner.run(packs):
             results = pack.owner
+            _require_finite(cells, results.part.first + pack.items, rows)
             results.embeddings[pack.items] = rows
             results.finished += len(rows)
             progress.advance(len(rows))
@@ -316,6 +317,14 @@ def _run(
                 if merging is not None:
                     merging.require_progress()
     return writer.waited
+
+
+def _require_finite(cells: Cells, numbers: np.ndarray, embeddings: np.ndarray) -> None:
+    """Raise DataError, naming the cell, where finite weights overflowed."""
+    bad = ~np.isfinite(embeddings).all(axis=1)
+    if bad.any():
+        where = cells.source.describe_cell(int(numbers[bad.argmax()]))
+        raise DataError(f"{where}: its embedding is not finite; the model's training diverged.")
 
 
 @dataclass(frozen=True, eq=False)

@@ -237,9 +237,9 @@ def _load_weights(folder: Path) -> BertForMaskedLM:
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise DataError(f"{folder}: the weights lack {missing[0]}{more}; name a complete BERT.")
-    for name, parameter in model.bert.named_parameters():
+    for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
-            raise DataError(f"{folder}: bert.{name} holds NaN or infinite values; the model's training diverged.")
+            raise DataError(f"{folder}: {name} holds NaN or infinite values; the model's training diverged.")
     return model
 
 

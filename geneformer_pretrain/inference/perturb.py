@@ -330,8 +330,22 @@ def _begin(part: Part, comparing: Comparing, opened: _Opened) -> _Results:
 
 def _commit(options: PerturbOptions, model: Model, opened: _Opened, job: Job, results: _Results) -> None:
     """Write the scores of a part, in the order of the cells."""
+    for group in results.groups:
+        _require_finite(opened.cells, opened.rule, group)
     tables = [_table(options, model, opened.cells, group) for group in results.groups]
     write_table(pa.concat_tables(tables), job.path(results.part))
+
+
+def _require_finite(cells: Cells, rule: Rule, group: Group) -> None:
+    """Raise DataError, naming the cell, where finite weights overflowed: a score is missing, but not for want of genes.
+
+    Genes of the perturbation are not compared, and are in all copies but those by *delete*.
+    """
+    compared = group.copies.lengths - 2 * rule.added - (0 if rule.mode is Mode.delete else rule.size)
+    bad = (compared > 0) & np.isnan(group.scores).any(axis=1)
+    if bad.any():
+        where = cells.source.describe_cell(int(group.cells[group.copies.cell[bad.argmax()]]))
+        raise DataError(f"{where}: its scores are not finite; the model's training diverged.")
 
 
 def _table(options: PerturbOptions, model: Model, cells: Cells, group: Group) -> pa.Table:

@@ -1,6 +1,7 @@
 """Mistakes of users of `embed`."""
 
 import json
+import re
 from pathlib import Path
 
 import pyarrow as pa
@@ -96,14 +97,27 @@ def test_model_without_genes(v1, tmp_path):
         load_model(v1.model, gene_set=tmp_path / "others")
 
 
-def test_weights_that_are_not_finite(tmp_path):
+def spoil(folder, name, value):
     import transformers
 
-    model = transformers.BertForMaskedLM.from_pretrained(write_model(tmp_path / "model"))
-    model.bert.encoder.layer[1].output.dense.weight.data[3, 4] = float("nan")
-    model.save_pretrained(tmp_path / "model")
-    with pytest.raises(DataError, match=r"encoder\.layer\.1\.output\.dense\.weight holds NaN"):
+    model = transformers.BertForMaskedLM.from_pretrained(folder)
+    model.get_parameter(name).data[3, 4] = value
+    model.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["bert.encoder.layer.1.output.dense.weight", "cls.predictions.transform.dense.weight"])
+def test_weights_that_are_not_finite(tmp_path, name):
+    spoil(write_model(tmp_path / "model"), name, float("nan"))
+    with pytest.raises(DataError, match=rf"{re.escape(name)} holds NaN"):
         load_model(tmp_path / "model")
+
+
+def test_finite_weights_that_overflow(v1, tmp_path):
+    model = write_model(tmp_path / "model")
+    spoil(model, "bert.encoder.layer.0.output.dense.weight", 3e38)
+    with pytest.raises(DataError, match=r"cells\.parquet, row \d+: its embedding is not finite"):
+        embed(EmbedOptions(model, [str(v1.path)], tmp_path / "out.parquet"))
+    assert not (tmp_path / "out.parquet").exists()
 
 
 def test_what_is_no_model(tmp_path):

@@ -138,3 +138,16 @@ def test_folder_of_something_else(v1, tmp_path):
     (tmp_path / "out" / "thesis.txt").write_text("years")
     with pytest.raises(OutputError, match="something else"):
         run(v1, tmp_path)
+
+
+def test_finite_weights_that_overflow(v1, tmp_path):
+    import transformers
+
+    model = transformers.BertForMaskedLM.from_pretrained(v1.model)
+    model.bert.encoder.layer[0].output.dense.weight.data[3, 4] = 3e38
+    model.save_pretrained(tmp_path / "model")
+    v1.genes.write(tmp_path / "model")
+    spoiled = SimpleNamespace(model=tmp_path / "model", path=v1.path)
+    with pytest.raises(DataError, match=r"cells\.parquet, row \d: its scores are not finite"):
+        run(spoiled, tmp_path)
+    assert not list((tmp_path / "out").glob("scores/part-*.parquet"))
