@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from geneformer_pretrain.console import Progress
 from geneformer_pretrain.distributed.agreement import Ranks
 from geneformer_pretrain.errors import DataError
 from geneformer_pretrain.inference.cells import Cells
@@ -59,8 +60,11 @@ def state_vectors(
         table = pq.read_table(path)
         return np.stack([np.array(table[kind].to_pylist(), np.float32) for kind in kinds], axis=1)
     sums = np.zeros((len(names), len(kinds), runner.model.hidden_size))
-    for pack, rows in runner.run(_packs(runner, cells, members, ranks)):
-        sums[pack.owner] += rows.sum(0, dtype=np.float64)
+    mine = [np.array_split(some, ranks.size)[ranks.rank] for some in members]
+    with Progress(sum(map(len, mine)), "embed states", "cell", enabled=ranks.rank == 0) as progress:
+        for pack, rows in runner.run(_packs(runner, cells, mine)):
+            sums[pack.owner] += rows.sum(0, dtype=np.float64)
+            progress.advance(len(rows))
     counts = np.array([len(some) for some in members])
     vectors = (np.sum(ranks.gather(sums), axis=0) / counts[:, None, None]).astype(np.float32)
     if ranks.rank == 0:
@@ -71,12 +75,11 @@ def state_vectors(
     return vectors
 
 
-def _packs(runner: Runner, cells: Cells, members: Sequence[np.ndarray], ranks: Ranks) -> Iterator[Pack]:
+def _packs(runner: Runner, cells: Cells, members: Sequence[np.ndarray]) -> Iterator[Pack]:
     head = _mean if runner.model.cls_token is None else _mean_and_cls
     for state, some in enumerate(members):
-        mine = np.array_split(some, ranks.size)[ranks.rank]
-        for part in windows(cells.lengths[mine], runner.window):
-            tokens, offsets = cells.tokens(mine[part])
+        for part in windows(cells.lengths[some], runner.window):
+            tokens, offsets = cells.tokens(some[part])
             for chosen, shape in runner.plan(np.diff(offsets)):
                 yield runner.pack_of(chosen, shape, tokens, offsets, head, state)
 

@@ -133,10 +133,12 @@ def test_anchor(world, tmp_path, mode):
 
 
 @pytest.mark.parametrize("mode", ["delete", "overexpress"])
-def test_states(world, tmp_path, mode):
+def test_states(world, tmp_path, mode, monkeypatch, capsys):
+    monkeypatch.setattr("geneformer_pretrain.console.PLAIN_INTERVAL", 0.0)
     members = {name: range(place, 10, 3) for place, name in enumerate(["ill", "well", "other"])}
     options = {"states": "state", "start": "ill", "goal": "well", "alternatives": ["other"]}
     rows, _ = run(world, tmp_path, mode=mode, genes=",".join(ids(world, 0, 6)), **options)
+    assert "embed states: 10 of 10 cells" in capsys.readouterr().err
     order = ["well", "ill", "other"]
     assert [name for name in rows[0] if name.startswith("shift_")] == [f"shift_{name}" for name in order]
     reference = Reference(world, Mode[mode], states={name: members[name] for name in order})
