@@ -73,11 +73,12 @@ def read_frame(node: Any, uns: Any, where: str) -> Frame:
     if index not in node:
         raise DataError(f"{where}: the column of names, {index!r}, is missing; write the file anew with anndata.")
     old_categories = node.get("__categories", {})
-    deeper = [name for name in map(str, node.attrs.get("column-order", ())) if "/" in name and name in node]
-    others = {index, "__categories", *(name.partition("/")[0] for name in deeper)}
+    in_order = [name for name in map(str, node.attrs.get("column-order", ())) if name in node]
+    others = {index, "__categories", *(name.partition("/")[0] for name in in_order if "/" in name)}
     columns = {
         name: _reader(node[name], old_categories.get(name), f"{where}[{name!r}]")
-        for name in [*(name for name in node if name not in others), *deeper]
+        for name in dict.fromkeys([*in_order, *node])
+        if name not in others
     }
     names = _reader(node[index], None, f"{where}[{index!r}]")
     return Frame(_length(node[index]), names, columns)
