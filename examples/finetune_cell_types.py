@@ -81,6 +81,18 @@ def read_cells(path: Path, label: str, max_tokens: int) -> Cells:
     return Cells(tokens, np.array([str(name) for name in table[label].to_pylist()]))
 
 
+def require_same_genes(model: Path, cells: Path) -> None:
+    """Stop if model and corpus say that their tokens stand for different genes."""
+    notes = model / "gene_set.json", cells / "corpus.json"
+    if all(path.is_file() for path in notes):
+        ours, theirs = (json.loads(path.read_text()) for path in notes)
+        if ours["fingerprint"] != theirs["gene_set"]["fingerprint"]:
+            raise SystemExit(
+                f"{cells}: tokenized with the gene set {theirs['gene_set']['name']!r}, which is not the model's, "
+                f"{ours['name']!r}; tokenize the counts with --gene-set {model}."
+            )
+
+
 def simulated_cells(first: int, number: int, max_tokens: int) -> Cells:
     """Simulate cells as sample_data does: 0 to 499 are its own, later ones are fresh."""
     import sys
@@ -100,6 +112,8 @@ def three_sets(arguments: argparse.Namespace) -> tuple[list[Cells], list[str]]:
         known = simulated_cells(0, 500, arguments.max_tokens)
         test = simulated_cells(500, TEST_CELLS, arguments.max_tokens)
     else:
+        for cells in (arguments.cells, arguments.test_cells):
+            require_same_genes(arguments.model, cells)
         known = read_cells(arguments.cells, arguments.label, arguments.max_tokens)
         test = read_cells(arguments.test_cells, arguments.label, arguments.max_tokens)
     found, counts = np.unique(known.types, return_counts=True)

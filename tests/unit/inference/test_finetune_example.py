@@ -166,6 +166,16 @@ def test_cells_that_cannot_be_used(
         run(example, monkeypatch, model, "--cells", cells, "--test-cells", cells, "--output", tmp_path / "out", *given)
 
 
+def test_cells_of_another_gene_set(
+    example: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model: Path, cells: Path, fresh: Path
+) -> None:
+    """Their tokens would be taken for other genes, without a word."""
+    (model / "gene_set.json").write_text(json.dumps({"name": "mine", "fingerprint": "1"}))
+    (fresh / "corpus.json").write_text(json.dumps({"gene_set": {"name": "other", "fingerprint": "2"}}))
+    with pytest.raises(SystemExit, match=r"fresh: tokenized with the gene set 'other', which is not the model's"):
+        run(example, monkeypatch, model, "--cells", cells, "--test-cells", fresh, "--output", tmp_path / "out")
+
+
 def test_own_cells_need_own_test_cells(
     example: ModuleType, monkeypatch: pytest.MonkeyPatch, model: Path, cells: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
