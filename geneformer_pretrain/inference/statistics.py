@@ -100,7 +100,8 @@ def summarize(
     output.mkdir(parents=True, exist_ok=True)
     with replacing(output / "genes.parquet") as path:
         pq.write_table(table, path)
-    test = "replicate_q" if replicates else "q"
+    first = f"replicate_q_{reader.score_names[0]}"
+    test = "replicate_q" if replicates and table[first].null_count < len(table) else "q"
     for name, plot in (("ranked.png", plot_ranked), ("volcano.png", plot_volcano)):
         with replacing(output / name) as path:
             plot(table, reader.score_names[0], test, path)
@@ -335,9 +336,10 @@ def _table(reader: ScoreReader, pools: Sequence[Pool], sums: Sums, symbols: Mapp
                 f"replicate_p_{name}": p,
                 f"replicate_q_{name}": false_discovery_rate(p),
             }
-    first = f"{'replicate_p' if reader.replicate_column else 'p'}_{reader.score_names[0]}"
+    tests = ["replicate_p", "p"] if reader.replicate_column else ["p"]
+    order = [*(f"{test}_{reader.score_names[0]}" for test in tests), "perturbation"]
     arrays = {name: pa.array(values, from_pandas=True) for name, values in columns.items()}
-    return pa.table(arrays).sort_by([(first, "ascending"), ("perturbation", "ascending")])
+    return pa.table(arrays).sort_by([(name, "ascending") for name in order])
 
 
 def _symbol(genes: Sequence[str], symbols: Mapping[str, str]) -> str | None:
@@ -363,6 +365,12 @@ def _replicate_means(name: str, score: int, sums: Sums) -> FloatArray:
     return np.full(sums.replicate_sum[score].shape, np.nan)  # every change lowers a similarity below 1
 
 
+def _tested(reader: ScoreReader, sums: Sums) -> str:
+    if compares_with_like_rank(sums):
+        return "excess over genes of like rank"
+    return "shift" if any("shift_" in name for name in reader.score_names) else "nothing"
+
+
 def _summary(table: pa.Table, reader: ScoreReader, pools: Sequence[Pool], sums: Sums) -> dict[str, Any]:
     """Make the content of `summary.json`."""
     values: dict[str, Any] = {
@@ -377,7 +385,7 @@ def _summary(table: pa.Table, reader: ScoreReader, pools: Sequence[Pool], sums: 
             "column": reader.replicate_column,
             "names": sorted(reader.replicates.numbers),
             "scores_without": sums.without_replicate,
-            "tested": "excess over genes of like rank" if compares_with_like_rank(sums) else "shift",
+            "tested": _tested(reader, sums),
         }
     tests = ["q", *(["replicate_q"] if reader.replicate_column else [])]
     for name, pool in zip(reader.score_names, pools, strict=True):

@@ -271,6 +271,21 @@ def test_a_few_genes_are_tested_against_no_shift(tmp_path: Path) -> None:
     assert genes["null_p_shift_healthy"].isna().all()
 
 
+def test_a_few_genes_without_shifts_are_shown_by_the_pooled_test(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing can be tested with donors: the picture would be empty, and the table in the order of names."""
+    drawn: list[str] = []
+    monkeypatch.setattr(statistics, "plot_volcano", lambda table, score, test, path: drawn.append(test) or path.touch())
+    scores = donor_scores(**SIMULATION | {"genes": 4, "true_genes": 1}, seed=0).drop_columns("shift_healthy")
+    values = summarize(write_scores(tmp_path / "scores", scores), tmp_path, replicates="donor_id")
+    assert values["replicates"]["tested"] == "nothing"
+    assert drawn == ["q"]
+    p = read_genes(tmp_path)["p_gene_similarity"]
+    assert p.is_monotonic_increasing
+    assert not p.index.is_monotonic_increasing
+
+
 def test_one_perturbation_has_no_pool_to_compare_with(tmp_path: Path) -> None:
     scores = small_scores().filter(pa.compute.equal(small_scores()["perturbation"], "g1"))
     summarize(write_scores(tmp_path / "scores", scores), tmp_path)
