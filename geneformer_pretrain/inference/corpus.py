@@ -182,6 +182,8 @@ def _tokenize(files: Sequence[Path], model: Model, output: Path, options: Counts
                         table = _table_of(block)
                         if writer is None:
                             writer = pq.ParquetWriter(temporary, table.schema)
+                        elif set(table.column_names) == set(writer.schema.names):
+                            table = table.select(writer.schema.names)
                         try:
                             writer.write_table(table.cast(writer.schema))
                         except (pa.ArrowException, ValueError) as error:

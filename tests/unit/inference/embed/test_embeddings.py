@@ -151,6 +151,20 @@ def test_counts_are_tokenized_on_the_way(v1, tmp_path, capsys):
         embed(EmbedOptions(v1.model, [str(tmp_path / "counts.h5ad")], tmp_path / "three.parquet", **options))
 
 
+def test_files_of_counts_whose_columns_stand_in_another_order(v1, tmp_path):
+    adata = anndata.AnnData(csr_matrix(np.arange(1.0, 321).reshape(4, 80).astype(np.float32)))
+    adata.var["ensembl_id"] = v1.genes.tokens[2:]
+    adata.obs["tissue"], adata.obs["age"] = ["heart", "liver"] * 2, [20, 30, 40, 50]
+    adata.write_h5ad(tmp_path / "one.h5ad")
+    adata.obs = adata.obs[["age", "tissue"]]
+    adata.write_h5ad(tmp_path / "two.h5ad")
+    files = [str(tmp_path / f"{name}.h5ad") for name in ("one", "two")]
+    embed(EmbedOptions(v1.model, files, tmp_path / "out.parquet"))
+    table = pq.read_table(tmp_path / "out.parquet")
+    assert table.column_names == ["cell", "cell_id", "tissue", "age", "embedding"]
+    assert table["age"].to_pylist() == [20, 30, 40, 50] * 2
+
+
 def test_cells_that_are_left_out_are_counted_by_reason(v1, tmp_path, capsys):
     """Cells without counts, without a known gene, with too few and not chosen; only with a reason that was there."""
     genes = v1.genes.tokens[2:]
