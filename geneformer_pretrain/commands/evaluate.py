@@ -128,6 +128,12 @@ def _evaluate(arguments: argparse.Namespace, work: Path, report: Path) -> Summar
         scores,
         score_majority(chosen.classes),
         _losses(models, chosen, model.gene_set, seed),
+        evaluated={
+            "model": str(arguments.model),
+            "cells_of": [str(path) for path in arguments.cells],
+            "layer": arguments.layer,
+            "pooling": arguments.pooling,
+        },
         label=arguments.label,
         group=arguments.groups,
         counts_options=asdict(options) if paths else None,

@@ -42,6 +42,7 @@ def report_values(
     majority: Mapping[str, float],
     losses: Mapping[str, float],
     *,
+    evaluated: Mapping[str, Any],
     label: str,
     group: str | None,
     counts_options: Mapping[str, Any] | None,
@@ -58,6 +59,8 @@ def report_values(
         `score_majority`.
     losses
         Masked-token losses by name, nats; empty if the model has no head.
+    evaluated
+        `model` and `cells_of`, as they were named, `layer` and `pooling`.
     counts_options
         `CountsOptions` with which counts were read; None if none were.
     """
@@ -70,6 +73,7 @@ def report_values(
         rows[name] = row
     return {
         "format_version": FORMAT_VERSION,
+        **evaluated,
         "label": label,
         "groups": group,
         "cells": len(classes.codes),
@@ -149,6 +153,9 @@ def _markdown(values: Mapping[str, Any], method: str) -> list[str]:
     held_out = f"whole groups ({values['groups']})" if values["groups"] else "cells, stratified by class"
     lines = [
         f"# Evaluation on {values['label']}",
+        "",
+        f"Model `{values['model']}`, layer {values['layer']}, {values['pooling']}; cells of "
+        f"`{' '.join(values['cells_of'])}`.",
         "",
         f"{values['cells']:,} cells of {len(values['classes'])} classes; {values['folds']} folds hold out {held_out}.",
         "",

@@ -119,6 +119,7 @@ def test_report(world: World) -> None:
     assert losses["random weights"] == pytest.approx(np.log(V), abs=0.5)
     text = (world.report / "report.md").read_text()
     assert "Counts were read" not in text
+    assert f"Model `{world.folder / 'model'}`, layer -1, mean; cells of `{world.corpus}`." in text
     assert f"| model | {rows['model']['logistic']['macro_f1']:.3f} ± " in text
     assert "Against random weights: logistic macro F1 +" in text
     assert "rare (fewer than 10 cells): 4 cells" in text
