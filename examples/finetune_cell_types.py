@@ -240,6 +240,10 @@ def gene_baselines(sets: list[Cells]) -> dict[str, Scores]:
 
 def finetune(arguments: argparse.Namespace) -> dict[str, Scores]:
     """Fine-tune, and score on the third set beside the baselines."""
+    config = BertConfig.from_pretrained(arguments.model)
+    # Positions beyond the cells of pretraining have vectors that were never trained.
+    trained = getattr(config, "geneformer_max_tokens", config.max_position_embeddings)
+    arguments.max_tokens = min(arguments.max_tokens, trained)
     sets, names = three_sets(arguments)
     print(f"{', '.join(f'{len(cells.types):,}' for cells in sets)} cells to learn from, to choose by, to test on")
     results = {}
@@ -272,7 +276,9 @@ def main() -> None:
         "--learning-rates", type=float, nargs="+", metavar="RATE", default=LEARNING_RATES,
         help="rates to choose among (%(default)s: fit for small models)",
     )  # fmt: skip
-    parser.add_argument("--max-tokens", type=int, default=256, help="top genes of a cell that are used (%(default)s)")
+    parser.add_argument(
+        "--max-tokens", type=int, default=256, help="top genes of a cell, if the model knows so many (%(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the split, the new head and the order (%(default)s)")
     arguments = parser.parse_args()
     if (arguments.cells is None) != (arguments.test_cells is None):

@@ -166,6 +166,25 @@ def test_cells_that_cannot_be_used(
         run(example, monkeypatch, model, "--cells", cells, "--test-cells", cells, "--output", tmp_path / "out", *given)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("known", [{"max_position_embeddings": 12}, {"geneformer_max_tokens": 12}])
+def test_cells_are_cut_to_what_the_model_was_trained_on(
+    example: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model: Path, cells: Path, fresh: Path,
+    known: dict[str, int],
+) -> None:  # fmt: skip
+    config = transformers.BertConfig.from_pretrained(model)
+    config.update(known)
+    transformers.BertForMaskedLM(config).save_pretrained(model)
+    longest: list[int] = []
+    collate = example.collate
+    monkeypatch.setattr(
+        example, "collate", lambda cells: longest.append(max(len(x["input_ids"]) for x in cells)) or collate(cells)
+    )
+    words = [model, "--cells", cells, "--test-cells", fresh, "--output", tmp_path / "out", "--epochs", 1]
+    run(example, monkeypatch, *words, "--learning-rates", 1e-3)
+    assert set(longest) == {12}
+
+
 def test_cells_of_another_gene_set(
     example: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model: Path, cells: Path, fresh: Path
 ) -> None:
