@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.ipc as ipc
 import pyarrow.parquet as pq
 
@@ -153,6 +154,16 @@ class Cells:
             first += file.rows
         schema = pa.schema([self.schema.field(name) for name in columns])
         return pa.concat_tables([schema.empty_table(), *tables], promote_options="permissive").combine_chunks()
+
+    def names(self, column: str, cells: np.ndarray) -> pa.Array:
+        """Values of a column that names groups of some cells; null where there is none, NaN or an empty text."""
+        values = self.table([column], cells)[column].combine_chunks()
+        if pa.types.is_dictionary(values.type):
+            values = values.dictionary_decode()
+        if pa.types.is_floating(values.type):
+            return pc.if_else(pc.is_nan(values), None, values)
+        is_text = pa.types.is_string(values.type) or pa.types.is_large_string(values.type)
+        return pc.if_else(pc.equal(values, ""), None, values) if is_text else values
 
     def _refuse(self, cells: np.ndarray, offsets: np.ndarray, tokens: np.ndarray, bad: int) -> None:
         place = int(np.searchsorted(offsets, bad, side="right")) - 1

@@ -235,7 +235,7 @@ def _open(options: EmbedOptions, model: Model, work: Path, ranks: Ranks) -> tupl
 
 def _group(cells: Cells, column: str) -> Groups:
     cells.require_columns([column], "--group-by")
-    values = cells.table([column], np.arange(cells.num_cells))[column].cast(pa.string()).combine_chunks()
+    values = cells.names(column, np.arange(cells.num_cells)).cast(pa.string())
     encoded = pc.dictionary_encode(values, null_encoding="encode")
     names = encoded.dictionary.to_pylist()
     return Groups(names, encoded.indices.to_numpy(zero_copy_only=False).astype(np.int32))

@@ -229,7 +229,9 @@ def _load_weights(folder: Path) -> BertForMaskedLM:
     try:
         model, info = BertForMaskedLM.from_pretrained(folder, output_loading_info=True, local_files_only=True)
     except Exception as error:  # of safetensors, pickle, torch and transformers
-        raise DataError(f"{folder}: the model cannot be loaded ({_first_line(error)}); copy it again.") from error
+        raise DataError(
+            f"{folder}: the model cannot be loaded ({_first_line(error)}); if files are damaged, copy them again."
+        ) from error
     finally:
         transformers.logging.set_verbosity(level)
         transformers.utils.logging.enable_progress_bar()

@@ -232,7 +232,7 @@ def _require_replicates(cells: Cells, options: PerturbOptions, chosen: np.ndarra
     column = str(options.replicates)
     cells.require_columns([column], "--replicates")
     if options.statistics:
-        values = cells.table([column], chosen)[column].drop_null().unique().to_pylist()
+        values = cells.names(column, chosen).drop_null().unique().to_pylist()
         if len(values) < MIN_REPLICATES:
             only = f"is {values[0]!r} in all" if values else "has no value in any"
             raise DataError(
@@ -357,8 +357,7 @@ def _table(options: PerturbOptions, model: Model, cells: Cells, group: Group) ->
         "cell_id": cells.ids(group.cells).take(place),
     }
     if options.replicates is not None:
-        values = cells.table([options.replicates], group.cells)[options.replicates]
-        columns[options.replicates] = values.combine_chunks().take(place)
+        columns[options.replicates] = cells.names(options.replicates, group.cells).take(place)
     names = pa.array(model.gene_set.tokens, pa.string())
     parts = [names.take(pa.array(copies.genes[:, k])) for k in range(copies.genes.shape[1])]
     columns["perturbation"] = pc.binary_join_element_wise(*parts, "+")

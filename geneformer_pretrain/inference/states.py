@@ -29,7 +29,7 @@ def find_states(cells: Cells, column: str, names: Sequence[str]) -> list[np.ndar
         A column with one value, or a state without cells; names those that there are.
     """
     cells.require_columns([column], "--states")
-    values = cells.table([column], np.arange(cells.num_cells))[column].cast(pa.string()).combine_chunks()
+    values = cells.names(column, np.arange(cells.num_cells)).cast(pa.string())
     known = [value for value in pc.unique(values).to_pylist() if value is not None]
     if len(known) < 2:
         raise DataError(f"--states {column}: all cells have the value {known[0] if known else None!r}; two are needed.")

@@ -1,15 +1,17 @@
 """Scores of perturbations against stock transformers, copy by copy."""
 
+import json
 from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from geneformer_pretrain.errors import OutputError
+from geneformer_pretrain.errors import DataError, OutputError
 from geneformer_pretrain.inference.edits import Mode
 from tests.unit.inference.perturb.conftest import ids, run
 from tests.unit.inference.test_edits import edited
@@ -181,6 +183,29 @@ def test_parts_and_packs_change_nothing(v1, tmp_path, monkeypatch, limit):
 def test_replicates_are_in_the_scores(world, tmp_path):
     rows, _ = run(world, tmp_path, genes=",".join(ids(world, 0)), replicates="donor")
     assert all(row["donor"] == f"donor {row['cell'] % 4}" for row in rows)
+
+
+@pytest.mark.parametrize("missing", [float("nan"), "", None])
+@pytest.mark.parametrize("as_category", [False, True])
+def test_a_missing_donor_is_no_donor(v1, tmp_path, missing, as_category):
+    """AnnData writes missing numbers as NaN, and some tools missing texts as empty ones."""
+    names = [1.0, 2.0, 3.0, missing] if isinstance(missing, float) else ["A", "B", "C", missing]
+    donors, states = (pa.array([values[n % 4] for n in range(10)]) for values in (names, names[::-1]))
+    if as_category:
+        donors, states = donors.dictionary_encode(), states.dictionary_encode()
+    table = pq.read_table(v1.path).drop_columns(["donor", "state"])
+    path = tmp_path / "cells.parquet"
+    pq.write_table(table.append_column("donor", donors).append_column("state", states), path)
+    some = SimpleNamespace(model=v1.model, path=path)
+    rows, _ = run(
+        some, tmp_path, replicates="donor", statistics=True, genes=",".join(ids(v1, 0, 1)), mode="overexpress"
+    )
+    assert {row["donor"] for row in rows if row["cell"] % 4 == 3} == {None}
+    replicates = json.loads((tmp_path / "out" / "summary.json").read_text())["replicates"]
+    assert len(replicates["names"]) == 3
+    assert replicates["scores_without"] == 4
+    with pytest.raises(DataError, match=r"there are ('1', '2', '3'|'A', 'B', 'C'|'3', '2', '1'|'C', 'B', 'A')\."):
+        run(some, tmp_path, states="state", start="nan", goal="", output=tmp_path / "states")
 
 
 def test_statistics_follow(v1, tmp_path):
