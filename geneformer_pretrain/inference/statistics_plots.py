@@ -72,11 +72,15 @@ def plot_volcano(table: pa.Table, score: str, test: str, path: Path) -> None:
     axes.scatter(effect, height, s=10, c=np.where(q < SIGNIFICANT, MARKED, PLAIN), linewidths=0, rasterized=True)
     axes.axhline(-np.log10(SIGNIFICANT), color="black", linewidth=0.6, linestyle=":")
     axes.axvline(0, color="black", linewidth=0.6, linestyle=":")
-    for gene in np.argsort(q, kind="stable")[:LABELLED]:
-        if q[gene] < SIGNIFICANT:
-            axes.annotate(
-                names[gene], (effect[gene], height[gene]), (4, 3), textcoords="offset points", fontsize=7, va="center"
-            )
+    most = np.argsort(q, kind="stable")[:LABELLED]
+    most = most[q[most] < SIGNIFICANT]
+    # Many adjusted p-values are equal: names stand one below the other beside the picture, a line leads to each point.
+    line = {"arrowstyle": "-", "linewidth": 0.4, "color": PLAIN, "shrinkA": 0, "relpos": (0, 0.5)}
+    for place, gene in enumerate(most[np.lexsort((-effect[most], -height[most]))]):
+        axes.annotate(
+            names[gene], (effect[gene], height[gene]), (1.02, 0.98 - 0.05 * place), textcoords="axes fraction",
+            fontsize=7, va="center", arrowprops=line,
+        )  # fmt: skip
     axes.set(xlabel=label(effect_column), ylabel=label(f"-log10 {test}"))
     _save(figure, axes, path)
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
 from PIL import Image
 from scipy import stats
 
 from geneformer_pretrain.errors import DataError
-from geneformer_pretrain.inference import statistics, statistics_scores
+from geneformer_pretrain.inference import statistics, statistics_plots, statistics_scores
 from geneformer_pretrain.inference.statistics import like_rank_null, replicate_test, summarize
-from geneformer_pretrain.inference.statistics_plots import plot_ranked
 from geneformer_pretrain.inference.statistics_scores import Chunk, MidRanks, like_rank_means
 from tests.unit.inference.simulated_scores import donor_scores, write_scores
 
@@ -255,8 +258,25 @@ def test_ranked_plot_lists_genes_with_their_numbers_of_cells(tmp_path: Path, mon
     texts: list[str] = []
     monkeypatch.setattr(Axes, "text", lambda axes, x, y, text, **_: texts.append(text))
     table = pa.table({"perturbation": ["a", "b"], "cells": [1, 2000], "mean_s": [0.2, 0.5], "q_s": [0.5, 0.5]})
-    plot_ranked(table, "s", "q", tmp_path / "ranked.png")
+    statistics_plots.plot_ranked(table, "s", "q", tmp_path / "ranked.png")
     assert texts == ["lowest (cells)\na (1)\nb (2,000)", "highest (cells)\nb (2,000)\na (1)"]
+
+
+def test_names_in_the_volcano_do_not_overlap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adjusted p-values are often equal; drawn at their points, the names would cover each other."""
+    names = [f"ENSG0000000000{number}" for number in range(8)]
+    effect = np.linspace(0.50, 0.51, 8)
+    table = pa.table({"perturbation": names, "effect_s": effect, "q_s": [0.01] * 8})
+    boxes: list[Bbox] = []
+
+    def save(figure: Figure, path: Path) -> None:
+        figure.draw_without_rendering()
+        boxes.extend(Text.get_window_extent(name) for name in figure.axes[0].texts)  # without the lines
+
+    monkeypatch.setattr(statistics_plots, "save_figure", save)
+    statistics_plots.plot_volcano(table, "s", "q", tmp_path / "volcano.png")
+    assert len(boxes) == 8
+    assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
 
 
 def test_a_few_genes_are_tested_against_no_shift(tmp_path: Path) -> None:
