@@ -35,6 +35,7 @@ from geneformer_pretrain.inference.parts import (
     join_ranks,
     local_device,
     part_tokens,
+    remaining,
     remove,
     share,
 )
@@ -144,7 +145,7 @@ def _embed(options: EmbedOptions, work: Path, ranks: Ranks, phases: Phases) -> S
     _require_cls(model, options.pooling)
     phases.end("model")
     cells, job, groups = _open(options, model, work, ranks)
-    left = ranks.gather(job.left())[0]
+    left = remaining(job, ranks)
     phases.end("open")
     tokens = sum(int(cells.lengths[part.first : part.last].sum()) for part in left)
     flops = model.flops_per_token(options.layer, float(cells.lengths.mean())) * tokens / ranks.size

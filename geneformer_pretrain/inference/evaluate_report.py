@@ -201,9 +201,10 @@ def plot_maps(path: Path, features: Mapping[str, Features], classes: Classes, se
     if len(drawn) > MAX_DRAWN:
         drawn = np.sort(np.random.default_rng(seed).choice(drawn, MAX_DRAWN, replace=False))
     codes, number = classes.codes[drawn], len(classes.names)
-    colours = (
-        colormaps["tab20"](np.arange(number) % 20) if number <= 20 else colormaps["turbo"](np.linspace(0, 1, number))
-    )
+    if number <= 20:  # tab20 has neighbours of one hue
+        colours = colormaps["tab10" if number <= 10 else "tab20"](np.arange(number))
+    else:
+        colours = colormaps["turbo"](np.linspace(0, 1, number))
     figure = Figure(figsize=(4.2 * len(features) + 2.2, 4.2), layout="constrained")
     panels = figure.subplots(1, len(features), squeeze=False)[0]
     method = ""

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 
+from geneformer_pretrain.console import amount, say
 from geneformer_pretrain.distributed.agreement import Ranks
 from geneformer_pretrain.distributed.rendezvous import check_environment
 from geneformer_pretrain.distributed.world import choose_device
@@ -240,6 +241,15 @@ def cut(
 def part_tokens(most: int, device: torch.device, total: int) -> int:
     """Tokens of a part of a job that has so many in total: at most so many, fewer on a CPU."""
     return most if device.type == "cuda" else min(most, max(CPU_PART_TOKENS, total // CPU_PARTS))
+
+
+def remaining(job: Job, ranks: Ranks) -> list[Part]:
+    """Parts to do, as the first rank sees them, which prints how many are there already."""
+    left = ranks.gather(job.left())[0]
+    done = len(job.parts) - len(left)
+    if done and ranks.rank == 0:
+        say(f"Going on: {done:,} of {amount(len(job.parts), 'part')} are there.")
+    return left
 
 
 def share(parts: Sequence[Part], rank: int, size: int) -> list[Part]:

@@ -36,6 +36,7 @@ from geneformer_pretrain.inference.parts import (
     join_ranks,
     local_device,
     part_tokens,
+    remaining,
     remove,
     share,
     write_table,
@@ -121,7 +122,7 @@ def _perturb(options: PerturbOptions, model: Model, ranks: Ranks, phases: Phases
     )
     opened = at_once(ranks, lambda: _open(options, model, corpus, is_main=is_main))
     job = in_turn(ranks, lambda: _open_job(options, model, opened, ranks))
-    left = ranks.gather(job.left())[0]
+    left = remaining(job, ranks)
     phases.end("open")
     tokens, copies = sum(map(opened.census.tokens_of, left)), sum(map(len, left))
     cells = opened.cells

@@ -1,5 +1,6 @@
 """Jobs of `perturb` that lack memory, are stopped and started again."""
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -81,7 +82,7 @@ def test_out_of_memory_for_what_is_recorded_of_larger_packs(v1, monkeypatch):
         list(runner.run([pack]))
 
 
-def test_goes_on_where_it_stopped(v1, tmp_path, monkeypatch):
+def test_goes_on_where_it_stopped(v1, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("geneformer_pretrain.inference.perturb.PART_TOKENS", 2000)
     plain, done = Runner.hidden, []
 
@@ -99,7 +100,9 @@ def test_goes_on_where_it_stopped(v1, tmp_path, monkeypatch):
     monkeypatch.setattr(Runner, "hidden", plain)
     with pytest.raises(OutputError, match=r"other settings \(.*genes"):
         run(v1, tmp_path, tokens=128, genes=",".join(ids(v1, 0)))
+    capsys.readouterr()
     rows, summary = run(v1, tmp_path, tokens=128)
+    assert re.search(r"Going on: \d of \d+ parts are there\.", capsys.readouterr().out)
     assert rows[: len(written)] == written
     assert summary.values["perturbations"] == len(rows) - len(written)
     assert len(rows) == sum(map(len, v1.cells))
