@@ -77,7 +77,7 @@ def test_perturbations_and_states(tmp_path: Path) -> None:
         score = f"shift_{state}"
         values = np.linspace(-1, 1, len(NAMES))
         columns = {f"mean_{score}": values, f"effect_{score}": values, f"q_{score}": np.full(len(NAMES), 0.01)}
-        table = pa.table({"perturbation": NAMES, **columns})
+        table = pa.table({"perturbation": NAMES, "cells": np.arange(len(NAMES)), **columns})
         for plot in (plot_ranked, plot_volcano):
             plot(table, score, "q", tmp_path / f"{plot.__name__}{place}.png")
             assert is_picture(tmp_path / f"{plot.__name__}{place}.png")
