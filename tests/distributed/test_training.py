@@ -183,7 +183,7 @@ def test_ranks_and_engines_give_the_same_run(folder: Path, tmp_path: Path, run_w
     for *fine, refused, no_groups in outcomes:
         assert fine == [None, None]
         assert "6 packs per step, which 4 processes cannot share evenly" in refused
-        assert "1, 2, 3, 6 processes" in refused
+        assert "Processes that can: 1, 2, 3, 6." in refused
         assert "training.shard_group_size=3 does not divide the 4 processes" in no_groups
         assert "1, 2, 4" in no_groups
     assert sorted(path.name for path in uneven.glob("step_*")) == ["step_2"]
