@@ -172,6 +172,21 @@ def open_corpus(
     return corpus if description is None else replace(corpus, gene_set=description.gene_set)
 
 
+def named_gene_set(path: str | Path) -> tuple[CorpusGeneSet, Path] | None:
+    """Find the gene set that a corpus names, and the folder of its ``corpus.json``; None if it names none.
+
+    Raises
+    ------
+    DataError
+        As `open_corpus`; tokens are not read.
+    """
+    location = Path(path)
+    if _is_saved_folder(location):
+        return None
+    description = read_description(location) or read_description_beside(find_parquet(path))
+    return None if description is None else (description.gene_set, description.parts[0].parent)
+
+
 def require_corpus(path: str | Path) -> None:
     """Check that there is something to open, without opening it.
 

@@ -19,8 +19,8 @@ from geneformer_pretrain.data.stream import PackStream
 from geneformer_pretrain.data.vocabulary import (
     check_vocabulary,
     load_gene_set,
-    require_gene_set,
     require_special_tokens,
+    require_vocabulary_of,
 )
 from geneformer_pretrain.errors import ConfigError, DataError, OutputError
 
@@ -290,11 +290,10 @@ def check_data(config: Config) -> None:
 
 def _open(key: str, path: str, config: Config, genes: "GeneSet | None", is_main: bool) -> Corpus:
     try:
+        require_vocabulary_of(path, config, genes)
         corpus = open_corpus(path, config.data.cache_dir, vocab_size=config.model.vocab_size, show_progress=is_main)
         if genes is not None and corpus.gene_set is None:
             log.warning("%s: %s does not name its gene set; it is taken to be of %s", key, path, genes.name)
-        elif genes is not None and corpus.gene_set is not None:
-            require_gene_set(corpus.gene_set, corpus.folder, genes)
         require_special_tokens(corpus, config.data.num_special_tokens)
     except DataError as error:
         raise ConfigError(f"{key}: {error}") from error

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from geneformer_pretrain.data.corpus import open_corpus
-from geneformer_pretrain.data.dataset import DataFingerprint, open_training_data
+from geneformer_pretrain.data.dataset import DataFingerprint, open_training_data, open_validation_data
 from geneformer_pretrain.data.vocabulary import apply_gene_set, require_gene_set, require_special_tokens
 from geneformer_pretrain.errors import ConfigError, DataError
 from geneformer_pretrain.tokenization.gene_set import GeneSet
@@ -66,6 +66,39 @@ def test_a_corpus_of_the_gene_set_is_opened_and_another_is_refused(
     assert "cells.parquet does not name its gene set; it is taken to be of mine" in caplog.text
     with pytest.raises(ConfigError, match=r"data\.path: .*other: .*'mine'.*vocab_size 100 there, 101 here.*again"):
         open_data("other")
+
+
+def test_another_gene_set_is_named_before_tokens_that_it_lacks(tmp_path: Path) -> None:
+    gene_set().save(tmp_path / "genes")
+    larger = gene_set(genes=150)
+    write_corpus_folder(tmp_path / "larger", [[[140, 5, 6]] * 20], gene_set=described(larger))
+    for key in ("data.path", "data.validation_path"):
+        config = tiny_config(tmp_path, f"data.gene_set={tmp_path / 'genes'}", f"{key}={tmp_path / 'larger'}")
+        apply_gene_set(config)
+        with pytest.raises(ConfigError, match=rf"{key}: .*larger: .*vocab_size 152 there, 101 here"):
+            open_validation_data(open_training_data(config, False, False), False)
+
+
+def test_a_corpus_of_a_gene_set_needs_it_or_as_large_a_vocabulary(tmp_path: Path) -> None:
+    """The vocabulary file that configurations name is that of the sample."""
+    genes = gene_set()
+    (tmp_path / "vocab.txt").write_text("".join(f"{token}\n" for token in genes.tokens))
+    write_corpus_folder(tmp_path / "same", [make_cells(60)], gene_set=described(genes))
+    other = gene_set(genes=98)
+    folder = write_corpus_folder(tmp_path / "other", [make_cells(60)], gene_set=described(other))
+
+    def open_data(path: str, vocabulary: Path | str) -> None:
+        config = tiny_config(tmp_path, f"data.path={tmp_path / path}", f"data.vocab_path={vocabulary}")
+        open_training_data(config, is_main=False, pin_memory=False)
+
+    open_data("same", tmp_path / "vocab.txt")
+    message = r"other: tokenized with the gene set 'mine' of 100 tokens, and the run has the 101 of .*vocab\.txt; add "
+    with pytest.raises(ConfigError, match=rf"data\.path: .*{message}data\.gene_set=FOLDER with that gene set"):
+        open_data("other", tmp_path / "vocab.txt")
+    other.save(folder / "gene_set")
+    with pytest.raises(ConfigError, match=rf"{message}data\.gene_set=.*other/gene_set"):
+        open_data("other", tmp_path / "vocab.txt")
+    open_data("other", "null")
 
 
 def test_the_first_difference_is_named_where_the_corpus_has_its_gene_set(tmp_path: Path) -> None:
