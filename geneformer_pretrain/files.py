@@ -7,8 +7,9 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import IO, Any
 
@@ -113,11 +114,25 @@ def require_new(path: Path, *, overwrite: bool, what: str = "output") -> None:
     require_room_beside(path)
 
 
-def require_new_folder(path: Path, *, overwrite: bool, what: str = "output") -> None:
-    """Refuse a folder as `require_new` does, and one in the place of a file."""
+def require_new_folder(path: Path, *, overwrite: bool, own: Sequence[str] = (), what: str = "output") -> None:
+    """Refuse a folder as `require_new` does, one in the place of a file, and one that holds anything else.
+
+    Parameters
+    ----------
+    own
+        Names that the command gives to what it writes, as patterns; the first is always there. A folder with other
+        files is not overwritten.
+    """
     require_new(path, overwrite=overwrite, what=what)
     if path.exists() and not path.is_dir():
         raise OutputError(f"{path}: is a file; name a folder.")
+    names = sorted(entry.name for entry in path.iterdir()) if own and path.exists() else []
+    foreign = [name for name in names if not any(fnmatch(name, pattern) for pattern in own)]
+    if foreign or (names and own[0] not in names):
+        raise OutputError(
+            f"{path}: not overwritten, for it is no earlier output of this command (it holds "
+            f"{(foreign or names)[0]}); name another output, or delete it yourself."
+        )
 
 
 def require_apart(output: Path, inputs: Iterable[Path]) -> None:

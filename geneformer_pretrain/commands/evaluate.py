@@ -39,10 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> Summary:
     """Embed the cells with the model and with random weights, score both and the baselines, and write the report."""
     from geneformer_pretrain.errors import require
-    from geneformer_pretrain.files import new_folder, require_apart, require_new_folder
+    from geneformer_pretrain.files import new_folder, require_new_folder
 
-    require_new_folder(arguments.output, overwrite=arguments.overwrite)
-    require_apart(arguments.output, [arguments.model, *map(Path, arguments.cells + (arguments.counts or []))])
+    own = "report.json", "report.md", "map.png", "confusion.png"
+    require_new_folder(arguments.output, overwrite=arguments.overwrite, own=own)
     require(os.environ.get("WORLD_SIZE", "1") == "1", "evaluate runs in one process; start it without torchrun.")
     require(arguments.max_cells > 0, f"--max-cells {arguments.max_cells}: at least 1 is needed.")
     with (

@@ -33,12 +33,19 @@ def run(arguments: argparse.Namespace) -> Summary:
     UserError
         No usable checkpoint, an output that exists, or a gene set of another vocabulary.
     """
-    from geneformer_pretrain.checkpoint.export import find_checkpoint, read_weights, write_model
-    from geneformer_pretrain.files import require_apart, require_new_folder
+    from geneformer_pretrain.checkpoint.export import (
+        CONFIG_FILE,
+        GENE_SET_SUFFIXES,
+        WEIGHTS_FILE,
+        find_checkpoint,
+        read_weights,
+        write_model,
+    )
+    from geneformer_pretrain.files import require_new_folder
 
-    require_new_folder(arguments.output, overwrite=arguments.overwrite, what="model")
+    own = WEIGHTS_FILE, CONFIG_FILE, *(f"*{suffix}" for suffix in GENE_SET_SUFFIXES)
+    require_new_folder(arguments.output, overwrite=arguments.overwrite, own=own, what="model")
     folder, passed_over = find_checkpoint(arguments.checkpoint)
-    require_apart(arguments.output, [folder])
     weights, architecture, seq_length = read_weights(folder)
     gene_set = arguments.gene_set or _gene_set_of_run(folder.parent)
     if gene_set is not None:

@@ -117,17 +117,17 @@ def run(arguments: argparse.Namespace) -> Summary:
 
 
 def _import(arguments: argparse.Namespace) -> Summary:
-    from geneformer_pretrain.files import require_apart, require_new_folder
+    from geneformer_pretrain.files import require_new_folder
+    from geneformer_pretrain.tokenization.gene_set import FILES
     from geneformer_pretrain.tokenization.geneformer_dictionaries import Dictionaries, read_dictionary
 
-    require_new_folder(Path(arguments.output), overwrite=arguments.overwrite)
+    require_new_folder(Path(arguments.output), overwrite=arguments.overwrite, own=FILES)
     files = {
         "tokens": arguments.token_dictionary,
         "medians": arguments.gene_medians,
         "names": arguments.gene_names,
         "mapping": arguments.gene_mapping,
     }
-    require_apart(Path(arguments.output), [Path(file) for file in files.values() if file is not None])
     dictionaries = Dictionaries(**{name: read_dictionary(file) for name, file in files.items() if file is not None})
     gene_set = dictionaries.to_gene_set(
         name=arguments.name or Path(arguments.output).resolve().name,
@@ -145,13 +145,15 @@ def _import(arguments: argparse.Namespace) -> Summary:
 
 
 def _build(arguments: argparse.Namespace) -> Summary:
-    from geneformer_pretrain.files import require_apart, require_new, require_new_folder
+    from geneformer_pretrain.files import require_new, require_new_folder
+    from geneformer_pretrain.tokenization.gene_set import FILES
 
     _check_build(arguments)
     output = Path(arguments.output)
-    (require_new if arguments.partial else require_new_folder)(output, overwrite=arguments.overwrite)
-    read = [*arguments.counts, *(arguments.merge or []), arguments.genes, arguments.gene_table]
-    require_apart(output, [Path(path) for path in read if path is not None])
+    if arguments.partial:
+        require_new(output, overwrite=arguments.overwrite)
+    else:
+        require_new_folder(output, overwrite=arguments.overwrite, own=FILES)
     exact, result = None, None
     if arguments.merge is not None:
         from geneformer_pretrain.tokenization.counted_genes import merge
@@ -310,12 +312,14 @@ def _write_tsv(gene_set: "GeneSet", path: Path, *, overwrite: bool) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> Summary:
-    from geneformer_pretrain.files import require_apart
+    from geneformer_pretrain.files import require_new_folder
     from geneformer_pretrain.tokenization.gene_set import GeneSet
-    from geneformer_pretrain.tokenization.geneformer_dictionaries import export_dictionaries
+    from geneformer_pretrain.tokenization.geneformer_dictionaries import FILE_NAMES, export_dictionaries
+
+    own = [f"{name}.{suffix}" for name in FILE_NAMES.values() for suffix in ("pkl", "json")]
+    require_new_folder(Path(arguments.output), overwrite=arguments.overwrite, own=own)
 
     gene_set = GeneSet.load(arguments.gene_set)
-    require_apart(Path(arguments.output), [Path(arguments.gene_set)])
     files = export_dictionaries(gene_set, arguments.output, overwrite=arguments.overwrite)
     lines = [f"{arguments.output}: {', '.join(file.name for file in files)}"]
     if gene_set.num_unranked_genes:

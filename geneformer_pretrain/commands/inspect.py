@@ -39,14 +39,13 @@ def run(arguments: argparse.Namespace) -> Summary:
     from geneformer_pretrain.data.reading import open_cells
     from geneformer_pretrain.data.sources import read_description
     from geneformer_pretrain.errors import require
-    from geneformer_pretrain.files import new_folder, require_apart, require_new_folder
+    from geneformer_pretrain.files import new_folder, require_new_folder
 
     require(arguments.gpus > 0, f"--gpus is {arguments.gpus}; it must be positive.")
     if arguments.output is not None:
-        require_new_folder(Path(arguments.output), overwrite=arguments.overwrite)
+        own = "inspect.json", "*.png"
+        require_new_folder(Path(arguments.output), overwrite=arguments.overwrite, own=own)
     cells = open_cells(arguments.corpus)
-    if arguments.output is not None:
-        require_apart(Path(arguments.output), [Path(source.path) for source in cells.sources])
     columns = _columns(cells.sources, arguments.columns)
     description = read_description(Path(arguments.corpus))
     gene_set = description.gene_set if description else None

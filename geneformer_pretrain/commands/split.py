@@ -27,7 +27,7 @@ def run(arguments: argparse.Namespace) -> Summary:
     """Copy each cell to one of the two parts."""
     from geneformer_pretrain.data.reading import column_types, open_cells
     from geneformer_pretrain.data.sources import read_description
-    from geneformer_pretrain.data.splitting import by_cell, by_group, choose_groups, describe_part, split
+    from geneformer_pretrain.data.splitting import PARTS, by_cell, by_group, choose_groups, describe_part, split
     from geneformer_pretrain.errors import require
     from geneformer_pretrain.files import new_folder, require_apart, require_new_folder
 
@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> Summary:
     require(column is not None or fraction is not None, "give --fraction F, or --by COLUMN for whole groups.")
     require(named is None or column is not None, "--hold-out names values of a column: give --by COLUMN as well.")
     require(named is None or fraction is None, "give --fraction or --hold-out, not both.")
-    require_new_folder(Path(arguments.output), overwrite=arguments.overwrite)
+    require_new_folder(Path(arguments.output), overwrite=arguments.overwrite, own=PARTS)
 
     cells = open_cells(arguments.corpus)
     require_apart(Path(arguments.output), [Path(source.path) for source in cells.sources])

@@ -25,6 +25,8 @@ from geneformer_pretrain.files import new_folder
 from geneformer_pretrain.tokenization.gene_ids import GeneIndex, GeneMatch
 from geneformer_pretrain.tokenization.tokenizer_files import write_tokenizer_files
 
+FILES = ("gene_set.json", "genes.parquet", "aliases.parquet", "vocab.txt", "tokenizer.json", "tokenizer_config.json")
+"""Files of a gene-set folder; `aliases.parquet` is there if there are aliases."""
 FORMAT_VERSION = 1
 """Raised when a folder written now could not be read by an older release."""
 

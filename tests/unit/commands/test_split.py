@@ -113,7 +113,12 @@ def test_the_corpus_itself_is_not_overwritten(tmp_path: Path, corpus: Path, caps
         for command in (["split", "--fraction", "0.5"], ["inspect"]):
             with pytest.raises(SystemExit):
                 main([*command, str(corpus), "--output", str(output), "--overwrite"])
-            assert re.match(rf"Error: {output}: holds {corpus}/\S+, which is read; ", capsys.readouterr().err)
+            assert f"Error: {output}: not overwritten" in capsys.readouterr().err
+    assert run(corpus, "--output", tmp_path / "parts", "--fraction", 0.5) == 0
+    capsys.readouterr()
+    train = tmp_path / "parts/train"
+    assert run(train, "--output", tmp_path / "parts", "--fraction", 0.5, "--overwrite") == 1
+    assert re.match(rf"Error: {tmp_path}/parts: holds {train}/\S+, which is read; ", capsys.readouterr().err)
     assert {path: path.read_bytes() for path in corpus.rglob("*") if path.is_file()} == before
 
 
@@ -171,8 +176,11 @@ def test_an_existing_output_is_kept(tmp_path: Path, corpus: Path, capsys: pytest
     assert run(corpus, "--output", tmp_path / "out", "--fraction", 0.1) == 1
     assert "add --overwrite" in capsys.readouterr().err
     assert (tmp_path / "out/notes").exists()
-    assert run(corpus, "--output", tmp_path / "out", "--fraction", 0.1, "--overwrite") == 0
-    assert not (tmp_path / "out/notes").exists()
+    assert run(corpus, "--output", tmp_path / "out", "--fraction", 0.1, "--overwrite") == 1
+    (tmp_path / "out/notes").unlink()
+    for fraction, cells in ((0.5, 120), (0.1, 200)):
+        assert run(corpus, "--output", tmp_path / "out", "--fraction", fraction, "--overwrite") == 0
+        assert len(rows(tmp_path / "out/train")) > cells
 
 
 @pytest.mark.parametrize("command", ["split", "inspect"])

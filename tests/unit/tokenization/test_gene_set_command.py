@@ -94,7 +94,9 @@ def test_import_show_and_export(run: Run, tmp_path: Path) -> None:
     assert run("build", "--merge", "none.parquet", "--output", "merged", error=True) == (
         "Error: none.parquet: no such file.\n"
     )
-    assert "genes: is read itself" in run("export", "genes", "--output", "genes", "--overwrite", error=True)
+    assert "genes: not overwritten, for it is no earlier output" in run(
+        "export", "genes", "--output", "genes", "--overwrite", error=True
+    )
 
     assert "genes without a median: 1; Geneformer's own tokenizer raises a KeyError" in run(
         "export", "genes", "--output", "dictionaries"
