@@ -126,10 +126,13 @@ def require_gene_set(described: CorpusGeneSet, folder: Path, genes: "GeneSet") -
                     f"the same tokens, but {int(medians.sum()):,} medians differ, first that of {genes.tokens[first]}: "
                     f"{theirs.medians[first]} there, {genes.medians[first]} here"
                 )
+    names = [repr(described.name), repr(genes.name)]
+    if described.name == genes.name:
+        names = [f"{genes.name!r} ({one.fingerprint[:8]})" for one in (described, genes)]
     raise DataError(
-        f"{folder}: tokenized with the gene set {described.name!r}, which is not {genes.name!r} "
-        f"({'; '.join(differences) or 'its genes or medians differ'}); name the gene set that the corpus was made "
-        "with, or tokenize the counts again with this one"
+        f"{folder}: tokenized with the gene set {names[0]}, which is not {names[1]} "
+        f"({'; '.join(differences) or 'its genes or medians differ'}); name the gene set, or a model with it, that the "
+        "corpus was made with, or tokenize the counts again with this one"
     )
 
 

@@ -64,7 +64,10 @@ def test_a_corpus_of_the_gene_set_is_opened_and_another_is_refused(
     assert not caplog.records
     assert open_data("cells.parquet").gene_set == genes.fingerprint
     assert "cells.parquet does not name its gene set; it is taken to be of mine" in caplog.text
-    with pytest.raises(ConfigError, match=r"data\.path: .*other: .*'mine'.*vocab_size 100 there, 101 here.*again"):
+    with pytest.raises(
+        ConfigError,
+        match=r"data\.path: .*other: .*'mine' \(\w{8}\), which is not 'mine' \(.*vocab_size 100 there, 101 here.*again",
+    ):
         open_data("other")
 
 
