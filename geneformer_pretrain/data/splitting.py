@@ -23,6 +23,8 @@ from geneformer_pretrain.errors import DataError
 CELLS_PER_PART = 500_000
 CELLS_PER_ROW_GROUP = 4096
 PARTS = ("train", "held_out")
+SHOWN_GROUPS = 5
+"""Groups that a message lists."""
 
 Chooser = Callable[[pa.Table, Path, int], np.ndarray]
 """Gives, for some rows of a file and the number of the first, which of them are held out: bool [rows]."""
@@ -76,8 +78,11 @@ def choose_groups(
     held_out = set(names) if names is not None else {name for name in groups if share(name.encode()) < fraction}
     unknown = sorted(held_out - groups)
     if unknown:
-        meant = get_close_matches(unknown[0], groups, 1) or sorted(groups)[:5]
-        raise DataError(f"--hold-out: {column} has no value {unknown[0]!r}; there is {', '.join(meant)}")
+        close = get_close_matches(unknown[0], groups, 1)
+        meant = f"did you mean {close[0]}? It" if close else "it"
+        listed = ", ".join(sorted(groups)[:SHOWN_GROUPS])
+        more = f" and {len(groups) - SHOWN_GROUPS:,} more" if len(groups) > SHOWN_GROUPS else ""
+        raise DataError(f"--hold-out: {column} has no value {unknown[0]!r}; {meant} has: {listed}{more}")
     if not held_out or held_out == groups:
         which = "none" if not held_out else "every one"
         raise DataError(

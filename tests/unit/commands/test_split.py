@@ -153,7 +153,12 @@ def test_two_columns_of_one_name(tmp_path: Path, arguments: list[str], capsys: p
         (["--fraction", "1.5"], "--fraction is 1.5; it must lie between 0 and 1"),
         (["--fraction", "1e-9"], "no cell would be in held_out"),
         (["--hold-out", "donor 1", "--fraction", "0.1"], "--hold-out names values of a column"),
-        (["--by", "donor", "--hold-out", "donor_1"], "donor has no value 'donor_1'; there is donor 1"),
+        (
+            ["--by", "donor", "--hold-out", "donor_1"],
+            "donor has no value 'donor_1'; did you mean donor 1? It has: donor 0, donor 1, donor 10, donor 11, "
+            "donor 12 and 8 more\n",
+        ),
+        (["--by", "donor", "--hold-out", "X"], "no value 'X'; it has: donor 0, donor 1,"),
         (["--by", "doner"], "no column 'doner', only input_ids, length, cell_id, donor"),
         (["--by", "donor", "--fraction", "1e-9"], "none of its 13 groups would be held out"),
     ],
