@@ -31,6 +31,9 @@ COMMANDS: dict[str, str] = {
 }
 """Names of the commands, each with what it does; the module's name has underscores for dashes."""
 
+RESUMABLE = ("tokenize", "embed", "perturb")
+"""Commands that go on where they were stopped."""
+
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one command and exit: 0 if it succeeded, 1 if not."""
@@ -60,7 +63,7 @@ def _run(arguments: list[str]) -> int:
             if parsed.report is not None:
                 Path(parsed.report).write_text(json.dumps(summary.values, indent=1) + "\n")
     except KeyboardInterrupt:
-        say("Interrupted.", error=True)
+        say(f"Interrupted.{_way_on(parsed)}", error=True)
         return 1
     except Exception as error:
         text = str(error) if isinstance(error, UserError) else explain(error)
@@ -69,6 +72,13 @@ def _run(arguments: list[str]) -> int:
         say(f"Error: {text}", error=True)
         return 1
     return 0
+
+
+def _way_on(parsed: argparse.Namespace) -> str:
+    """Sentence on how an interrupted command goes on, if it can; empty if not."""
+    if parsed.command not in RESUMABLE or Path(parsed.output).is_file():  # that would have to be deleted first
+        return ""
+    return f" The same command{' without --overwrite' if parsed.overwrite else ''} goes on where it stopped."
 
 
 def _require_report(path: Path, output: Path | str | None) -> None:

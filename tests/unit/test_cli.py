@@ -164,6 +164,30 @@ def test_mistakes_are_one_line_and_exit_with_1(
     assert capsys.readouterr().err == printed
 
 
+@pytest.mark.parametrize(
+    ("options", "output", "said"),
+    [
+        ([], None, " The same command goes on where it stopped."),
+        (["--overwrite"], None, " The same command without --overwrite goes on where it stopped."),
+        (["--overwrite"], "a finished file, which the command would refuse", ""),
+    ],
+)
+@pytest.mark.parametrize("words", [["embed", "model", "cells"], ["perturb", "model", "cells"], ["tokenize", "cells"]])
+def test_what_goes_on_after_an_interrupt_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str],
+    options: list[str], output: str | None, said: str,
+) -> None:  # fmt: skip
+    def interrupt(arguments: object) -> Summary:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(import_module(f"geneformer_pretrain.commands.{words[0]}"), "run", interrupt)
+    if output is not None:
+        (tmp_path / "out").write_text(output)
+    needed = {"tokenize": ["--gene-set", "genes"], "perturb": ["--mode", "delete"]}.get(words[0], [])
+    assert end_of(*words, "--output", str(tmp_path / "out"), *needed, *options) == 1
+    assert capsys.readouterr().err == f"Interrupted.{said}\n"
+
+
 def test_a_bug_keeps_its_traceback(command: SimpleNamespace) -> None:
     def fail(arguments: object) -> Summary:
         raise KeyError("a bug")
