@@ -256,7 +256,11 @@ class GeneSet:
 def _read_facts(folder: Path) -> dict[str, Any]:
     path = folder / "gene_set.json"
     if not path.is_file():
-        raise DataError(f"{folder} is not a gene-set folder: it has no gene_set.json (`gene-set import` makes one).")
+        inner = folder / "gene_set"
+        remedy = "`gene-set import` or `gene-set build` makes one"
+        if (inner / "gene_set.json").is_file():
+            remedy = f"name {inner}, that of the corpus"
+        raise DataError(f"{folder} is not a gene-set folder: it has no gene_set.json; {remedy}.")
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
         newer = facts["format_version"] > FORMAT_VERSION

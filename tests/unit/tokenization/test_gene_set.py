@@ -168,7 +168,10 @@ def cut(name: str) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder: (folder / "gene_set.json").unlink(), "is not a gene-set folder"),
+        (
+            lambda folder: (folder / "gene_set.json").unlink(),
+            "is not a gene-set folder: it has no gene_set.json; `gene-set import` or `gene-set build` makes one",
+        ),
         (lambda folder: (folder / "genes.parquet").unlink(), "genes.parquet is missing"),
         (cut("gene_set.json"), "gene_set.json is not the description of a gene set"),
         (cut("genes.parquet"), "genes.parquet is damaged"),
@@ -208,3 +211,9 @@ def test_auto_tokenizer_loads_the_folder(tmp_path: Path, special: str, with_mode
     assert batch["attention_mask"][1][-1] == 0
     with pytest.raises(Exception, match="UNK"):
         tokenizer("ENSG1 no_such_gene")
+
+
+def test_a_corpus_names_the_gene_set_inside(tmp_path: Path) -> None:
+    small().save(tmp_path / "corpus/gene_set")
+    with pytest.raises(DataError, match=f"no gene_set.json; name {tmp_path}/corpus/gene_set, that of the corpus"):
+        GeneSet.load(tmp_path / "corpus")
