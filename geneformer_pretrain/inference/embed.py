@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-from geneformer_pretrain.console import Progress, Summary, amount
+from geneformer_pretrain.console import Summary, amount
 from geneformer_pretrain.distributed.agreement import Ranks
 from geneformer_pretrain.errors import ConfigError, DataError, OutputError, require
 from geneformer_pretrain.files import replacing, require_new
@@ -38,6 +38,7 @@ from geneformer_pretrain.inference.parts import (
     remaining,
     remove,
     share,
+    share_progress,
 )
 from geneformer_pretrain.inference.phases import Phases
 from geneformer_pretrain.inference.pooling import first_token, mean_of_genes
@@ -162,7 +163,7 @@ def _embed(options: EmbedOptions, work: Path, ranks: Ranks, phases: Phases) -> S
     ranks.gather(None)
     phases.end("warm-up")
     with Merging(job, options.output) if ranks.rank == 0 else nullcontext() as merging:
-        writing = _run(runner, head, cells, job, share(left, ranks.rank, ranks.size), groups, merging)
+        writing = _run(runner, head, cells, job, share(left, ranks.rank, ranks.size), groups, merging, ranks)
         phases.end_forward(ranks, packs=runner.waited, writing=writing)
         if merging is not None and options.genes is not None:
             merge_genes(job, model, options.group_by, groups, options.genes)
@@ -218,7 +219,7 @@ def _open(options: EmbedOptions, model: Model, work: Path, ranks: Ranks) -> tupl
         "gene set": model.gene_set.fingerprint,
         "cells": cells.source.fingerprint,
         "max tokens": cells.max_tokens,
-        "layer": model.num_layers_below(options.layer),
+        "layers computed": model.num_layers_below(options.layer),
         "pooling": options.pooling,
         "dtype": str(model.dtype).removeprefix("torch."),
         "genes": None if options.genes is None else _relative(options.genes, work),
@@ -301,12 +302,12 @@ class _Head:
 
 def _run(
     runner: Runner, head: _Head, cells: Cells, job: Job, mine: list[Part], groups: Groups | None,
-    merging: Merging | None,
+    merging: Merging | None, ranks: Ranks,
 ) -> float:  # fmt: skip
     """Embed the parts of this rank and write each once it is complete; return the seconds waited for that."""
     total = sum(map(len, mine))
     packs = _packs(runner, head, cells, mine, groups)
-    with Progress(total, "embed", "cell", enabled=merging is not None) as progress, Writer() as writer:
+    with share_progress(ranks, total, "embed", "cell") as progress, Writer() as writer:
         for pack, rows in runner.run(packs):
             results = pack.owner
             _require_finite(cells, results.part.first + pack.items, rows)

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 
-from geneformer_pretrain.console import amount, say
+from geneformer_pretrain.console import Progress, amount, say
 from geneformer_pretrain.distributed.agreement import Ranks
 from geneformer_pretrain.distributed.rendezvous import check_environment
 from geneformer_pretrain.distributed.world import choose_device
@@ -41,7 +41,7 @@ CPU_PART_TOKENS, CPU_PARTS = 2**19, 1000
 """On a CPU, which takes a minute for so many tokens with a small model, parts have no more; but not more parts than so
 many. A part at most is lost by a kill."""
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 
 TAPER = (1 / 2, 1 / 4, 1 / 8, 1 / 8)
 """Shares into which the last part of each rank is cut, where they are joined: little is left to do at the end."""
@@ -255,6 +255,12 @@ def remaining(job: Job, ranks: Ranks) -> list[Part]:
 def share(parts: Sequence[Part], rank: int, size: int) -> list[Part]:
     """Parts of one rank: every `size`-th, so that parts are complete in about their order, whoever makes them."""
     return list(parts[rank::size])
+
+
+def share_progress(ranks: Ranks, total: int, description: str, unit: str) -> Progress:
+    """Progress of the first rank's share, which is named where there are several; other ranks draw nothing."""
+    share_of = f", rank {ranks.rank} of {ranks.size}" if ranks.size > 1 else ""
+    return Progress(total, description + share_of, unit, enabled=ranks.rank == 0)
 
 
 class Lock:

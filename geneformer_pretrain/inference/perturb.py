@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from geneformer_pretrain.console import Progress, Summary, amount, say
+from geneformer_pretrain.console import Summary, amount, say
 from geneformer_pretrain.distributed.agreement import Ranks
 from geneformer_pretrain.errors import DataError, OutputError
 from geneformer_pretrain.inference.cells import Cells, open_cells
@@ -39,6 +39,7 @@ from geneformer_pretrain.inference.parts import (
     remaining,
     remove,
     share,
+    share_progress,
     write_table,
 )
 from geneformer_pretrain.inference.perturbations import Census, PerturbOptions, count_copies, make_rule
@@ -238,7 +239,8 @@ def _require_replicates(cells: Cells, options: PerturbOptions, chosen: np.ndarra
             only = f"is {values[0]!r} in all" if values else "has no value in any"
             raise DataError(
                 f"--replicates {column}: the column {only} of the {amount(len(chosen), 'cell')} to perturb, and "
-                f"statistics need at least {MIN_REPLICATES} replicates; choose another column or leave the option out."
+                f"statistics need at least {MIN_REPLICATES} replicates, p-values {TESTED_REPLICATES}; choose another "
+                "column or leave the option out."
             )
         if len(values) < TESTED_REPLICATES and is_main:
             say(f"--replicates {column}: {len(values)} replicates; p-values need {TESTED_REPLICATES} and stay empty.")
@@ -261,7 +263,7 @@ def _open_job(options: PerturbOptions, model: Model, opened: _Opened, ranks: Ran
         "max tokens": cells.max_tokens,
         **{name: asked[name] for name in kept},
         "perturbations": None if rule.sets is None else rule.sets.tolist(),
-        "layer": model.num_layers_below(options.layer),
+        "layers computed": model.num_layers_below(options.layer),
         "dtype": str(model.dtype).removeprefix("torch."),
         "max cells": options.max_cells,
         "seed": options.seed,
@@ -297,7 +299,7 @@ def _run(
                 yield from comparing.packs(group, results)
 
     with (
-        Progress(sum(map(len, mine)), "perturb", "perturbation", enabled=ranks.rank == 0) as progress,
+        share_progress(ranks, sum(map(len, mine)), "perturb", "perturbation") as progress,
         Writer() as writer,
     ):
         for pack, rows in runner.run(packs()):

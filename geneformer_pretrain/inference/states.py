@@ -10,12 +10,11 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from geneformer_pretrain.console import Progress
 from geneformer_pretrain.distributed.agreement import Ranks
 from geneformer_pretrain.errors import DataError
 from geneformer_pretrain.inference.cells import Cells
 from geneformer_pretrain.inference.packs import Pack, Parts
-from geneformer_pretrain.inference.parts import fixed_size_list, write_table
+from geneformer_pretrain.inference.parts import fixed_size_list, share_progress, write_table
 from geneformer_pretrain.inference.pooling import first_token, mean_of_genes
 from geneformer_pretrain.inference.runner import Runner, windows
 
@@ -61,7 +60,7 @@ def state_vectors(
         return np.stack([np.array(table[kind].to_pylist(), np.float32) for kind in kinds], axis=1)
     sums = np.zeros((len(names), len(kinds), runner.model.hidden_size))
     mine = [np.array_split(some, ranks.size)[ranks.rank] for some in members]
-    with Progress(sum(map(len, mine)), "embed states", "cell", enabled=ranks.rank == 0) as progress:
+    with share_progress(ranks, sum(map(len, mine)), "embed states", "cell") as progress:
         for pack, rows in runner.run(_packs(runner, cells, mine)):
             sums[pack.owner] += rows.sum(0, dtype=np.float64)
             progress.advance(len(rows))

@@ -27,8 +27,21 @@ from geneformer_pretrain.inference.parts import (
     part_tokens,
     remove,
     share,
+    share_progress,
 )
 from geneformer_pretrain.inference.phases import Phases
+
+
+@pytest.mark.parametrize(("size", "name"), [(1, "embed"), (2, "embed, rank 0 of 2")])
+def test_progress_of_a_share_names_its_rank(monkeypatch, capsys, size, name):
+    monkeypatch.setattr("geneformer_pretrain.console.PLAIN_INTERVAL", 0)
+    monkeypatch.setattr("geneformer_pretrain.console.is_terminal", lambda number: False)
+    for rank in range(size):
+        with share_progress(SimpleNamespace(rank=rank, size=size), 3, "embed", "cell") as progress:
+            progress.advance(3)
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"{name}: 3 of 3 cells")
+    assert printed.count("\n") == 1
 
 
 def test_parts_on_a_cpu_are_a_minute_or_a_thousandth_at_most():

@@ -79,7 +79,7 @@ def test_goes_on_where_it_stopped(v1, tmp_path, monkeypatch, limit):
     with pytest.raises(KeyboardInterrupt):
         run(v1, tmp_path, tokens=64)
     assert list((tmp_path / "out.parquet.parts").glob("part-*.parquet"))
-    with pytest.raises(OutputError, match=r"other settings \(layer was 2, is 3\)"):
+    with pytest.raises(OutputError, match=r"other settings \(layers computed was 2, is 3\)"):
         run(v1, tmp_path, layer=-1, tokens=64)
     monkeypatch.setattr(Runner, "hidden", plain)
     output, summary = run(v1, tmp_path, tokens=64)

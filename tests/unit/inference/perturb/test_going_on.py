@@ -100,6 +100,8 @@ def test_goes_on_where_it_stopped(v1, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Runner, "hidden", plain)
     with pytest.raises(OutputError, match=r"other settings \(.*genes"):
         run(v1, tmp_path, tokens=128, genes=",".join(ids(v1, 0)))
+    with pytest.raises(OutputError, match=r"other settings \(layers computed was 2, is 3\)"):
+        run(v1, tmp_path, tokens=128, layer=-1)
     capsys.readouterr()
     rows, summary = run(v1, tmp_path, tokens=128)
     assert re.search(r"Going on: \d of \d+ parts are there\.", capsys.readouterr().out)
