@@ -92,7 +92,7 @@ def summarize(
             only = ", ".join(reader.replicates.numbers) or "no cell has a value"
             raise DataError(
                 f"--replicates {replicates}: all cells are of one replicate ({only}), and statistics need at least "
-                f"{MIN_REPLICATES}; choose another column or leave the option out."
+                f"{MIN_REPLICATES}, p-values {TESTED_REPLICATES}; choose another column or leave the option out."
             )
         sums = _accumulate(reader, pools, progress)
     table = _table(reader, pools, sums, symbols)

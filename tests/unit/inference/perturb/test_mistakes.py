@@ -106,6 +106,11 @@ def test_too_few_replicates_for_p_values_are_said_to_be(v1, tmp_path, capsys):
     assert "--replicates donor: 2 replicates; p-values need 3 and stay empty." in capsys.readouterr().out
 
 
+def test_one_replicate(v1, tmp_path):
+    with pytest.raises(DataError, match="statistics need at least 2 replicates, p-values 3; choose another column"):
+        run(v1, tmp_path, replicates="donor", statistics=True)
+
+
 def test_a_long_list_of_genes_is_no_file(v1, tmp_path):
     """Sixteen Ensembl ids are longer than the name of a file may be."""
     genes = v1.genes.tokens[2:]
