@@ -161,6 +161,8 @@ def _find_in_folder(folder: Path) -> list[Path]:
                 "whole folder, or save the dataset again"
             )
         raise DataError(f"{folder}: holds neither *.parquet files nor a dataset saved with save_to_disk; {below}")
+    if folder / "genes.parquet" in files and (folder / "gene_set.json").is_file():
+        raise DataError(f"{folder}: holds a gene set and no cells; name a corpus, a folder that `tokenize` wrote")
     inner = next((file for file in files if file.is_dir()), None)
     if inner is not None:
         raise DataError(f"{folder}: {inner.name} in it is a folder, not a file; {below}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -153,6 +154,11 @@ def load_model(
         bfloat16 on a GPU without it.
     """
     folder = Path(path)
+    if not folder.parent.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+        raise DataError(
+            f"{path}: no such folder, and a model is read from one on this machine. If this is a model of the Hugging "
+            f"Face Hub, `hf download {path} --local-dir FOLDER`, and name FOLDER."
+        )
     if not (folder / "config.json").is_file():
         raise DataError(
             f"{folder}: no config.json; name a model, such as a run's final_model, or `export` a checkpoint first."

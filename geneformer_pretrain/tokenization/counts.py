@@ -57,6 +57,11 @@ def find_counts(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
         path = Path(given)
         if path.is_dir() and not is_counts_folder(path):
             inside = list(_search(path))
+            if not inside and (path / "gene_set.json").is_file():
+                raise DataError(
+                    f"{path}: holds a gene set and no cells; name counts, or, to embed, perturb or evaluate, a corpus "
+                    "that `tokenize` wrote."
+                )
             if not inside:
                 raise DataError(f"{path}: no counts in this folder ({', '.join(SUFFIXES)}, zarr or matrix.mtx).")
             found += inside

@@ -16,6 +16,7 @@ from geneformer_pretrain.data import inspection
 from geneformer_pretrain.data.packing import BatchShape
 from geneformer_pretrain.data.stream import PackStream
 from tests.corpora import GENE_SET, write_corpus_folder, write_streams
+from tests.unit.inference.worlds import gene_set
 
 pytestmark = pytest.mark.process
 
@@ -24,6 +25,13 @@ def run(*arguments: Any) -> int:
     with pytest.raises(SystemExit) as ended:
         main(["inspect", *map(str, arguments)])
     return int(ended.value.code or 0)
+
+
+def test_a_gene_set_is_no_corpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gene_set().save(tmp_path / "genes")
+    assert run(tmp_path / "genes") == 1
+    said = f"{tmp_path}/genes: holds a gene set and no cells; name a corpus, a folder that `tokenize` wrote"
+    assert capsys.readouterr().err == f"Error: {said}\n"
 
 
 def make_cells(count: int) -> list[list[int]]:

@@ -97,6 +97,24 @@ def test_model_without_genes(v1, tmp_path):
         load_model(v1.model, gene_set=tmp_path / "others")
 
 
+def test_a_gene_set_holds_no_cells(v1, tmp_path):
+    gene_set().save(tmp_path / "genes")
+    with pytest.raises(
+        DataError, match=r"genes: holds a gene set and no cells; name counts, or, to embed, .* a corpus"
+    ):
+        embed(EmbedOptions(v1.model, [str(tmp_path / "genes")], tmp_path / "out.parquet"))
+
+
+def test_a_model_of_the_hub_is_downloaded_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=r"`hf download ctheodoris/Geneformer --local-dir FOLDER`, and name FOLDER"):
+        load_model("ctheodoris/Geneformer")
+    (tmp_path / "runs").mkdir()
+    for path in ("runs/final_modle", "Geneformer", tmp_path / "a/b"):
+        with pytest.raises(DataError, match=r"no config\.json; name a model"):
+            load_model(path)
+
+
 def spoil(folder, name, value):
     import transformers
 
