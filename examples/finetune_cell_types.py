@@ -1,7 +1,7 @@
 """Fine-tune a pretrained model to name cell types, with nothing but stock Hugging Face libraries.
 
     python examples/finetune_cell_types.py checkpoints/l0_sanity/final_model                  # all weights
-    python examples/finetune_cell_types.py checkpoints/l0_sanity/final_model --lora           # low-rank adapters only
+    python examples/finetune_cell_types.py checkpoints/l0_sanity/final_model --lora --output adapters  # adapters only
     python examples/finetune_cell_types.py MODEL --cells CORPUS --test-cells OTHER --label cell_type  # one's own cells
 
 A run's `final_model` is a plain BERT: `BertForSequenceClassification` loads it, puts a new head on the vector of the
@@ -47,6 +47,10 @@ TEST_CELLS = 500
 
 METRICS = ("accuracy", "balanced_accuracy", "macro_f1")
 PAD_TOKEN = 0
+MARK = "training_args.bin"
+WRITTEN = ("config.json", "model*.safetensors*", "adapter_*", "README.md", MARK, "results.json")
+"""Files of the result; the mark is among them from the first model saved, and tells that a folder holds a result."""
+
 Scores = dict[str, float]
 
 
@@ -67,13 +71,41 @@ class Cells:
         return [{"input_ids": tokens, "labels": label} for tokens, label in pairs]
 
 
+def require_output(output: Path, model: Path, *, overwrite: bool) -> None:
+    """Stop if the output holds anything, unless that is an earlier result to overwrite."""
+    if output.exists() and not output.is_dir():
+        raise SystemExit(f"--output {output}: is a file; name a folder.")
+    if not output.is_dir() or not any(output.iterdir()):
+        return
+    if output.resolve() == model.resolve():
+        raise SystemExit(f"--output {output}: the model itself; name another folder.")
+    if not (output / MARK).is_file():
+        raise SystemExit(f"--output {output}: holds something else than a result of this script; name another folder.")
+    if not overwrite:
+        raise SystemExit(f"--output {output}: holds an earlier result; name another folder or add --overwrite.")
+
+
+def delete_result(output: Path) -> None:
+    """Delete an earlier result, and no file of others."""
+    for pattern in WRITTEN:
+        for file in output.glob(pattern):
+            file.unlink()
+
+
 def read_cells(path: Path, label: str, max_tokens: int) -> Cells:
     """Read tokens and types of a corpus, a parquet file or a folder of them; cells without a type are left out."""
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
     if not files or not files[0].is_file():
         raise SystemExit(f"{path}: no such corpus; name a parquet file or a folder that `tokenize` wrote.")
+    try:
+        names = pq.read_schema(files[0]).names
+    except pa.ArrowInvalid:
+        raise SystemExit(
+            f"{files[0]}: not a parquet file; of counts, make a corpus first: geneformer-pretrain tokenize {path} "
+            f"--gene-set MODEL --columns {label} --output CORPUS"
+        ) from None
     for name in ("input_ids", label):
-        if name not in (names := pq.read_schema(files[0]).names):
+        if name not in names:
             raise SystemExit(f"{path}: no column {name!r}; it has {', '.join(names)}.")
     table = pa.concat_tables([pq.read_table(file, columns=["input_ids", label]) for file in files])
     table = table.filter(table[label].is_valid())
@@ -246,6 +278,7 @@ def finetune(arguments: argparse.Namespace) -> dict[str, Scores]:
     arguments.max_tokens = min(arguments.max_tokens, trained)
     sets, names = three_sets(arguments)
     print(f"{', '.join(f'{len(cells.types):,}' for cells in sets)} cells to learn from, to choose by, to test on")
+    delete_result(arguments.output)
     results = {}
     for pretrained in (True, False):
         name = ("LoRA" if arguments.lora else "fine-tuned") if pretrained else "the same from random weights"
@@ -270,6 +303,7 @@ def main() -> None:
     parser.add_argument("--test-cells", type=Path, help="corpus for the result, which nothing is chosen by")
     parser.add_argument("--label", default="cell_type", help="column of types of both (%(default)s)")
     parser.add_argument("--output", type=Path, default=Path("finetuned"), help="folder of the result (%(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="delete an earlier result in the output folder")
     parser.add_argument("--lora", action="store_true", help="train low-rank adapters and the head only")
     parser.add_argument("--epochs", type=float, default=20, help="passes over the training cells (%(default)s)")
     parser.add_argument(
@@ -283,6 +317,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if (arguments.cells is None) != (arguments.test_cells is None):
         parser.error("--cells and --test-cells go together")
+    require_output(arguments.output, arguments.model, overwrite=arguments.overwrite)
     logging.set_verbosity_error()  # a new head is no news here
     logging.disable_progress_bar()
     results = finetune(arguments)

@@ -201,3 +201,47 @@ def test_own_cells_need_own_test_cells(
     with pytest.raises(SystemExit):
         run(example, monkeypatch, model, "--cells", cells)
     assert "--cells and --test-cells go together" in capsys.readouterr().err
+
+
+def test_counts_are_no_corpus(
+    example: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model: Path, cells: Path
+) -> None:
+    counts = tmp_path / "cells.h5ad"
+    counts.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(100))
+    with pytest.raises(
+        SystemExit, match=r"cells\.h5ad: not a parquet file; of counts, make a corpus first: .* tokenize"
+    ):
+        run(example, monkeypatch, model, "--cells", counts, "--test-cells", cells, "--output", tmp_path / "out")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_an_earlier_result_is_deleted_only_on_request(
+    example: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model: Path, cells: Path, fresh: Path
+) -> None:
+    out = tmp_path / "out"
+    words = [model, "--cells", cells, "--test-cells", fresh, "--epochs", 0.1, "--learning-rates", 1e-3, "--output", out]
+    run(example, monkeypatch, *words, "--lora")
+    (out / "notes.txt").touch()
+    with pytest.raises(SystemExit, match="out: holds an earlier result; name another folder or add --overwrite"):
+        run(example, monkeypatch, *words)
+    assert (out / "adapter_model.safetensors").exists()
+    run(example, monkeypatch, *words, "--overwrite")
+    new = {file.name for file in out.iterdir()}
+    assert new == {"config.json", "model.safetensors", "training_args.bin", "results.json", "notes.txt"}
+    example.delete_result(out)
+    assert [file.name for file in out.iterdir()] == ["notes.txt"]
+
+
+def test_outputs_that_hold_something_else(
+    example: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model: Path, cells: Path, fresh: Path
+) -> None:
+    words = [model, "--cells", cells, "--test-cells", fresh, "--overwrite", "--output"]
+    for output, message in (
+        (model, "the model itself"),
+        (fresh, "holds something else than a result of this script"),
+        (cells, "is a file; name a folder"),
+    ):
+        held = sorted(tmp_path.rglob("*"))
+        with pytest.raises(SystemExit, match=message):
+            run(example, monkeypatch, *words, output)
+        assert sorted(tmp_path.rglob("*")) == held
