@@ -157,7 +157,7 @@ def load_model(
     if not folder.parent.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
         raise DataError(
             f"{path}: no such folder, and a model is read from one on this machine. If this is a model of the Hugging "
-            f"Face Hub, `hf download {path} --local-dir FOLDER`, and name FOLDER."
+            f"Face Hub, download it with `hf download {path} --local-dir FOLDER` and name FOLDER."
         )
     if not (folder / "config.json").is_file():
         raise DataError(

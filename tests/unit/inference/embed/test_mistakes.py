@@ -107,7 +107,7 @@ def test_a_gene_set_holds_no_cells(v1, tmp_path):
 
 def test_a_model_of_the_hub_is_downloaded_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match=r"`hf download ctheodoris/Geneformer --local-dir FOLDER`, and name FOLDER"):
+    with pytest.raises(DataError, match=r"with `hf download ctheodoris/Geneformer --local-dir FOLDER` and name FOLDER"):
         load_model("ctheodoris/Geneformer")
     (tmp_path / "runs").mkdir()
     for path in ("runs/final_modle", "Geneformer", tmp_path / "a/b"):
