@@ -89,7 +89,7 @@ def test_on_other_numbers_of_ranks_and_engines(tmp_path: Path, start: Any, tally
     refused = start([*given, "training.num_train_steps=100"], 5)
     assert refused.wait() == [1] * 5
     assert "cannot share evenly" in refused.output()
-    assert "1, 2, 3, 4, 6, 12 processes" in refused.output()
+    assert "Processes that can: 1, 2, 3, 4, 6, 12." in refused.output()
     assert "Accumulation follows" not in refused.output()
     assert steps_saved(run)[0] == 2 * len(WORLDS)
     refusals.survived += 1
