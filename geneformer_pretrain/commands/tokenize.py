@@ -164,7 +164,7 @@ def _lines(folder: Path, corpus: dict[str, Any], made: str) -> list[str]:
             f"{amount(sums['other_totals'], 'cell')}, by a factor of up to {sums['greatest_ratio']:.3g}; it was used "
             "as given"
         )
-    if corpus["repeated_ids"] is not None:
+    if corpus.get("repeated_ids") is not None:  # corpora of earlier builds do not say
         remedy = "carry a column along that tells the samples apart (--columns)"
         lines.append(RepeatedIds(**corpus["repeated_ids"]).describe(remedy))
     lines += [f"{Path(source['path']).name}: {note}" for source in corpus["sources"] for note in source["notes"]]
