@@ -72,8 +72,6 @@ class Corpus:
         Types at these addresses: uint16, int16, int32 or int64; int32 or int64.
     sources
         Files that the cells come from, in order.
-    gene_set
-        Gene set of the tokens, if a ``corpus.json`` beside the files names it.
     empty_files
         Files without rows that were left out.
     """
@@ -89,7 +87,6 @@ class Corpus:
     offset_dtype: np.dtype
     sources: tuple[SourceFile, ...] = field(repr=False)
     _batches: list[StreamBatch] = field(repr=False)  # keeps the mapped files alive
-    gene_set: CorpusGeneSet | None = None
     empty_files: int = 0
 
     @property
@@ -167,9 +164,7 @@ def open_corpus(
                 f"{location}: its parts hold {amount(corpus.num_cells, 'cell')}, and corpus.json lists {listed:,}; "
                 "copy the folder again, or tokenize again"
             )
-    else:
-        description = read_description_beside(files)
-    return corpus if description is None else replace(corpus, gene_set=description.gene_set)
+    return corpus
 
 
 def named_gene_set(path: str | Path) -> tuple[CorpusGeneSet, Path] | None:

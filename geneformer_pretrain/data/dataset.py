@@ -11,7 +11,7 @@ import xxhash
 
 from geneformer_pretrain.config.schema import Config
 from geneformer_pretrain.data.batch import BatchBuilder, PackedBatch
-from geneformer_pretrain.data.corpus import Corpus, open_corpus, require_corpus
+from geneformer_pretrain.data.corpus import Corpus, named_gene_set, open_corpus, require_corpus
 from geneformer_pretrain.data.loader import Loader
 from geneformer_pretrain.data.masking import MaskRule
 from geneformer_pretrain.data.packing import PLANNER_VERSION, BatchShape, first_held_out, held_out_cells
@@ -290,9 +290,11 @@ def check_data(config: Config) -> None:
 
 def _open(key: str, path: str, config: Config, genes: "GeneSet | None", is_main: bool) -> Corpus:
     try:
-        require_vocabulary_of(path, config, genes)
+        named = named_gene_set(path)
+        if named is not None:  # before its tokens are read, which another gene set may lack
+            require_vocabulary_of(*named, config, genes)
         corpus = open_corpus(path, config.data.cache_dir, vocab_size=config.model.vocab_size, show_progress=is_main)
-        if genes is not None and corpus.gene_set is None:
+        if named is None and genes is not None:
             log.warning("%s: %s does not name its gene set; it is taken to be of %s", key, path, genes.name)
         require_special_tokens(corpus, config.data.num_special_tokens)
     except DataError as error:

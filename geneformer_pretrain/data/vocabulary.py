@@ -7,7 +7,7 @@ import numpy as np
 import xxhash
 
 from geneformer_pretrain.config.schema import Config
-from geneformer_pretrain.data.corpus import Corpus, named_gene_set
+from geneformer_pretrain.data.corpus import Corpus
 from geneformer_pretrain.data.sources import CorpusGeneSet
 from geneformer_pretrain.errors import ConfigError, DataError
 
@@ -58,26 +58,27 @@ def apply_gene_set(config: Config) -> None:
     config.data.vocab_path = None
 
 
-def require_vocabulary_of(path: str, config: Config, genes: "GeneSet | None") -> None:
-    """Refuse a corpus that names another gene set than that of the run, before its tokens are read.
+def require_vocabulary_of(described: CorpusGeneSet, folder: Path, config: Config, genes: "GeneSet | None") -> None:
+    """Refuse a corpus that names another gene set than that of the run.
 
     Without a gene set, the run's vocabulary file has to have as many tokens; ``data.vocab_path=null`` goes without.
+
+    Parameters
+    ----------
+    described, folder
+        See `require_gene_set`.
 
     Raises
     ------
     DataError
         Naming the difference, and the gene set to use.
     """
-    named = named_gene_set(path)
-    if named is None:
-        return
-    described, folder = named
     if genes is not None:
         require_gene_set(described, folder, genes)
     elif config.data.vocab_path is not None and described.vocab_size != config.model.vocab_size:
         copy = folder / "gene_set"
         raise DataError(
-            f"{path}: tokenized with the gene set {described.name!r} of {described.vocab_size:,} tokens, and the run "
+            f"{folder}: tokenized with the gene set {described.name!r} of {described.vocab_size:,} tokens, and the run "
             f"has the {config.model.vocab_size:,} of {config.data.vocab_path}; add data.gene_set="
             f"{copy if copy.is_dir() else 'FOLDER with that gene set'}"
         )

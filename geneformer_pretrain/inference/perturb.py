@@ -157,8 +157,7 @@ def _perturb(options: PerturbOptions, model: Model, ranks: Ranks, phases: Phases
     rate, forward_rate = tokens / seconds, tokens / phases.total("forward")
     lines = [
         f"{options.output / 'scores'}: {amount(int(opened.census.copies.sum()), 'perturbation')} of "
-        f"{_cells_with_copies(opened)}, "
-        f"{options.mode}, layer {options.layer}.",
+        f"{_cells_with_copies(opened)}, {options.mode}, layer {options.layer}.",
         f"{tokens:,} tokens in {seconds:.1f} s on {ranks.size} x {model.device.type}, reading and writing included: "
         f"{rate:,.0f} tokens/s; forward alone {forward_rate:,.0f} tokens/s.",
     ]

@@ -9,8 +9,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from geneformer_pretrain.console import amount
-
 CELL_ID = "cell_id"
 
 
@@ -32,7 +30,7 @@ class RepeatedIds:
     def describe(self, remedy: str) -> str:
         """Warn of them in one line."""
         return (
-            f"WARNING {amount(self.cells, 'cell')} share an id with another one, such as {self.example!r}: make ids "
+            f"WARNING {self.cells:,} cells share an id with another one, such as {self.example!r}: make ids "
             f"unique before (obs_names_make_unique), or {remedy}"
         )
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from geneformer_pretrain.data.corpus import open_corpus
+from geneformer_pretrain.data.corpus import named_gene_set, open_corpus
 from geneformer_pretrain.data.dataset import DataFingerprint, open_training_data, open_validation_data
 from geneformer_pretrain.data.vocabulary import apply_gene_set, require_gene_set, require_special_tokens
 from geneformer_pretrain.errors import ConfigError, DataError
@@ -121,10 +121,10 @@ def test_the_first_difference_is_named_where_the_corpus_has_its_gene_set(tmp_pat
     ):
         folder = write_corpus_folder(tmp_path / name, [make_cells(5)], gene_set=described(other))
         other.save(folder / "gene_set")
-        corpus = open_corpus(folder, tmp_path / "cache")
-        assert corpus.gene_set is not None
+        named = named_gene_set(folder)
+        assert named is not None
         with pytest.raises(DataError, match=message):
-            require_gene_set(corpus.gene_set, corpus.folder, genes)
+            require_gene_set(*named, genes)
 
 
 def test_cells_between_cls_and_eos_are_not_taken_for_genes(tmp_path: Path) -> None:

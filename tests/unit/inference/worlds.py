@@ -6,9 +6,12 @@ from types import SimpleNamespace
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 import torch
 import transformers
 
+from geneformer_pretrain.inference.packs import Parts
+from geneformer_pretrain.inference.runner import Runner
 from geneformer_pretrain.tokenization.gene_set import GeneSet
 
 GENES = 80
@@ -58,6 +61,18 @@ def write_cells(path: Path, cells: list[list[int]], **columns: list) -> Path:
     table = {"input_ids": tokens, "length": [len(cell) for cell in cells], "cell_id": ids, **columns}
     pq.write_table(pa.table(table), path, row_group_size=7)
     return path
+
+
+def lack_memory_above(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have forward passes of packs with more tokens run out of memory."""
+    plain = Runner.hidden
+
+    def hidden(runner: Runner, parts: Parts) -> torch.Tensor:
+        if len(parts.input_ids) > tokens:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return plain(runner, parts)
+
+    monkeypatch.setattr(Runner, "hidden", hidden)
 
 
 def make_world(folder: Path, kind: str = "v1", count: int = 24, **columns: list) -> SimpleNamespace:

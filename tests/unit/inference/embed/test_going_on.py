@@ -19,7 +19,7 @@ from geneformer_pretrain.inference.model import load_model
 from geneformer_pretrain.inference.parts import Lock
 from geneformer_pretrain.inference.runner import Runner
 from tests.unit.inference.embed.conftest import run, vectors
-from tests.unit.inference.worlds import write_cells
+from tests.unit.inference.worlds import lack_memory_above, write_cells
 
 
 def test_genes_after_their_sums_ran_out_of_memory(v1, tmp_path, monkeypatch):
@@ -39,14 +39,7 @@ def test_genes_after_their_sums_ran_out_of_memory(v1, tmp_path, monkeypatch):
 
 
 def test_out_of_memory_halves_the_packs(v1, tmp_path, monkeypatch, capsys):
-    plain = Runner.hidden
-
-    def hidden(self, parts):
-        if len(parts.input_ids) > 200:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-        return plain(self, parts)
-
-    monkeypatch.setattr(Runner, "hidden", hidden)
+    lack_memory_above(200, monkeypatch)
     output, summary = run(v1, tmp_path, tokens=1024)
     monkeypatch.undo()
     expected, _ = run(v1, tmp_path, output=tmp_path / "expected.parquet")
@@ -56,10 +49,7 @@ def test_out_of_memory_halves_the_packs(v1, tmp_path, monkeypatch, capsys):
 
 
 def test_out_of_memory_with_the_smallest_packs(v1, tmp_path, monkeypatch):
-    def hidden(self, parts):
-        raise torch.OutOfMemoryError("CUDA out of memory.")
-
-    monkeypatch.setattr(Runner, "hidden", hidden)
+    lack_memory_above(0, monkeypatch)
     with pytest.raises(torch.OutOfMemoryError):
         run(v1, tmp_path)
 

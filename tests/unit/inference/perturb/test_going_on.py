@@ -14,19 +14,12 @@ from geneformer_pretrain.inference.model import load_model
 from geneformer_pretrain.inference.packs import Shape
 from geneformer_pretrain.inference.runner import Runner
 from tests.unit.inference.perturb.conftest import ids, rows_of, run, write_counts
-from tests.unit.inference.worlds import MAX_TOKENS
+from tests.unit.inference.worlds import MAX_TOKENS, lack_memory_above
 
 
 def test_out_of_memory_halves_the_packs(v1, tmp_path, monkeypatch, capsys):
     expected, _ = run(v1, tmp_path, max_cells=3)
-    plain = Runner.hidden
-
-    def hidden(self, parts):
-        if len(parts.input_ids) > 60:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-        return plain(self, parts)
-
-    monkeypatch.setattr(Runner, "hidden", hidden)
+    lack_memory_above(60, monkeypatch)
     found, _ = run(v1, tmp_path, max_cells=3, output=tmp_path / "small", tokens=1024)
     np.testing.assert_allclose(
         [row["gene_similarity"] for row in found], [row["gene_similarity"] for row in expected], atol=1e-6
