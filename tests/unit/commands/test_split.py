@@ -13,7 +13,7 @@ import pytest
 
 from geneformer_pretrain.cli import main
 from geneformer_pretrain.data import splitting
-from geneformer_pretrain.data.corpus import open_corpus
+from geneformer_pretrain.data.corpus import named_gene_set, open_corpus
 from tests.corpora import random_cells, write_corpus_folder, write_parquet, write_streams
 
 pytestmark = pytest.mark.process
@@ -56,8 +56,9 @@ def test_every_cell_is_in_one_part_with_all_its_columns(
         assert [opened.cell(number).tolist() for number in range(opened.num_cells)] == [
             row["input_ids"] for row in found
         ]
-        assert opened.gene_set is not None
-        assert opened.gene_set.fingerprint == "f00d"
+        named = named_gene_set(tmp_path / "out" / name)
+        assert named is not None
+        assert named[0].fingerprint == "f00d"
         described = json.loads((tmp_path / "out" / name / "corpus.json").read_text())
         assert described["cells"] == len(found)
         assert described["tokens"] == opened.num_tokens == sum(part["tokens"] for part in described["parts"])
